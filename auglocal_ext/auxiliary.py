@@ -1,0 +1,66 @@
+"""Auxiliary nets: which units one copies (the AugLocal rule, arXiv:2402.17318), and the net itself."""
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from .models import init_weights
+
+__all__ = ["Sample", "aux_depth", "build_aux_net", "sample_units"]
+
+PYRAMID = 0.5  # the paper's c: how much less deep the last aux net is than the first
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The units an aux net copies, in order, with the stride each copy has."""
+
+    units: tuple[int, ...]
+    strides: tuple[int, ...]
+    batch_norm_head: bool  # BatchNorm1d before the linear classifier
+
+
+def aux_depth(index, modules, blocks, pyramid):
+    """Blocks in the aux net of module `index` of `modules` (the last has none): `blocks` at the first,
+    fewer toward the output with `pyramid`. Python's round, half to even, as the authors'."""
+    if not pyramid or modules == 2:
+        return blocks
+    share = index * PYRAMID / (modules - 2)
+    return max(1, round(blocks * (1 - share) + share))
+
+
+def sample_units(units, last, blocks, batch_norm_head):
+    """A uniform sample of `blocks` of the units after `last`, always ending at the network's last unit.
+
+    Strides: each copy halves the resolution once if the network has by then halved it at least once more
+    than the copies so far, so that a sample ends at the network's own resolution wherever it can.
+    """
+    remaining = len(units) - 1 - last
+    if blocks >= remaining:
+        chosen = tuple(range(last + 1, len(units)))
+    else:
+        chosen = tuple(round(last + i * remaining / blocks) for i in range(1, blocks + 1))
+    strides, pending, previous = [], 0.0, last
+    for unit in chosen:
+        pending += math.log2(units[unit].reduction / units[previous].reduction)
+        strides.append(2 if pending >= 1 else 1)
+        pending -= strides[-1] - 1
+        previous = unit
+    return Sample(chosen, tuple(strides), batch_norm_head and len(chosen) == 1)
+
+
+def build_aux_net(backbone, last, sample):
+    """The aux net behind unit `last`: blocks like the sampled units', pooling, and a linear classifier.
+
+    Its weights are its own: no tensor is shared with the backbone. (N, C, H, W) -> (N, num_classes)
+    """
+    layers, channels = [], backbone.units[last].out_channels
+    for unit, stride in zip(sample.units, sample.strides, strict=True):
+        layers.append(backbone.units[unit].copy(channels, stride))
+        channels = backbone.units[unit].out_channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
+    if sample.batch_norm_head:
+        layers.append(nn.BatchNorm1d(channels))
+    net = nn.Sequential(*layers, nn.Linear(channels, backbone.num_classes))
+    init_weights(net)
+    return net

@@ -1,0 +1,183 @@
+"""A model as an ordered list of units and a classifier, without changing the model.
+
+A unit is the smallest part that a local module can end after: the stem, then each residual block. Units
+hold the model's own submodules, so training them trains the model.
+"""
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import models
+
+__all__ = ["Backbone", "Unit", "as_backbone"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the backbone: (N, in, H, W) -> (N, out_channels, H / stride, W / stride)."""
+
+    name: str
+    module: nn.Module
+    width: int  # base width, before a bottleneck's expansion (the paper's ch, torchvision's planes)
+    out_channels: int
+    reduction: int  # image pixels per output pixel, along a side
+    kept: float  # convolution output elements per image pixel: what its backward keeps, by the main part
+    copy: Callable[[int, int], nn.Module] | None  # (in_channels, stride) -> new block like it; None: the stem
+
+    def trace(self, x):
+        """The output for x, both on the meta device: shapes without arithmetic, the module untouched."""
+        return _on_meta(self.module, x)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """units[0] is the stem; `classifier` takes the last unit's output to (N, num_classes)."""
+
+    units: tuple[Unit, ...]
+    classifier: nn.Module
+    image_channels: int
+    num_classes: int
+    form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+
+
+def as_backbone(model):
+    """Reads a model as units and classifier.
+
+    Args:
+        model: a torchvision ResNet (resnet*, wide_resnet*, resnext*) or one of `auglocal_ext.models`; its
+            stem and its fc may have been replaced.
+
+    Raises:
+        ValueError: it is neither, or a part of it is not understood; names the first such part.
+    """
+    if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
+        return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
+    torchvision_resnet = _torchvision_resnet()
+    if torchvision_resnet and isinstance(model, torchvision_resnet.ResNet):
+        if _keeps_forward(model, torchvision_resnet.ResNet):
+            return _residual_backbone(model, stem=("conv1", "bn1", "relu", "maxpool"), form="imagenet")
+    if hasattr(model, "layer1"):
+        raise ValueError(f"cannot cut {type(model).__name__} into units: its own forward() is not understood")
+    first, child = next(model.named_children(), ("forward()", None))
+    kind = f" ({type(child).__name__})" if child is not None else ""
+    raise ValueError(
+        f"cannot cut {type(model).__name__} into units: its part {first!r}{kind} is not understood; expected a "
+        f"ResNet of torchvision.models or of auglocal_ext.models"
+    )
+
+
+def _torchvision_resnet():
+    """torchvision's ResNet module if it was imported: a model made by it cannot exist otherwise."""
+    return sys.modules.get("torchvision.models.resnet")
+
+
+def _keeps_forward(model, base):
+    names = ("forward", "_forward_impl")
+    return all(getattr(type(model), name, None) is getattr(base, name, None) for name in names)
+
+
+def _residual_backbone(model, stem, form):
+    stages = [name for name, _ in model.named_children() if name.startswith("layer")]
+    known = {*stem, *stages, "avgpool", "fc"}
+    for name, child in model.named_children():
+        if name not in known:
+            raise _not_understood(model, name, child)
+
+    stem_module = nn.Sequential(*(getattr(model, name) for name in stem))
+    if "relu" not in stem:
+        stem_module.append(nn.ReLU())
+    first_conv = next((m for m in stem_module.modules() if isinstance(m, nn.Conv2d)), None)
+    if first_conv is None:
+        raise _not_understood(model, "conv1", model.conv1)
+    parts = [("stem", stem_module, None, None)]
+    for stage in stages:
+        for name, block in getattr(model, stage).named_children():
+            width, copy = _read_block(model, f"{stage}.{name}", block)
+            parts.append((f"{stage}.{name}", block, width, copy))
+
+    linear = [m for m in model.fc.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise _not_understood(model, "fc", model.fc)
+    classifier = nn.Sequential(getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1)), nn.Flatten(1), model.fc)
+
+    units, side = [], _SIDE
+    x = torch.empty(2, first_conv.in_channels, side, side, device="meta")
+    for name, module, width, copy in parts:
+        x, kept = _trace(module, x)
+        units.append(
+            Unit(name, module, width or x.shape[1], x.shape[1], side // x.shape[2], kept / side**2, copy)
+        )
+    return Backbone(tuple(units), classifier, first_conv.in_channels, linear[-1].out_features, form)
+
+
+_SIDE = 256  # a power of two, so that every stride divides it: strides are read off traced shapes
+
+
+def _trace(module, x):
+    """The module's output on meta tensors, and the elements its convolutions put out, per image."""
+    elements = 0
+
+    def count(_module, _inputs, output):
+        nonlocal elements
+        elements += output[0].numel()
+
+    hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        return _on_meta(module, x), elements
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _on_meta(module, x):
+    state = {name: t.to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    with torch.no_grad():
+        return torch.func.functional_call(module, state, (x,))
+
+
+def _not_understood(model, name, part):
+    return ValueError(
+        f"cannot cut {type(model).__name__} into units: its part {name!r} ({type(part).__name__}) is not understood"
+    )
+
+
+def _read_block(model, name, block):
+    """(base width, copy function) of a residual block."""
+    torchvision_resnet = _torchvision_resnet()
+    if type(block) is models.BasicBlock:
+        width = block.conv1.out_channels
+        return width, lambda in_channels, stride: models.BasicBlock(in_channels, width, stride)
+    if torchvision_resnet and type(block) in (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck):
+        if not isinstance(block.bn1, _BatchNorm):
+            raise _not_understood(model, f"{name}.bn1", block.bn1)
+        return _read_torchvision_block(block)
+    raise _not_understood(model, name, block)
+
+
+def _read_torchvision_block(block):
+    kind, norm = type(block), partial(type(block.bn1), eps=block.bn1.eps, momentum=block.bn1.momentum)
+    bottleneck = hasattr(block, "conv3")
+    last = block.conv3 if bottleneck else block.conv2
+    width, groups = last.out_channels // kind.expansion, block.conv2.groups
+    options = {}
+    if bottleneck:  # the inverse of torchvision's width = int(planes * (base_width / 64)) * groups
+        options = {
+            "groups": groups,
+            "base_width": math.ceil(block.conv2.out_channels // groups * 64 / width),
+            "dilation": block.conv2.dilation[0],
+        }
+
+    def copy(in_channels, stride):
+        downsample = None
+        if stride != 1 or in_channels != last.out_channels:
+            shortcut = nn.Conv2d(in_channels, last.out_channels, 1, stride, bias=False)
+            downsample = nn.Sequential(shortcut, norm(last.out_channels))
+        return kind(in_channels, width, stride, downsample, norm_layer=norm, **options)
+
+    return width, copy

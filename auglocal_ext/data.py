@@ -1,0 +1,216 @@
+"""Data sources of the command line: digits, cifar10:ROOT, imagefolder:ROOT, fake:N.
+
+Each gives a training and a test loader of (images, labels), float32 images normalised by the training set's
+own mean and deviation. Small images are held in memory as bytes and augmented a batch at a time; large ones
+are read by torchvision's ImageFolder and a DataLoader.
+"""
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ._torchvision import import_torchvision
+
+__all__ = ["Data", "InMemoryLoader", "load"]
+
+SMALL = 96  # pixels along a side up to which images are held in memory
+LARGE_SIDE = 224  # what larger ones are cropped to
+
+
+@dataclass(frozen=True)
+class Data:
+    """train, test: iterables of (images, labels); the model to train must have num_classes outputs."""
+
+    train: Iterable
+    test: Iterable
+    num_classes: int
+
+
+class InMemoryLoader:
+    """Batches from images held as bytes; with `augment`, shuffled, cropped after padding, and flipped.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        mean, std: (C,), of images scaled to 0..1.
+        augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
+            random; `flip` mirrors half of the images.
+    """
+
+    def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False):
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.mean, self.std = (values.view(1, -1, 1, 1) for values in (mean, std))
+        self.augment, self.pad, self.flip = augment, pad, flip
+
+    def __len__(self):
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images)) if self.augment else torch.arange(len(self.images))
+        for chosen in order.split(self.batch_size):
+            images = (self.images[chosen].float() / 255 - self.mean) / self.std
+            yield self._augmented(images) if self.augment else images, self.labels[chosen]
+
+    def _augmented(self, images):
+        n, channels, height, width = images.shape
+        if self.pad:
+            padded = F.pad(images, [self.pad] * 4, mode="reflect")
+            top, left = torch.randint(2 * self.pad + 1, (2, n, 1))
+            rows = (top + torch.arange(height)).view(n, 1, height, 1)
+            columns = (left + torch.arange(width)).view(n, 1, 1, width)
+            images = padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), rows, columns]
+        if self.flip:
+            mirrored = torch.rand(n) < 0.5
+            images[mirrored] = images[mirrored].flip(3)
+        return images
+
+
+def load(source, batch_size, *, workers=0, download=False):
+    """The data a source names.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 8x8 digits, embedded), "cifar10:ROOT" (torchvision's CIFAR10),
+            "imagefolder:ROOT" (ROOT/train and ROOT/test or ROOT/val, a folder per class), or "fake:N" (N random
+            32x32 images of 10 classes that can be told apart).
+        workers: DataLoader processes, for large images.
+        download: fetch CIFAR-10 if it is not at ROOT.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
+    """
+    kind, _, where = source.partition(":")
+    if kind == "digits" and not where:
+        return _digits(batch_size)
+    if kind == "cifar10" and where:
+        return _cifar10(Path(where), batch_size, download)
+    if kind == "imagefolder" and where:
+        return _image_folder(Path(where), batch_size, workers)
+    if kind == "fake" and where.isdecimal() and int(where) >= 20:
+        return _fake(int(where), batch_size)
+    raise ValueError(
+        f"data must be 'digits', 'cifar10:ROOT', 'imagefolder:ROOT' or 'fake:N' (N at least 20), given {source!r}"
+    )
+
+
+def _in_memory(train, test, batch_size, num_classes, pad, flip):
+    """Data from (images uint8, labels) pairs."""
+    scaled = train[0].float() / 255
+    mean, std = scaled.mean((0, 2, 3)), scaled.std((0, 2, 3)).clamp_min(1e-3)
+    return Data(
+        InMemoryLoader(*train, batch_size, mean, std, augment=True, pad=pad, flip=flip),
+        InMemoryLoader(*test, batch_size, mean, std, augment=False),
+        num_classes,
+    )
+
+
+def _digits(batch_size):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()  # values 0..16
+    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
+    images = images[:, None].expand(-1, 3, -1, -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, stratify=labels, random_state=0)
+    return _in_memory((images[train], labels[train]), (images[test], labels[test]), batch_size, 10, pad=2, flip=False)
+
+
+def _cifar10(root, batch_size, download):
+    datasets = import_torchvision("data 'cifar10:ROOT'").datasets
+    parts = []
+    for train in (True, False):
+        try:
+            dataset = datasets.CIFAR10(root, train=train, download=download)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"no CIFAR-10 at {root}: expected {root / 'cifar-10-batches-py'}; fetch it with --download ({error})"
+            ) from error
+        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+        parts.append((images, torch.tensor(dataset.targets)))
+    return _in_memory(*parts, batch_size, 10, pad=4, flip=True)
+
+
+def _fake(count, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 256, (10, 3, 4, 4), generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def split(size):
+        labels = torch.arange(size) % 10
+        noise = torch.randint(-96, 97, (size, 3, 32, 32), generator=generator)
+        return (patterns[labels] + noise).clamp(0, 255).to(torch.uint8), labels
+
+    return _in_memory(split(count), split(max(20, count // 5)), batch_size, 10, pad=0, flip=False)
+
+
+def _image_folder(root, batch_size, workers):
+    torchvision = import_torchvision("data 'imagefolder:ROOT'")
+    train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
+    if not train_root.is_dir() or test_root is None:
+        raise FileNotFoundError(f"no image folder at {root}: expected {root}/train and {root}/test (or val)")
+    try:
+        folders = [torchvision.datasets.ImageFolder(part) for part in (train_root, test_root)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no images under {root}: expected a folder of images per class ({error})") from error
+    if folders[0].classes != folders[1].classes:
+        raise ValueError(
+            f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and {folders[1].classes}"
+        )
+    classes = len(folders[0].classes)
+    if max(_read(folders[0], 0).size) > SMALL:
+        return _large_images(torchvision, folders, batch_size, workers, classes)
+    parts = [_decode(torchvision, folder) for folder in folders]
+    return _in_memory(*parts, batch_size, classes, pad=4, flip=True)
+
+
+def _read(folder, index):
+    """One image, or an error that names its file."""
+    path = folder.samples[index][0]
+    try:
+        return folder.loader(path)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read the image {path}: replace or remove it ({error})") from error
+
+
+def _decode(torchvision, folder):
+    to_tensor, images = torchvision.transforms.v2.functional.pil_to_tensor, []
+    for index, (path, _) in enumerate(folder.samples):
+        images.append(to_tensor(_read(folder, index)))
+        if images[-1].shape != images[0].shape:
+            raise ValueError(
+                f"images up to {SMALL} pixels must all have one size, given {tuple(images[-1].shape[1:])} in {path} after "
+                f"{tuple(images[0].shape[1:])}: resize them"
+            )
+    return torch.stack(images), torch.tensor(folder.targets)
+
+
+def _large_images(torchvision, folders, batch_size, workers, classes):
+    v2 = torchvision.transforms.v2
+    to_tensor = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, as torchvision's recipes
+    ]
+    train_transform = v2.Compose([v2.RandomResizedCrop(LARGE_SIDE), v2.RandomHorizontalFlip(), *to_tensor])
+    test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
+    options = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
+    options["pin_memory"] = torch.cuda.is_available()
+    train, test = (
+        torch.utils.data.DataLoader(_Readable(folder, transform), shuffle=folder is folders[0], **options)
+        for folder, transform in zip(folders, (train_transform, test_transform), strict=True)
+    )
+    return Data(train, test, classes)
+
+
+class _Readable(torch.utils.data.Dataset):
+    """An ImageFolder whose unreadable files are named."""
+
+    def __init__(self, folder, transform):
+        self.folder, self.transform = folder, transform
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, index):
+        return self.transform(_read(self.folder, index)), self.folder.targets[index]

@@ -1,0 +1,56 @@
+"""Live tensor bytes: what a piece of code holds at its peak, counted from tensors' births and deaths."""
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["LiveBytes", "format_bytes"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that lives while the mode is on, on any device.
+
+    with LiveBytes(existing) as live:   # existing: tensors that live already, parameters for instance
+        step()
+    live.peak                           # bytes at the highest moment, existing ones included
+
+    Counts what operators return; scratch inside one operator is not seen.
+    """
+
+    def __init__(self, existing=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = set()
+        for tensor in existing:
+            self._count(tensor)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value)
+        return result
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, key, size).atexit = False
+
+    def _release(self, key, size):
+        self._seen.discard(key)
+        self.now -= size
+
+
+def format_bytes(count):
+    """1234567 -> '1.23 MB' (powers of ten)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

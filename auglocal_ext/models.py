@@ -1,0 +1,106 @@
+"""The paper's CIFAR ResNets (He et al. 2015, section 4.2), and models by name.
+
+Three stages of 16, 32 and 64 channels; a shape change has a 1x1 convolution and a BatchNorm on its
+shortcut, as in the AugLocal authors' code. state_dict keys: conv1 bn1 layer1..3 fc.
+"""
+import math
+
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "create", "init_weights"]
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN, plus the shortcut, then ReLU."""
+
+    def __init__(self, in_channels, channels, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of 6n + 2 layers for small images: (N, in_channels, H, W) -> (N, num_classes)."""
+
+    def __init__(self, blocks_per_stage, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks_per_stage, stride=1)
+        self.layer2 = self._stage(16, 32, blocks_per_stage, stride=2)
+        self.layer3 = self._stage(32, 64, blocks_per_stage, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        init_weights(self)
+
+    @staticmethod
+    def _stage(in_channels, channels, blocks, stride):
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def init_weights(module):
+    """The paper's initialisation: convolutions N(0, sqrt(2 / (k^2 c_out))), BatchNorm weight 1 and bias 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            k = part.kernel_size[0] * part.kernel_size[1]
+            nn.init.normal_(part.weight, 0.0, math.sqrt(2 / (k * part.out_channels)))
+        elif isinstance(part, nn.BatchNorm2d) and part.affine:
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+
+
+def resnet20(num_classes=10, in_channels=3):
+    return CifarResNet(3, num_classes, in_channels)
+
+
+def resnet32(num_classes=10, in_channels=3):
+    return CifarResNet(5, num_classes, in_channels)
+
+
+def resnet44(num_classes=10, in_channels=3):
+    return CifarResNet(7, num_classes, in_channels)
+
+
+def resnet56(num_classes=10, in_channels=3):
+    return CifarResNet(9, num_classes, in_channels)
+
+
+def resnet110(num_classes=10, in_channels=3):
+    return CifarResNet(18, num_classes, in_channels)
+
+
+_CIFAR = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110)}
+
+
+def create(name, num_classes):
+    """A new model by name: one of the CIFAR ResNets here, else torchvision's of that name, untrained."""
+    if name in _CIFAR:
+        return _CIFAR[name](num_classes)
+    from ._torchvision import import_torchvision
+
+    get_model = import_torchvision(f"the model {name!r}").models.get_model
+    try:
+        return get_model(name, weights=None, num_classes=num_classes)
+    except ValueError:
+        raise ValueError(
+            f"no model is named {name!r}: expected one of {', '.join(_CIFAR)}, or a ResNet of torchvision.models "
+            f"such as resnet18"
+        ) from None

@@ -1,0 +1,60 @@
+"""The `auglocal_ext` operator library: schemas are defined here from Python, so that every op exists
+with or without a compiler; the compiled kernels, where they were built, then serve CPU and CUDA."""
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("auglocal_ext", "DEF")
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def define(schema, fallback):
+    """Defines an op. `fallback`, in plain torch, serves every device that has no compiled kernel."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+    def plain(x, *args):
+        _say_once_what_is_slower(x.device.type)
+        return fallback(x, *args)
+
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+
+
+def _load(file, wanted):
+    """Loads one library of kernels; returns None, or why its kernels are not there."""
+    if os.environ.get("AUGLOCAL_NATIVE") == "0":
+        return "AUGLOCAL_NATIVE=0 is set"
+    if not wanted:
+        return "this torch has no CUDA"
+    if not (_PACKAGE / file).exists():
+        return "they were not built when auglocal_ext was installed"
+    try:
+        torch.ops.load_library(str(_PACKAGE / file))
+    except OSError as error:
+        return f"{file} does not load ({error})"
+    return None
+
+
+# Device type -> why it has no compiled kernels (None: it has them).
+MISSING = {
+    "cpu": _load("libauglocal_ext.so", True),
+    "cuda": _load("libauglocal_ext_cuda.so", torch.version.cuda is not None),
+}
+
+
+@cache
+def _say_once_what_is_slower(device):
+    tool = "nvcc" if device == "cuda" else "a C++ compiler"
+    fix = (
+        f"Put {tool} on the PATH and run `pip install -v -e .` again; -v shows what the build found."
+        if device in MISSING
+        else "Kernels exist for cpu and cuda."
+    )
+    warnings.warn(
+        f"auglocal_ext runs its fused ops in plain torch on {device}: same results and memory, more time. "
+        f"Reason: no compiled kernels, {MISSING.get(device, 'none are written for this device')}. {fix}",
+        stacklevel=4,
+    )

@@ -1,0 +1,59 @@
+// The arithmetic of BatchNorm [+ residual] + activation, shared by the CPU and the CUDA kernels.
+// Formulas: Ioffe & Szegedy 2015, with the backward in terms of the BatchNorm's input.
+#pragma once
+
+#include "scalar.h"
+
+namespace auglocal {
+
+enum class Mask { none, from_input, from_output };  // where the backward finds the ReLU's mask
+
+// Written so that NaN passes, as torch's ReLU does.
+template <class A>
+HD A relu(A value) {
+  return value <= A(0) ? A(0) : value;
+}
+template <class A>
+HD A relu_backward(A grad, A value) {
+  return value <= A(0) ? A(0) : grad;
+}
+
+// What one channel needs to be normalised: (x - mean) * scale + bias. Subtracting the mean first
+// keeps the digits that x * scale + shift would lose where the mean is large.
+template <class A>
+struct Affine {
+  A mean, scale, bias;
+};
+
+template <class A>
+HD A normalize(A x, const Affine<A>& channel) {
+  return mul_add(x - channel.mean, channel.scale, channel.bias);
+}
+
+// dx = scale * (g - mean(g) - (x - mean) * invstd^2 * mean(g * (x - mean))), g behind the mask.
+template <class A>
+struct InputGrad {
+  A scale, grad_mean, projection;  // projection: invstd^2 * mean(g * (x - mean))
+};
+
+template <class A>
+HD A input_grad(A grad, A centred, const InputGrad<A>& channel) {
+  return channel.scale * (grad - mul_add(centred, channel.projection, channel.grad_mean));
+}
+
+// Mean and sum of squared deviations of `count` values; parts combine as in Chan et al. 1979.
+template <class A>
+struct Moments {
+  A count = 0, mean = 0, m2 = 0;
+
+  HD void merge(A other_count, A other_mean, A other_m2) {
+    const A total = count + other_count;
+    if (total == A(0)) return;
+    const A delta = other_mean - mean, share = other_count / total;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+}  // namespace auglocal

@@ -1,0 +1,95 @@
+// Host-side helpers on torch's stable tensors: layouts, checks, scalar types.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "scalar.h"
+
+namespace auglocal {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A 4-d feature map, dense in one of the two layouts, as (outer, channels, inner): for contiguous
+// tensors (N, C, H*W), for channels_last ones (N*H*W, C, 1). Both are walked by the same loops.
+struct Layout {
+  MemoryFormat format;
+  int64_t outer, channels, inner;
+  int64_t count() const { return outer * inner; }  // values per channel
+};
+
+inline Layout layout_of(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const bool channels_last = !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) &&
+                             (h == 1 || x.stride(2) == w * c) && (n == 1 || x.stride(0) == h * w * c);
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  if (channels_last || h * w == 1) return {format, n * h * w, c, 1};
+  return {format, n, c, h * w};
+}
+
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
+                    MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline const Tensor dense(const Tensor& x, MemoryFormat format) { return torch::stable::contiguous(x, format); }
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+inline void check_same_size(const char* op, const char* name, const Tensor& given, const Tensor& x) {
+  STD_TORCH_CHECK(given.sizes().equals(x.sizes()) && given.scalar_type() == x.scalar_type() &&
+                      given.device() == x.device(),
+                  op, ": ", name, " must have the shape, dtype and device of x");
+}
+
+inline void check_channels(const char* op, const char* name, const Tensor& given, const Tensor& x) {
+  const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(given.dim() == 1 && given.size(0) == x.size(1) && given.scalar_type() == expected &&
+                      given.is_contiguous() && given.device() == x.device(),
+                  op, ": ", name, " must be a contiguous (", x.size(1), ",) tensor on the device of x, ",
+                  "float64 for float64 x and float32 otherwise");
+}
+
+// The checks of batch_norm_act; both devices run them.
+inline Layout check_forward(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                            const std::optional<Tensor>& residual) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", x.dim(), " dimensions");
+  check_channels(op, "weight", weight, x);
+  check_channels(op, "bias", bias, x);
+  if (residual) check_same_size(op, "residual", *residual, x);
+  return layout_of(x);
+}
+
+inline Layout check_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                             const Tensor& bias, const Tensor& mean, const Tensor& var,
+                             const std::optional<Tensor>& y) {
+  const Layout at = check_forward(op, x, weight, bias, std::nullopt);
+  check_same_size(op, "grad", grad, x);
+  if (y) check_same_size(op, "y", *y, x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  return at;
+}
+
+}  // namespace auglocal
+
+// Runs a statement with `T` bound to the element type of a tensor.
+#define AUGLOCAL_DISPATCH(op, scalar_type, ...)                                                   \
+  switch (scalar_type) {                                                                          \
+    case torch::headeronly::ScalarType::Float: { using T = float; __VA_ARGS__; break; }           \
+    case torch::headeronly::ScalarType::Double: { using T = double; __VA_ARGS__; break; }         \
+    case torch::headeronly::ScalarType::BFloat16: { using T = auglocal::bf16; __VA_ARGS__; break; } \
+    default: STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16 or float64");              \
+  }

@@ -1,0 +1,35 @@
+"""Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from auglocal_ext import models
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of real images and parity fixtures beside the checkout; skips without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data folder {SHARED}, which is not part of the project")
+    return SHARED
+
+
+@pytest.fixture
+def tiny_model():
+    """A CIFAR ResNet of 4 units (the stem and one block per stage)."""
+    torch.manual_seed(0)
+    return models.CifarResNet(1, num_classes=10)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 10
+
+
+@pytest.fixture
+def torchvision():
+    return pytest.importorskip("torchvision", reason="torchvision does not import beside this torch", exc_type=Exception)
