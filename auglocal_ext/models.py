@@ -27,9 +27,10 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+        y = self.bn2(self.conv2(y))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(y + shortcut)
 
 
 class CifarResNet(nn.Module):

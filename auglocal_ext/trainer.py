@@ -99,6 +99,7 @@ class LocalTrainer:
         blocks = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
         self._fused = [fuse(module, inside=(LocalModule, *blocks)) for module in self.local_modules]
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
+        self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
     def step(self, images, labels):
         """One training step of every local module.
@@ -193,7 +194,7 @@ class LocalTrainer:
             raise ValueError(f"a step needs at least 2 images for its batch statistics, given {len(images)}")
         not_finite = ~images.sum().isfinite()
         out_of_range = (labels.amin() < 0) | (labels.amax() >= self._backbone.num_classes)
-        if self.device.type == "cpu":
+        if self._values_are_at_hand:
             if not_finite:
                 raise ValueError(_BAD_IMAGES)
             if out_of_range:

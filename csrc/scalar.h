@@ -39,10 +39,14 @@ HD float load(bf16 value) {
 HD void store(float* to, float value) { *to = value; }
 HD void store(double* to, double value) { *to = value; }
 HD void store(bf16* to, float value) {  // to nearest, ties to even; NaN stays NaN
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(value));
+#else
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to->bits = uint16_t(value != value ? 0x7fc0u : rounded);
+#endif
 }
 
 // One rounding on the GPU, two on the CPU; either way the same on every call, which is what lets a

@@ -75,36 +75,27 @@ def _step(fixture, dtype, monkeypatch):
     return result, gradients, {name: tensor.detach().double().norm().item() for name, tensor in named.items()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernels", ["native", "reference"])
-def test_step_equals_the_authors(shared_data, monkeypatch, kernels):
-    """A ReLU input within rounding of zero can fall either way, and moves a gradient by far more than rounding:
-    in the fixture itself one did, so five of its norms are up to 1.6e-3 from the float64 step. Each norm must
-    therefore be as near to the fixture as the float64 step is, plus the tolerance."""
+def test_step_equals_the_authors(shared_data, monkeypatch, kernels, dtype):
+    """Losses and logits to 1e-4, gradient norms to 5e-3, norms after the step to 1e-4.
+
+    A tensor that was zero before the step (a BatchNorm's bias) is its gradient after it, and has a gradient's
+    tolerance: a ReLU input within rounding of zero falls on either side of it, in the fixture too, whose norms
+    of such tensors are up to 1.6e-3 from those of the step in float64.
+    """
     fixture = np.load(shared_data / "parity" / "auglocal_resnet32_depth4.npz")
-    _, exact_gradients, exact_after = _step(fixture, torch.float64, monkeypatch)
     if kernels == "reference":
         monkeypatch.setattr(fuse.ops, "batch_norm_act", batch_norm_act_reference)
-    result, gradients, after = _step(fixture, torch.float32, monkeypatch)
+    result, gradients, after = _step(fixture, dtype, monkeypatch)
 
     expected_losses = [*fixture["local_losses"][:, 1], fixture["final_loss"]]
     np.testing.assert_allclose(result.module_losses, expected_losses, rtol=1e-4)
     logits = torch.from_numpy(fixture["logits"])
     assert (result.logits - logits).norm() <= 1e-4 * logits.norm()
-    for kind, ours, exact, tolerance in (
-        ("grad_norm/", gradients, exact_gradients, 5e-3),
-        ("after_norm/", after, exact_after, 1e-4),
-    ):
+    for kind, ours, tolerance in (("grad_norm/", gradients, 5e-3), ("after_norm/", after, 1e-4)):
         expected = {name.removeprefix(kind): float(fixture[name]) for name in fixture.files if name.startswith(kind)}
         assert ours.keys() == expected.keys()
         for name, norm in expected.items():
-            assert abs(ours[name] - norm) <= tolerance * norm + 1.01 * abs(exact[name] - norm), (kind, name)
-        far = [name for name, norm in expected.items() if abs(exact[name] - norm) > tolerance * norm]
-        assert len(far) <= 5  # everywhere else the plain tolerance holds
-
-
-def test_native_step_is_the_float64_step(shared_data, monkeypatch):
-    fixture = np.load(shared_data / "parity" / "auglocal_resnet32_depth4.npz")
-    _, exact_gradients, exact_after = _step(fixture, torch.float64, monkeypatch)
-    _, gradients, after = _step(fixture, torch.float32, monkeypatch)
-    assert gradients == pytest.approx(exact_gradients, rel=5e-3)
-    assert after == pytest.approx(exact_after, rel=5e-3)
+            is_gradient = kind == "after_norm/" and not fixture[f"before/{name}"].any()
+            assert ours[name] == pytest.approx(norm, rel=5e-3 if is_gradient else tolerance), (kind, name)

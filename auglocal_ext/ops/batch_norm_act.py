@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from . import _fallbacks
 from ._library import define
 
 __all__ = ["batch_norm_act", "batch_norm_act_reference"]
@@ -71,81 +72,28 @@ def _check(x, weight, bias, residual, eps):
         )
 
 
-# ---- the kernels in plain torch: what runs where nothing was compiled -------------------------------------
-
-
-def _per_channel(values):
-    return values.view(1, -1, 1, 1)
-
-
-def _dense(x):
-    """x in the layout the kernels answer in: its own if that is contiguous or channels_last."""
-    return x.contiguous(memory_format=_memory_format(x))
-
-
-def _memory_format(x):
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _normalised(x, weight, bias, mean, var, eps):
-    return (x - _per_channel(mean)) * _per_channel(weight * (var + eps).rsqrt()) + _per_channel(bias)
-
-
-def _forward(x, weight, bias, residual, eps, relu):
-    features = _dense(x).to(weight.dtype)
-    if x.numel():
-        var, mean = torch.var_mean(features, (0, 2, 3), correction=0)
-    else:
-        var, mean = torch.zeros_like(weight), torch.zeros_like(weight)
-    y = _normalised(features, weight, bias, mean, var, eps)
-    if residual is not None:
-        y += residual
-    return (y.relu_() if relu else y).to(x.dtype), mean, var
-
-
-def _backward(grad, x, weight, bias, mean, var, y, eps, relu):
-    layout = _memory_format(x)
-    features, g = _dense(x).to(weight.dtype), grad.contiguous(memory_format=layout).to(weight.dtype)
-    if y is not None:
-        g = torch.where(y <= 0, 0, g)
-    elif relu:
-        g = torch.where(_normalised(features, weight, bias, mean, var, eps) <= 0, 0, g)
-    dresidual = g.to(x.dtype, memory_format=layout, copy=True) if y is not None else x.new_empty(0)
-    centred, invstd = features - _per_channel(mean), (var + eps).rsqrt()
-    dbias, dot = g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))
-    count = max(x.numel() // max(x.shape[1], 1), 1)
-    g = g - _per_channel(dbias / count) - centred * _per_channel(dot * invstd.square() / count)
-    dx = (g * _per_channel(weight * invstd)).to(x.dtype, memory_format=layout)
-    return dx, dresidual, dot * invstd, dbias
-
-
 define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu)"
     " -> (Tensor y, Tensor mean, Tensor var)",
-    _forward,
+    _fallbacks.forward,
 )
 # y: None, or the forward's output where it had a residual and a ReLU: the mask is then its sign, and
 # dresidual, empty otherwise, is the masked gradient. Without a residual the mask is recomputed from x.
 define(
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
     " float eps, bool relu) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    _backward,
+    _fallbacks.backward,
 )
-
-
-# ---- fake tensors and autograd ----------------------------------------------------------------------------
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act")
 def _fake_forward(x, weight, bias, residual, eps, relu):
-    return torch.empty_like(x, memory_format=_memory_format(x)), torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(x, memory_format=_fallbacks.memory_format(x)), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward")
 def _fake_backward(grad, x, weight, bias, mean, var, y, eps, relu):
-    dx = torch.empty_like(x, memory_format=_memory_format(x))
+    dx = torch.empty_like(x, memory_format=_fallbacks.memory_format(x))
     dresidual = x.new_empty(0) if y is None else torch.empty_like(dx)
     return dx, dresidual, torch.empty_like(weight), torch.empty_like(bias)
 

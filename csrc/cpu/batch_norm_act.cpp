@@ -1,5 +1,5 @@
-// CPU kernels of batch_norm_act. Every value is summed in blocks that stay in the first-level cache,
-// blocks are combined in double in one fixed order, so the result is the same bits on every run and
+// CPU kernels of batch_norm_act. Sums run in the tensor's precision over a few hundred values and in double
+// beyond, in one fixed order, so that they are exact to about the last bit, and the same bits on every run and
 // for every number of threads.
 #include "../batch_norm_act.h"
 
@@ -19,26 +19,36 @@
 namespace auglocal {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // values a block holds: two passes over it stay in the cache
+constexpr int64_t kBlock = 4096;  // values a block holds: two passes over it stay in the first-level cache
+constexpr int64_t kSpan = 512;    // values summed before their sum goes to double
 constexpr int64_t kTile = 16;     // channels summed in registers at a time (channels_last)
+constexpr int64_t kRows = 32;     // and rows of them, before the sums go to double
 
 // ---- spans: one channel, consecutive values (contiguous layout) -----------------------------------
 
-template <class T, class A>
-VECTORISED void span_moments(const T* x, int64_t n, A* mean, A* m2) {
-  A sum = 0;
+template <class A, class T>
+VECTORISED void span_moments(const T* x, int64_t n, double* mean, double* m2) {
+  double total = 0, first = 0, second = 0;
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += load(x[i]);
-  const A centre = sum / A(n);
-  A first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-  for (int64_t i = 0; i < n; ++i) {
-    const A d = load(x[i]) - centre;
-    first += d;
-    second += d * d;
+    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) sum += load(x[i]);
+    total += sum;
   }
-  *mean = centre + first / A(n);  // what rounding left of the mean
-  *m2 = second - first * first / A(n);
+  const A centre = A(total / double(n));
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    A sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
+    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) {
+      const A d = load(x[i]) - centre;
+      sum += d;
+      squares += d * d;
+    }
+    first += sum;
+    second += squares;
+  }
+  *mean = centre + first / double(n);  // with what rounding left of the mean
+  *m2 = second - first * first / double(n);
 }
 
 template <bool kResidual, bool kRelu, class T, class A>
@@ -61,17 +71,20 @@ HD A masked(const T* grad, const T* y, int64_t i, A x, const Affine<A>& channel)
 }
 
 template <Mask kMask, class T, class A>
-VECTORISED void span_grad_sums(const T* grad, const T* x, const T* y, int64_t n, Affine<A> channel, A* sum, A* dot) {
-  A s = 0, d = 0;
+VECTORISED void span_grad_sums(const T* grad, const T* x, const T* y, int64_t n, Affine<A> channel, double* sum,
+                               double* dot) {
+  for (int64_t begin = 0; begin < n; begin += kSpan) {
+    A s = 0, d = 0;
 #pragma omp simd reduction(+ : s, d)
-  for (int64_t i = 0; i < n; ++i) {
-    const A value = load(x[i]);
-    const A g = masked<kMask>(grad, y, i, value, channel);
-    s += g;
-    d += g * (value - channel.mean);
+    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) {
+      const A value = load(x[i]);
+      const A g = masked<kMask>(grad, y, i, value, channel);
+      s += g;
+      d += g * (value - channel.mean);
+    }
+    *sum += s;
+    *dot += d;
   }
-  *sum = s;
-  *dot = d;
 }
 
 template <Mask kMask, class T, class A>
@@ -89,30 +102,39 @@ VECTORISED void span_input_grad(const T* grad, const T* x, const T* y, T* dx, T*
 // ---- rows: a tile of channels, values `stride` apart (channels_last layout) ------------------------
 
 // kWidth > 0: that many channels, known to the compiler, so that sums stay in registers.
-template <int64_t kWidth, class T, class A>
-HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, A* mean, A* m2) {
+template <int64_t kWidth, class A, class T>
+HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, double* mean, double* m2) {
   const int64_t w = kWidth ? kWidth : width;
-  A sum[kTile] = {}, first[kTile] = {}, second[kTile] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < w; ++c) sum[c] += load(x[r * stride + c]);
-  for (int64_t c = 0; c < w; ++c) sum[c] /= A(rows);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < w; ++c) {
-      const A d = load(x[r * stride + c]) - sum[c];
-      first[c] += d;
-      second[c] += d * d;
-    }
+  double total[kTile] = {}, first[kTile] = {}, second[kTile] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    A sum[kTile] = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
+      for (int64_t c = 0; c < w; ++c) sum[c] += load(x[r * stride + c]);
+    for (int64_t c = 0; c < w; ++c) total[c] += sum[c];
+  }
+  A centre[kTile];
+  for (int64_t c = 0; c < w; ++c) centre[c] = A(total[c] / double(rows));
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    A sum[kTile] = {}, squares[kTile] = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
+      for (int64_t c = 0; c < w; ++c) {
+        const A d = load(x[r * stride + c]) - centre[c];
+        sum[c] += d;
+        squares[c] += d * d;
+      }
+    for (int64_t c = 0; c < w; ++c) first[c] += sum[c], second[c] += squares[c];
+  }
   for (int64_t c = 0; c < w; ++c) {
-    mean[c] = sum[c] + first[c] / A(rows);
-    m2[c] = second[c] - first[c] * first[c] / A(rows);
+    mean[c] = centre[c] + first[c] / double(rows);
+    m2[c] = second[c] - first[c] * first[c] / double(rows);
   }
 }
 
-template <class T, class A>
-VECTORISED void rows_moments(const T* x, int64_t rows, int64_t channels, A* mean, A* m2) {
+template <class A, class T>
+VECTORISED void rows_moments(const T* x, int64_t rows, int64_t channels, double* mean, double* m2) {
   int64_t c = 0;
-  for (; c + kTile <= channels; c += kTile) tile_moments<kTile>(x + c, rows, channels, kTile, mean + c, m2 + c);
-  if (c < channels) tile_moments<0>(x + c, rows, channels, channels - c, mean + c, m2 + c);
+  for (; c + kTile <= channels; c += kTile) tile_moments<kTile, A>(x + c, rows, channels, kTile, mean + c, m2 + c);
+  if (c < channels) tile_moments<0, A>(x + c, rows, channels, channels - c, mean + c, m2 + c);
 }
 
 template <bool kResidual, bool kRelu, class T, class A>
@@ -129,33 +151,30 @@ VECTORISED void rows_apply(const T* x, const T* residual, T* y, int64_t rows, in
 
 template <Mask kMask, int64_t kWidth, class T, class A>
 HD void tile_grad_sums(const T* grad, const T* x, const T* y, int64_t rows, int64_t stride, int64_t width,
-                       const A* mean, const A* scale, const A* bias, A* sum, A* dot) {
+                       const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
   const int64_t w = kWidth ? kWidth : width;
-  A s[kTile] = {}, d[kTile] = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < w; ++c) {
-      const int64_t i = r * stride + c;
-      const A value = load(x[i]);
-      const A g = masked<kMask>(grad, y, i, value, Affine<A>{mean[c], scale[c], bias[c]});
-      s[c] += g;
-      d[c] += g * (value - mean[c]);
-    }
-  for (int64_t c = 0; c < w; ++c) sum[c] = s[c], dot[c] = d[c];
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    A s[kTile] = {}, d[kTile] = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
+      for (int64_t c = 0; c < w; ++c) {
+        const int64_t i = r * stride + c;
+        const A value = load(x[i]);
+        const A g = masked<kMask>(grad, y, i, value, Affine<A>{mean[c], scale[c], bias[c]});
+        s[c] += g;
+        d[c] += g * (value - mean[c]);
+      }
+    for (int64_t c = 0; c < w; ++c) sum[c] += s[c], dot[c] += d[c];
+  }
 }
 
 template <Mask kMask, class T, class A>
 VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, int64_t rows, int64_t channels,
-                               const A* mean, const A* scale, const A* bias, A* sum, A* dot) {
-  const T* none = y;
-  int64_t c = 0;
-  for (; c < channels; c += kTile) {
-    if (kMask == Mask::from_output) none = y + c;
-    if (c + kTile <= channels)
-      tile_grad_sums<kMask, kTile>(grad + c, x + c, none, rows, channels, kTile, mean + c, scale + c, bias + c,
-                                   sum + c, dot + c);
-    else
-      tile_grad_sums<kMask, 0>(grad + c, x + c, none, rows, channels, channels - c, mean + c, scale + c, bias + c,
-                               sum + c, dot + c);
+                               const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
+  for (int64_t c = 0; c < channels; c += kTile) {
+    const T* masks = kMask == Mask::from_output ? y + c : nullptr;
+    const auto tile = c + kTile <= channels ? tile_grad_sums<kMask, kTile, T, A> : tile_grad_sums<kMask, 0, T, A>;
+    tile(grad + c, x + c, masks, rows, channels, std::min(kTile, channels - c), mean + c, scale + c, bias + c, sum + c,
+         dot + c);
   }
 }
 
@@ -191,13 +210,12 @@ struct Channels {
   Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
 };
 
-// Calls f(begin, length, block) for each block of the channel's consecutive values.
+// Calls f(begin, length) for each block of the channel's consecutive values.
 template <class F>
 void for_each_block(const Layout& at, int64_t channel, const F& f) {
-  int64_t block = 0;
   for (int64_t n = 0; n < at.outer; ++n)
     for (int64_t i = 0; i < at.inner; i += kBlock)
-      f((n * at.channels + channel) * at.inner + i, std::min(kBlock, at.inner - i), block++);
+      f((n * at.channels + channel) * at.inner + i, std::min(kBlock, at.inner - i));
 }
 
 // Rows are cut into blocks, blocks into at most this many runs, one run a task.
@@ -238,13 +256,13 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
     // A channel's values are normalised right after they were summed, while they are in the cache.
     over_channels(at, [&](int64_t c) {
       Moments<double> moments;
-      for_each_block(at, c, [&](int64_t begin, int64_t n, int64_t) {
-        A block_mean, block_m2;
-        span_moments(x + begin, n, &block_mean, &block_m2);
+      for_each_block(at, c, [&](int64_t begin, int64_t n) {
+        double block_mean, block_m2;
+        span_moments<A>(x + begin, n, &block_mean, &block_m2);
         moments.merge(double(n), block_mean, block_m2);
       });
       finish(c, moments);
-      for_each_block(at, c, [&](int64_t begin, int64_t n, int64_t) {
+      for_each_block(at, c, [&](int64_t begin, int64_t n) {
         span_apply<kResidual, kRelu>(x + begin, kResidual ? residual + begin : nullptr, y + begin, n, channels[c]);
       });
     });
@@ -253,11 +271,11 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
   const RowTasks rows(at);
   std::vector<Moments<double>> partial(rows.tasks * at.channels);
   torch::stable::parallel_for(0, rows.tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> block_mean(at.channels), block_m2(at.channels);
+    std::vector<double> block_mean(at.channels), block_m2(at.channels);
     for (int64_t task = begin; task < end; ++task)
       for (int64_t block = rows.first_block(task); block < rows.first_block(task + 1); ++block) {
         const int64_t row = block * rows.rows_per_block, n = std::min(rows.rows_per_block, at.outer - row);
-        rows_moments(x + row * at.channels, n, at.channels, block_mean.data(), block_m2.data());
+        rows_moments<A>(x + row * at.channels, n, at.channels, block_mean.data(), block_m2.data());
         for (int64_t c = 0; c < at.channels; ++c)
           partial[task * at.channels + c].merge(double(n), block_mean[c], block_m2[c]);
       }
@@ -294,16 +312,12 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
   if (at.inner > 1) {
     over_channels(at, [&](int64_t c) {
       double sum = 0, dot = 0;
-      for_each_block(at, c, [&](int64_t begin, int64_t n, int64_t) {
-        A block_sum, block_dot;
-        span_grad_sums<kMask>(grad + begin, x + begin, kFromOutput ? y + begin : nullptr, n, channels[c], &block_sum,
-                              &block_dot);
-        sum += block_sum;
-        dot += block_dot;
+      for_each_block(at, c, [&](int64_t begin, int64_t n) {
+        span_grad_sums<kMask>(grad + begin, x + begin, kFromOutput ? y + begin : nullptr, n, channels[c], &sum, &dot);
       });
       finish(c, sum, dot);
       const InputGrad<A> back{channels.scale[c], grad_mean[c], projection[c]};
-      for_each_block(at, c, [&](int64_t begin, int64_t n, int64_t) {
+      for_each_block(at, c, [&](int64_t begin, int64_t n) {
         span_input_grad<kMask>(grad + begin, x + begin, kFromOutput ? y + begin : nullptr, dx + begin,
                                kFromOutput ? dresidual + begin : nullptr, n, channels[c], back);
       });
@@ -313,17 +327,13 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
   const RowTasks rows(at);
   std::vector<double> sums(rows.tasks * at.channels), dots(rows.tasks * at.channels);
   torch::stable::parallel_for(0, rows.tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> block_sum(at.channels), block_dot(at.channels);
     for (int64_t task = begin; task < end; ++task)
       for (int64_t block = rows.first_block(task); block < rows.first_block(task + 1); ++block) {
         const int64_t row = block * rows.rows_per_block, n = std::min(rows.rows_per_block, at.outer - row);
         const int64_t i = row * at.channels;
         rows_grad_sums<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, n, at.channels, channels.mean.data(),
-                              channels.scale.data(), channels.bias.data(), block_sum.data(), block_dot.data());
-        for (int64_t c = 0; c < at.channels; ++c) {
-          sums[task * at.channels + c] += block_sum[c];
-          dots[task * at.channels + c] += block_dot[c];
-        }
+                              channels.scale.data(), channels.bias.data(), &sums[task * at.channels],
+                              &dots[task * at.channels]);
       }
   });
   for (int64_t c = 0; c < at.channels; ++c) {

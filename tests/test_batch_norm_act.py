@@ -1,0 +1,223 @@
+"""The batch_norm_act op: value, gradient, error, layouts, dtypes, awkward shapes, bad input."""
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from auglocal_ext.ops import batch_norm_act, batch_norm_act_reference
+from auglocal_ext.ops._library import MISSING
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+SHAPES = [(5, 20, 7, 6), (3, 1, 2, 2), (4, 17, 1, 1), (2, 3, 70, 80), (9, 33, 3, 5), (1, 5, 1, 2), (6, 16, 8, 8)]
+KINDS = list(itertools.product([False, True], [False, True]))  # residual, relu
+
+
+def make(shape, dtype, layout, residual, *, device="cpu", mean=0.5, seed=0):
+    """x, weight, bias, residual or None, and an incoming gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def features(offset=0.0):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) + offset
+        return values.to(device, dtype).contiguous(memory_format=layout)
+
+    affine = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 0.5
+    bias = torch.randn(shape[1], generator=generator, dtype=torch.float64)
+    x, grad = features(mean), features()
+    return x, weight.to(device, affine), bias.to(device, affine), features() if residual else None, grad
+
+
+def run(op, x, weight, bias, residual, grad, relu):
+    """y, mean, var, and the gradients of x, weight, bias[, residual]."""
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual) if t is not None]
+    y, mean, var = op(*inputs, relu=relu)
+    return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
+
+
+def error(given, exact):
+    return ((given.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_equals_the_reference_in_float64(shape, layout, residual, relu, device):
+    arguments = make(shape, torch.float64, layout, residual, device=device)
+    ours, reference = run(batch_norm_act, *arguments, relu), run(batch_norm_act_reference, *arguments, relu)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert ours[0].stride() == arguments[0].stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 20, 17, 16), (32, 16, 32, 32), (8, 64, 9, 7), (64, 40, 1, 1)])
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_error_is_at_most_twice_torchs(shape, layout, dtype, residual, relu, device):
+    x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
+    ours = run(batch_norm_act, x, weight, bias, added, grad, relu)
+    torchs = run(batch_norm_act_reference, x, weight, bias, added, grad, relu)
+    as_double = [t if t is None else t.double() for t in (x, weight, bias, added, grad)]
+    exact = run(batch_norm_act_reference, *as_double, relu)
+    for name, a, b, c in zip("y mean var dx dweight dbias dresidual".split(), ours, torchs, exact, strict=False):
+        # 2^-24: half a unit in the last place of a correctly rounded float32, which torch's double sums can reach.
+        assert error(a, c) <= 2 * max(error(b, c), 2**-24), name
+
+
+def test_large_mean_is_survived():
+    x, weight, bias, _, grad = make((64, 8, 16, 16), torch.float32, torch.contiguous_format, False, mean=1e4)
+    exact = run(batch_norm_act_reference, *(t.double() for t in (x, weight, bias)), None, grad.double(), False)
+    for layout in LAYOUTS:
+        ours = run(batch_norm_act, x.contiguous(memory_format=layout), weight, bias, None, grad, False)
+        assert error(ours[2], exact[2]) < 1e-5  # sum(x^2) - n mean^2 in float32 would be off by 100 %
+        assert error(ours[0], exact[0]) < 1e-3  # the mean itself has a rounding of 5e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_gradcheck(layout, residual, relu):
+    x, weight, bias, added, _ = make((3, 4, 3, 2), torch.float64, layout, residual)
+    inputs = [t.requires_grad_() for t in (x, weight, bias, added) if t is not None]
+    assert torch.autograd.gradcheck(lambda *args: batch_norm_act(*args, relu=relu)[0], inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 1, 1), (0, 3, 2, 2)])
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_opcheck(shape, layout, dtype, residual, relu, device):
+    x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
+    ops = torch.ops.auglocal_ext
+    differentiable = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, added)]
+    opcheck(ops.batch_norm_act.default, (*differentiable, 1e-5, relu))
+    y, mean, var = ops.batch_norm_act(x, weight, bias, added, 1e-5, relu)
+    mask = y if residual and relu else None
+    opcheck(ops.batch_norm_act_backward.default, (grad, x, weight, bias, mean, var, mask, 1e-5, relu))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_give_the_same_bits(layout, device):
+    arguments = make((16, 24, 13, 11), torch.float32, layout, True, device=device)
+    for a, b in zip(run(batch_norm_act, *arguments, True), run(batch_norm_act, *arguments, True), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_number_of_threads_changes_no_bit(layout):
+    arguments = make((16, 24, 13, 11), torch.float32, layout, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(batch_norm_act, *arguments, True)
+        torch.set_num_threads(3)
+        three = run(batch_norm_act, *arguments, True)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_inputs_and_expanded_gradients(device):
+    x, weight, bias, added, _ = make((6, 8, 9, 7), torch.float32, torch.contiguous_format, True, device=device)
+    sliced = [t[::2, :, 1:, ::2] for t in (x, added)]
+    grad = torch.ones((), device=device).expand(sliced[0].shape)
+    ours = run(batch_norm_act, sliced[0], weight, bias, sliced[1], grad, True)
+    dense = run(batch_norm_act, sliced[0].contiguous(), weight, bias, sliced[1].contiguous(), grad.contiguous(), True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+    mixed = run(batch_norm_act, x, weight, bias, added.contiguous(memory_format=torch.channels_last), x, True)
+    plain = run(batch_norm_act, x, weight, bias, added, x, True)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, plain, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_and_infinity_pass_as_in_torch(layout, residual):
+    x, weight, bias, added, grad = make((4, 3, 2, 2), torch.float32, layout, residual)
+    x[1, 2, 0, 0] = torch.nan
+    ours = run(batch_norm_act, x, weight, bias, added, grad, True)
+    reference = run(batch_norm_act_reference, x, weight, bias, added, grad, True)
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+    assert ours[0][:, 2].isnan().all() and not ours[0][:, :2].isnan().any()
+
+
+def test_an_unused_output_gets_no_gradient():
+    x, weight, bias, _, _ = make((4, 3, 2, 2), torch.float32, torch.contiguous_format, False)
+    y, mean, var = batch_norm_act(x.requires_grad_(), weight, bias)
+    assert y.requires_grad and not mean.requires_grad and not var.requires_grad
+
+
+def test_what_is_kept_for_the_backward():
+    """Only x and the output (the next convolution's input), never the normalised tensor between them."""
+    x, weight, bias, added, _ = make((4, 8, 6, 6), torch.float32, torch.contiguous_format, True)
+    for residual in (None, added):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y, _, _ = batch_norm_act(x.requires_grad_(), weight, bias, residual)
+        big = {t.untyped_storage().data_ptr() for t in kept if t.numel() == x.numel()}
+        allowed = {x.untyped_storage().data_ptr()} | ({y.untyped_storage().data_ptr()} if residual is not None else set())
+        assert big == allowed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, relu):
+    if MISSING["cpu"]:
+        pytest.skip(f"no compiled kernels to compare with: {MISSING['cpu']}")
+    from auglocal_ext.ops import _fallbacks
+
+    x, weight, bias, added, grad = make((5, 20, 7, 6), dtype, layout, residual)
+    y, mean, var = _fallbacks.forward(x, weight, bias, added, 1e-5, relu)
+    native = torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, added, 1e-5, relu)
+    mask = native[0] if residual and relu else None
+    backward = (grad, x, weight, bias, native[1], native[2], mask, 1e-5, relu)
+    pairs = zip((y, mean, var), native, strict=True)
+    gradients = zip(_fallbacks.backward(*backward), torch.ops.auglocal_ext.batch_norm_act_backward(*backward), strict=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in itertools.chain(pairs, gradients):
+        assert a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
+        assert error(a, b.double()) <= tolerance
+
+
+BAD = [
+    (lambda a: a.update(x=a["x"][0]), ValueError, r"x must be \(N, C, H, W\), given shape \(3, 2, 2\)"),
+    (lambda a: a.update(x=a["x"].half()), TypeError, "x must be float32, bfloat16 or float64, given torch.float16"),
+    (lambda a: a.update(weight=a["weight"][:2]), ValueError, r"weight must be \(3,\), given shape \(2,\)"),
+    (lambda a: a.update(bias=a["bias"].double()), TypeError, "bias must be torch.float32 for torch.float32 x, given"),
+    (lambda a: a.update(residual=a["x"][:1]), ValueError, r"residual must be like x, \(4, 3, 2, 2\)"),
+    (lambda a: a.update(residual=a["x"].bfloat16()), ValueError, "given .* torch.bfloat16"),
+    (lambda a: a.update(weight=a["weight"].to("meta")), ValueError, "weight must be on cpu like x, given meta"),
+    (lambda a: a.update(eps=-1.0), ValueError, "eps must be at least 0, given -1.0"),
+    (lambda a: a.update(x=a["x"][:1, :, :1, :1]), ValueError, "more than one value per channel"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "kind", "message"), BAD)
+def test_bad_input_is_named(spoil, kind, message):
+    x, weight, bias, _, _ = make((4, 3, 2, 2), torch.float32, torch.contiguous_format, False)
+    arguments = {"x": x, "weight": weight, "bias": bias, "eps": 1e-5}
+    spoil(arguments)
+    with pytest.raises(kind, match=message):
+        batch_norm_act(**arguments)
+
+
+def test_the_kernels_themselves_refuse_what_would_read_out_of_bounds():
+    if MISSING["cpu"]:
+        pytest.skip(f"no compiled kernels: {MISSING['cpu']}")
+    x, weight, bias, _, grad = make((4, 3, 2, 2), torch.float32, torch.contiguous_format, False)
+    with pytest.raises(RuntimeError, match="weight must be a contiguous"):
+        torch.ops.auglocal_ext.batch_norm_act(x, weight[:2], bias, None, 1e-5, True)
+    with pytest.raises(RuntimeError, match="grad must have the shape"):
+        torch.ops.auglocal_ext.batch_norm_act_backward(grad[:2], x, weight, bias, weight, bias, None, 1e-5, True)
+    with pytest.raises(RuntimeError, match="y must have the shape"):
+        torch.ops.auglocal_ext.batch_norm_act_backward(grad, x, weight, bias, weight, bias, x[:2], 1e-5, True)

@@ -1,0 +1,120 @@
+"""Rewriting BatchNorm chains: which ones, same values and statistics, and a module left as it was."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auglocal_ext import models
+from auglocal_ext.fuse import BatchNormAct, fuse
+
+
+def fused_chains(module):
+    """(BatchNorm's name, has a residual, has a ReLU) of each fused call, in order."""
+    parts, chains = dict(module.named_modules()), []
+    for node in module.graph.nodes:
+        if node.op == "call_module" and isinstance(parts[node.target], BatchNormAct):
+            chains.append((node.target, len(node.args) == 2, parts[node.target].relu))
+    return chains
+
+
+def compare(module, fused, x):
+    """Outputs, gradients and buffers of both on x, in float64."""
+    grad, results = None, []
+    initial = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    for run in (module, fused):
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(initial[name])
+        y = run(x)
+        grad = torch.randn(y.shape, dtype=y.dtype) if grad is None else grad
+        gradients = torch.autograd.grad(y, list(module.parameters()), grad)
+        results.append([y, *gradients, *(buffer.clone() for buffer in module.buffers())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_residual_block_becomes_fused_calls():
+    block = models.BasicBlock(8, 16, stride=2).double()
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    fused = fuse(block, inside=(models.BasicBlock,))
+    assert fused_chains(fused) == [
+        ("bn1_act", False, True),
+        ("downsample_1_act", False, False),
+        ("bn2_act", True, True),
+    ]
+    after = block.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert type(block.bn1) is nn.BatchNorm2d
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in block.parameters()}
+    compare(block, fused, torch.randn(4, 8, 6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["BasicBlock", "Bottleneck"])
+def test_torchvisions_blocks(torchvision, name):
+    kind = getattr(torchvision.models.resnet, name)
+    block = kind(16 * kind.expansion, 16).double()
+    fused = fuse(block, inside=(kind,))
+    chains = fused_chains(fused)
+    assert chains[-1][1:] == (True, True)  # the last BatchNorm takes the residual and the ReLU
+    assert all(chain[1:] == (False, True) for chain in chains[:-1])
+    compare(block, fused, torch.randn(4, 16 * kind.expansion, 5, 5, dtype=torch.float64))
+
+
+class Chains(nn.Module):
+    """Chains that must not be fused beyond the BatchNorm itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.BatchNorm2d(4) for _ in range(4))
+
+    def forward(self, x):
+        a = self.a(x)
+        y = F.relu(a) + a  # a has two readers
+        y = self.b(y) + x  # no ReLU behind the add
+        z = self.c(y) + 1.0  # a number, no residual
+        return torch.relu(torch.add(self.d(F.relu(z)), y, alpha=2))  # scaled
+
+
+def test_what_does_not_match_runs_unfused():
+    module = Chains().double()
+    fused = fuse(module, inside=(Chains,))
+    assert [chain[1:] for chain in fused_chains(fused)] == [(False, False)] * 4
+    compare(module, fused, torch.randn(4, 4, 5, 5, dtype=torch.float64))
+
+
+def test_other_norms_stay_as_they_are():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+    fused = fuse(module, inside=())
+    assert fused_chains(fused) == []
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(fused(x), module(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_running_statistics_move_as_in_eager(momentum):
+    eager, ours = (nn.BatchNorm2d(3, momentum=momentum) for _ in range(2))
+    fused = BatchNormAct(ours, relu=True)
+    for seed in range(3):
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+        eager(x)
+        fused(x)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(ours, name), getattr(eager, name))
+
+
+def test_without_running_statistics_there_is_nothing_to_move():
+    bn = nn.BatchNorm2d(3, track_running_stats=False)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(BatchNormAct(bn, relu=True)(x), F.relu(bn(x)))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_batch_norm_in_eval_mode_uses_its_running_statistics(residual):
+    bn = nn.BatchNorm2d(3)
+    bn.running_mean += 2
+    bn.eval()
+    x = torch.randn(4, 3, 5, 5)
+    added = torch.randn_like(x) if residual else None
+    expected = F.relu(bn(x) + added) if residual else F.relu(bn(x))
+    assert torch.equal(BatchNormAct(bn, relu=True)(x, added), expected)
+    assert bn.num_batches_tracked == 0

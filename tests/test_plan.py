@@ -1,0 +1,55 @@
+"""The plan: its numbers, its table, and that making it touches nothing."""
+import pytest
+import torch
+
+from auglocal_ext import LocalTrainer, models, plan
+
+
+def test_numbers_agree_with_the_trainer():
+    model = models.resnet32()
+    planned = plan(model, (8, 3, 32, 32), depth=4)
+    trainer = LocalTrainer(model, depth=4)
+    result = trainer.step(torch.randn(8, 3, 32, 32), torch.arange(8))
+    assert trainer.plan == planned
+    assert planned.parameters == sum(p.numel() for p in model.parameters())
+    assert planned.aux_parameters == sum(p.numel() for p in trainer.aux_nets.parameters())
+    for module, local in zip(planned.modules, trainer.local_modules, strict=True):
+        assert module.parameters + module.aux_parameters == sum(p.numel() for p in local.parameters())
+    assert len(planned.modules) == len(result.module_losses) == 13
+    assert planned.modules[6].output_shape == (8, 32, 16, 16)
+    assert planned.modules[0].aux_names == ("layer1.4", "layer2.4", "layer3.4")
+    assert (planned.modules[0].aux_channels, planned.modules[0].aux_strides) == ((16, 32, 64), (1, 2, 2))
+
+
+def test_table():
+    text = str(plan(models.resnet20(), (128, 3, 32, 32), depth=2, modules=3))
+    lines = text.splitlines()
+    assert lines[0] == "CifarResNet, rule auglocal, depth 2: 3 local modules, input 128x3x32x32"
+    assert lines[3].split()[:4] == ["0", "stem", "..", "layer1.1"]
+    assert "+ BatchNorm1d" in lines[3] and "16x32x32" in lines[3]
+    assert "none: the classifier" in lines[5]
+    assert lines[-1].split()[0] == "total" and lines[-1].split()[1] == "272,474"
+    assert str(plan(models.resnet20(), (2, 3, 32, 32), rule="bp")).startswith("CifarResNet, rule bp: 1 local module,")
+
+
+def test_planning_changes_nothing(tiny_model):
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    random = torch.get_rng_state()
+    plan(tiny_model, (2, 3, 16, 16), depth=2)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+    assert all(p.device.type == "cpu" for p in tiny_model.parameters())
+
+
+def test_a_large_network_plans_on_meta_tensors(torchvision):
+    with torch.device("meta"):
+        model = torchvision.models.resnet152()
+    planned = plan(model, (256, 3, 224, 224), depth=5)
+    assert len(planned.modules) == 51 and planned.modules[0].output_shape == (256, 64, 56, 56)
+    assert planned.parameters == 60_192_808
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 3, 32, 32, 1)])
+def test_bad_shapes(tiny_model, shape):
+    with pytest.raises(ValueError, match=r"input_shape must be \(N, 3, H, W\) for this model, given \("):
+        plan(tiny_model, shape)
