@@ -4,6 +4,7 @@ Nothing here can fail an install: without a compiler, or where the kernels do no
 without them, runs its ops in plain torch, and says so at first use.
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,18 +17,29 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def torch_root():
-    """Folder of the torch to build against, or None.
+def installed(package):
+    """Folder of an installed package, or None.
 
     pip hides installed packages from a build through PYTHONPATH; -E looks past that, so the torch that is
     already there is used instead of a second download.
     """
-    find = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    find = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.submodule_search_locations[0] if s else '')"
     for flags in (["-E"], []):
-        path = subprocess.run([sys.executable, *flags, "-c", find], capture_output=True, text=True).stdout.strip()
+        command = [sys.executable, *flags, "-c", find, package]
+        path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if path:
-            return path
+            return Path(path)
     return None
+
+
+def torchvision_requirement():
+    """torchvision, of the release made for the torch that is installed: a plain "torchvision" would make pip
+    replace that torch by the newest one. torch 2.N goes with torchvision 0.(N + 15)."""
+    torch = installed("torch")
+    release = torch and re.search(r"__version__ = '2\.(\d+)\.\d+(\+|')", (torch / "version.py").read_text())
+    if release and not installed("torchvision"):
+        return f"torchvision==0.{int(release[1]) + 15}.*"
+    return "torchvision"
 
 
 def environment():
@@ -56,7 +68,7 @@ class CMakeBuild(build_ext):
         with tempfile.TemporaryDirectory() as build:
             options = {
                 "CMAKE_BUILD_TYPE": "Release",
-                "TORCH_ROOT": torch_root(),
+                "TORCH_ROOT": installed("torch"),
                 "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
                 "AUGLOCAL_CUDA": cuda,
             }
@@ -84,7 +96,7 @@ setup(
     ext_modules=[Extension("auglocal_ext.native", [])],
     cmdclass={"build_ext": CMakeBuild},
     entry_points={"console_scripts": ["auglocal = auglocal_ext.cli:main"]},
-    setup_requires=["cmake>=3.24", "ninja", "pybind11"] + ([] if torch_root() else ["torch>=2.11"]),
-    install_requires=["torch>=2.11", "torchvision", "numpy", "tqdm", "scikit-learn", "matplotlib"],
+    setup_requires=["cmake>=3.24", "ninja", "pybind11"] + ([] if installed("torch") else ["torch>=2.11"]),
+    install_requires=["torch>=2.11", torchvision_requirement(), "numpy", "tqdm", "scikit-learn", "matplotlib"],
     extras_require={"test": ["pytest", "pytest-cov", "hypothesis"]},
 )

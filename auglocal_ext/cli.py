@@ -78,11 +78,12 @@ def _train(options):
     torch.manual_seed(options.seed)
     source = data.load(options.data, options.batch_size, workers=options.workers, download=options.download)
     model = models.create(options.model, source.num_classes)
-    folder = _new_folder(options)
+    folder = _folder(options)
     history = []
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one.
+        folder.mkdir(parents=True, exist_ok=True)
         history.append(entry)
         (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n")
         torch.save(model.state_dict(), folder / "model.pt")
@@ -123,14 +124,11 @@ def _train(options):
     return status
 
 
-def _new_folder(options):
+def _folder(options):
     name = options.name
     if not name:
         cut = "bp" if options.rule == "bp" else f"d{options.depth}" + (f"-K{options.modules}" if options.modules else "")
         name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = options.runs / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(f"{folder} exists already: choose another --name") from None
-    return folder
+    if (options.runs / name).exists():
+        raise ValueError(f"{options.runs / name} exists already: choose another --name")
+    return options.runs / name

@@ -85,7 +85,8 @@ struct Plan {
   int group_channels;  // period * V, or 1 if contiguous
 };
 
-// What a round moves costs time, so does waiting for a team; in bytes a block could move meanwhile.
+// Estimates that only steer the plan: what beginning a round and waiting for a team cost, in bytes that a
+// block could have moved meanwhile.
 constexpr int64_t kRoundCost = 16 << 10, kTeamCost = 32 << 10;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -171,6 +172,10 @@ struct Share {
   }
 };
 
+// Loads in flight that hide the memory's latency: narrow ones, of which more fit in registers, move less each.
+template <class Vec, int kWide>
+constexpr int kInFlight = sizeof(Vec) <= 4 ? 3 * kWide : kWide;
+
 // Calls load(offset, slot) and then use(offset, slot, loaded) for each of the thread's vectors, kBatch loads
 // at a time in flight. Backwards, the values read last, which the second-level cache still holds, come first.
 template <int kBatch, bool kBackwards, int V, bool kChannelsLast, class Load, class Use>
@@ -227,7 +232,7 @@ __device__ __forceinline__ double2* warp_sums() {
 // Sums over the threads `period` apart, kLanes channels a thread. Thread c returns the sum of channel c.
 template <int kLanes>
 __device__ double2 block_sum(double2 (&sums)[kLanes], int period) {
-  double2* kept = warp_sums();
+  double2* of_warps = warp_sums();
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   for (int apart = kWarp / 2; apart >= period; apart /= 2)
 #pragma unroll
@@ -236,12 +241,12 @@ __device__ double2 block_sum(double2 (&sums)[kLanes], int period) {
   const int channels = period * kLanes, of_a_warp = min(period, kWarp) * kLanes;
   if (lane < period)
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) kept[warp * of_a_warp + lane * kLanes + i] = sums[i];
+    for (int i = 0; i < kLanes; ++i) of_warps[warp * of_a_warp + lane * kLanes + i] = sums[i];
   __syncthreads();
   double2 total{0, 0};
   if (thread < channels)
 #pragma unroll 4
-    for (int i = thread; i < kWarps * of_a_warp; i += channels) add(total, kept[i]);
+    for (int i = thread; i < kWarps * of_a_warp; i += channels) add(total, of_warps[i]);
   return total;
 }
 
@@ -305,7 +310,7 @@ __device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
   return {mean, A(weight / sqrt(double(var) + eps)), bias};
 }
 
-// Each thread's slots of the block's shared memory, `operands` vectors each: no other thread touches them.
+// A thread's own part of the block's shared memory, which no other thread touches: the vectors it keeps.
 template <class Vec>
 __device__ __forceinline__ Vec& slot(int index) {
   extern __shared__ __align__(16) unsigned char kept_bytes[];
@@ -340,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     // Sums of x - pivot and of its square: the pivot, the thread's first value, keeps a large mean out.
     Vec pivot{};
     A first[V] = {}, second[V] = {};
-    for_each_vector<6, false>(
+    for_each_vector<kInFlight<Vec, 6>, false>(
         plan, share, [&](int64_t offset, int) { return read<V>(args.x + offset); },
         [&](int64_t, int index, const Vec& x) {
           if (index < plan.kept) slot<Vec>(index) = x;
@@ -384,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     struct Loaded {
       Vec x, residual;
     };
-    for_each_vector<3, true>(
+    for_each_vector<kInFlight<Vec, 3>, true>(
         plan, share,
         [&](int64_t offset, int index) {
           Loaded loaded;
@@ -443,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       Vec grad, x, y;
     };
     A sum[V] = {}, dot[V] = {};  // of g and of g * (x - mean)
-    for_each_vector<4, false>(
+    for_each_vector<kInFlight<Vec, 4>, false>(
         plan, share,
         [&](int64_t offset, int) {
           Loaded loaded;
@@ -490,7 +495,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     InputGrad<A> back[kLanes];
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) back[i] = backs[share.in_group + i];
-    for_each_vector<4, true>(
+    for_each_vector<kInFlight<Vec, 4>, true>(
         plan, share,
         [&](int64_t offset, int index) {
           Loaded loaded;
@@ -545,6 +550,9 @@ const Residency& residency(int device) {
     found.kept_bytes = (std::min(a_block, most) - int64_t(of_kernel.sharedSizeBytes)) / 1024 * 1024;
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(found.kept_bytes)));
+    // The first-level cache has nothing to cache here.
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
     int blocks = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, found.kept_bytes));
     found.blocks = std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device);
