@@ -3,6 +3,7 @@
 Nothing here can fail an install: without a compiler, or where the kernels do not build, the package installs
 without them, runs its ops in plain torch, and says so at first use.
 """
+
 import os
 import re
 import shutil
@@ -23,9 +24,11 @@ def installed(package):
     pip hides installed packages from a build through PYTHONPATH; -E looks past that, so the torch that is
     already there is used instead of a second download.
     """
-    find = "import importlib.util as u, sys; s = u.find_spec(sys.argv[1]); print(s.submodule_search_locations[0] if s else '')"
+    find = (
+        f"import importlib.util as u; s = u.find_spec('{package}'); print(s.submodule_search_locations[0] if s else '')"
+    )
     for flags in (["-E"], []):
-        command = [sys.executable, *flags, "-c", find, package]
+        command = [sys.executable, *flags, "-c", find]
         path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if path:
             return Path(path)

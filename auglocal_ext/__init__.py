@@ -1,19 +1,13 @@
 """Trains torchvision CNNs by supervised local learning (AugLocal), on its own C++, CUDA and Triton kernels.
 
-    model = torchvision.models.resnet18(num_classes=10)
-    result = auglocal_ext.train(model, loader, depth=4)
+model = torchvision.models.resnet18(num_classes=10)
+result = auglocal_ext.train(model, loader, depth=4)
 """
+
 from . import models, ops
+from .loop import TrainingInterrupted, TrainResult, evaluate, train
 from .plan import Plan, plan
-from .trainer import (
-    LocalTrainer,
-    StepResult,
-    TrainingInterrupted,
-    TrainResult,
-    assert_isolated,
-    evaluate,
-    train,
-)
+from .trainer import LocalTrainer, StepResult, assert_isolated
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,5 @@
 """`python -m auglocal_ext`: the command line."""
+
 import sys
 
 from .cli import main

@@ -1,4 +1,5 @@
 """The one place that imports torchvision: beside a CPU build of torch its compiled part may not load."""
+
 import importlib
 
 

@@ -1,4 +1,5 @@
 """Auxiliary nets: which units one copies (the AugLocal rule, arXiv:2402.17318), and the net itself."""
+
 import math
 from dataclasses import dataclass
 

@@ -3,6 +3,7 @@
 A unit is the smallest part that a local module can end after: the stem, then each residual block. Units
 hold the model's own submodules, so training them trains the model.
 """
+
 import math
 import sys
 from collections.abc import Callable
@@ -59,9 +60,9 @@ def as_backbone(model):
     if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
         return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
     torchvision_resnet = _torchvision_resnet()
-    if torchvision_resnet and isinstance(model, torchvision_resnet.ResNet):
-        if _keeps_forward(model, torchvision_resnet.ResNet):
-            return _residual_backbone(model, stem=("conv1", "bn1", "relu", "maxpool"), form="imagenet")
+    resnet = torchvision_resnet and torchvision_resnet.ResNet
+    if resnet and isinstance(model, resnet) and _keeps_forward(model, resnet):
+        return _residual_backbone(model, stem=("conv1", "bn1", "relu", "maxpool"), form="imagenet")
     if hasattr(model, "layer1"):
         raise ValueError(f"cannot cut {type(model).__name__} into units: its own forward() is not understood")
     first, child = next(model.named_children(), ("forward()", None))
@@ -110,9 +111,7 @@ def _residual_backbone(model, stem, form):
     x = torch.empty(2, first_conv.in_channels, side, side, device="meta")
     for name, module, width, copy in parts:
         x, kept = _trace(module, x)
-        units.append(
-            Unit(name, module, width or x.shape[1], x.shape[1], side // x.shape[2], kept / side**2, copy)
-        )
+        units.append(Unit(name, module, width or x.shape[1], x.shape[1], side // x.shape[2], kept / side**2, copy))
     return Backbone(tuple(units), classifier, first_conv.in_channels, linear[-1].out_features, form)
 
 

@@ -1,4 +1,5 @@
 """The command line: `auglocal train` and `auglocal plan`; also `python -m auglocal_ext`."""
+
 import argparse
 import json
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 
 from . import data, models, report
+from .loop import TrainingInterrupted, train
 from .memory import format_bytes
 from .optim import sgd
 from .plan import plan
 from .rules import FORMS, RULES
-from .trainer import PRECISIONS, TrainingInterrupted, train
+from .trainer import PRECISIONS
 
 __all__ = ["main"]
 
@@ -127,7 +129,9 @@ def _train(options):
 def _folder(options):
     name = options.name
     if not name:
-        cut = "bp" if options.rule == "bp" else f"d{options.depth}" + (f"-K{options.modules}" if options.modules else "")
+        cut = (
+            "bp" if options.rule == "bp" else f"d{options.depth}" + (f"-K{options.modules}" if options.modules else "")
+        )
         name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (options.runs / name).exists():
         raise ValueError(f"{options.runs / name} exists already: choose another --name")

@@ -4,6 +4,7 @@ Each gives a training and a test loader of (images, labels), float32 images norm
 own mean and deviation. Small images are held in memory as bytes and augmented a batch at a time; large ones
 are read by torchvision's ImageFolder and a DataLoader.
 """
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,8 @@ def _image_folder(root, batch_size, workers):
         raise FileNotFoundError(f"no images under {root}: expected a folder of images per class ({error})") from error
     if folders[0].classes != folders[1].classes:
         raise ValueError(
-            f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and {folders[1].classes}"
+            f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and "
+            f"{folders[1].classes}"
         )
     classes = len(folders[0].classes)
     if max(_read(folders[0], 0).size) > SMALL:
@@ -179,8 +181,8 @@ def _decode(torchvision, folder):
         images.append(to_tensor(_read(folder, index)))
         if images[-1].shape != images[0].shape:
             raise ValueError(
-                f"images up to {SMALL} pixels must all have one size, given {tuple(images[-1].shape[1:])} in {path} after "
-                f"{tuple(images[0].shape[1:])}: resize them"
+                f"images up to {SMALL} pixels must all have one size, given {tuple(images[-1].shape[1:])} in {path} "
+                f"after {tuple(images[0].shape[1:])}: resize them"
             )
     return torch.stack(images), torch.tensor(folder.targets)
 

@@ -3,6 +3,7 @@
 The result is a second view of the module: it runs the same parameters and buffers, and the module itself
 is left as it was, hooks, keys and all.
 """
+
 import operator
 
 import torch

@@ -1,4 +1,5 @@
 """Live tensor bytes: what a piece of code holds at its peak, counted from tensors' births and deaths."""
+
 import weakref
 
 import torch

@@ -3,12 +3,23 @@
 Three stages of 16, 32 and 64 channels; a shape change has a 1x1 convolution and a BatchNorm on its
 shortcut, as in the AugLocal authors' code. state_dict keys: conv1 bn1 layer1..3 fc.
 """
+
 import math
 
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["BasicBlock", "CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "create", "init_weights"]
+__all__ = [
+    "BasicBlock",
+    "CifarResNet",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "create",
+    "init_weights",
+]
 
 
 class BasicBlock(nn.Module):

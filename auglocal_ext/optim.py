@@ -1,4 +1,5 @@
 """The default optimizer and learning-rate schedule, and what an optimizer must be to step one module."""
+
 import inspect
 import math
 from functools import partial

@@ -1,4 +1,5 @@
 """What a training will consist of, before it runs: modules, their units, their aux nets, their sizes."""
+
 from dataclasses import dataclass
 
 import torch

@@ -1,4 +1,5 @@
 """Pictures and summaries of a training."""
+
 from pathlib import Path
 
 __all__ = ["learning_curve"]

@@ -1,6 +1,6 @@
 """Learning rules: how a backbone is cut into local modules, and what each module's head is."""
-from dataclasses import dataclass
 
+from dataclasses import dataclass
 
 from .auxiliary import Sample, aux_depth, build_aux_net, sample_units
 

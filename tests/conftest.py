@@ -1,4 +1,5 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
+
 from pathlib import Path
 
 import pytest
@@ -32,4 +33,6 @@ def batch():
 
 @pytest.fixture
 def torchvision():
-    return pytest.importorskip("torchvision", reason="torchvision does not import beside this torch", exc_type=Exception)
+    return pytest.importorskip(
+        "torchvision", reason="torchvision does not import beside this torch", exc_type=Exception
+    )

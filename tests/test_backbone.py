@@ -1,4 +1,5 @@
 """Models as units: the ResNet families, replaced parts, and what cannot be cut."""
+
 import pytest
 import torch
 from torch import nn

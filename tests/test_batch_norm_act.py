@@ -1,4 +1,5 @@
 """The batch_norm_act op: value, gradient, error, layouts, dtypes, awkward shapes, bad input."""
+
 import itertools
 
 import pytest
@@ -66,7 +67,9 @@ def test_error_is_at_most_twice_torchs(shape, layout, dtype, residual, relu, dev
     torchs = run(batch_norm_act_reference, x, weight, bias, added, grad, relu)
     as_double = [t if t is None else t.double() for t in (x, weight, bias, added, grad)]
     exact = run(batch_norm_act_reference, *as_double, relu)
-    for name, a, b, c in zip("y mean var dx dweight dbias dresidual".split(), ours, torchs, exact, strict=False):
+    for name, a, b, c in zip(
+        ["y", "mean", "var", "dx", "dweight", "dbias", "dresidual"], ours, torchs, exact, strict=False
+    ):
         # 2^-24: half a unit in the last place of a correctly rounded float32, which torch's double sums can reach.
         assert error(a, c) <= 2 * max(error(b, c), 2**-24), name
 
@@ -161,10 +164,12 @@ def test_what_is_kept_for_the_backward():
     x, weight, bias, added, _ = make((4, 8, 6, 6), torch.float32, torch.contiguous_format, True)
     for residual in (None, added):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             y, _, _ = batch_norm_act(x.requires_grad_(), weight, bias, residual)
         big = {t.untyped_storage().data_ptr() for t in kept if t.numel() == x.numel()}
-        allowed = {x.untyped_storage().data_ptr()} | ({y.untyped_storage().data_ptr()} if residual is not None else set())
+        allowed = {x.untyped_storage().data_ptr()} | (
+            {y.untyped_storage().data_ptr()} if residual is not None else set()
+        )
         assert big == allowed
 
 
@@ -182,7 +187,9 @@ def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, r
     mask = native[0] if residual and relu else None
     backward = (grad, x, weight, bias, native[1], native[2], mask, 1e-5, relu)
     pairs = zip((y, mean, var), native, strict=True)
-    gradients = zip(_fallbacks.backward(*backward), torch.ops.auglocal_ext.batch_norm_act_backward(*backward), strict=True)
+    gradients = zip(
+        _fallbacks.backward(*backward), torch.ops.auglocal_ext.batch_norm_act_backward(*backward), strict=True
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for a, b in itertools.chain(pairs, gradients):
         assert a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape

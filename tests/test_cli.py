@@ -1,4 +1,5 @@
 """The command line, run as a user runs it."""
+
 import json
 import os
 import subprocess
@@ -52,7 +53,10 @@ def test_plan(capsys):
         (["train", "--data", "mnist"], "data must be 'digits'"),
         (["train", "--data", "imagefolder:/nowhere"], "no image folder at /nowhere"),
         (["train", "--batch-size", "1"], "--batch-size must be at least 2, given 1"),
-        (["train", "--depth", "40", "--data", "fake:20"], "depth must be at most 9 for this network of 10 units, given 40"),
+        (
+            ["train", "--depth", "40", "--data", "fake:20"],
+            "depth must be at most 9 for this network of 10 units, given 40",
+        ),
         (["train", "--epochs", "0", "--data", "fake:20"], "epochs must be a whole number"),
         (["plan", "--model", "resnet20", "--modules", "99"], "modules must be a whole number from 1 to 10"),
     ],
@@ -91,7 +95,9 @@ def test_as_a_module():
 def test_without_compiled_kernels_it_trains_and_says_so_once(tmp_path):
     command = [sys.executable, "-m", "auglocal_ext", "train", "--data", "fake:64", "--epochs", "1", "--depth", "2",
                "--modules", "2", "--quiet", "--runs", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "AUGLOCAL_NATIVE": "0"}, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "AUGLOCAL_NATIVE": "0"}, check=True
+    )
     assert done.stderr.count("runs its fused ops in plain torch on cpu: same results and memory, more time") == 1
     assert "AUGLOCAL_NATIVE=0 is set" in done.stderr and "pip install -v -e ." in done.stderr
     assert "test accuracy" in done.stdout

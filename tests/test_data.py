@@ -1,4 +1,5 @@
 """Data sources: what they give, how they augment, and what is wrong with a folder."""
+
 import pickle
 
 import numpy as np
@@ -41,7 +42,9 @@ def test_training_images_are_normalised():
 
 def loader(augment, **options):
     images = torch.arange(4 * 6 * 6, dtype=torch.uint8).view(4, 1, 6, 6)
-    return InMemoryLoader(images, torch.arange(4), 4, torch.zeros(1), torch.full((1,), 1 / 255), augment=augment, **options)
+    return InMemoryLoader(
+        images, torch.arange(4), 4, torch.zeros(1), torch.full((1,), 1 / 255), augment=augment, **options
+    )
 
 
 def test_without_augmentation_images_come_as_they_are():
@@ -147,7 +150,10 @@ def test_cifar10(torchvision, tmp_path, monkeypatch):
         load(f"cifar10:{tmp_path}", 10)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    batch = {"data": np.arange(20 * 3072, dtype=np.uint32).astype(np.uint8).reshape(20, 3072), "labels": [*range(10)] * 2}
+    batch = {
+        "data": np.arange(20 * 3072, dtype=np.uint32).astype(np.uint8).reshape(20, 3072),
+        "labels": [*range(10)] * 2,
+    }
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
@@ -175,5 +181,3 @@ def test_where_torchvision_does_not_import_a_sentence_says_so(monkeypatch):
     with pytest.raises(ImportError, match="the model 'resnet18' needs torchvision"):
         models.create("resnet18", 10)
     assert len(load("digits", 10).train) and models.create("resnet20", 10)
-
-

@@ -1,4 +1,5 @@
 """Rewriting BatchNorm chains: which ones, same values and statistics, and a module left as it was."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,9 @@ def test_what_does_not_match_runs_unfused():
 
 
 def test_other_norms_stay_as_they_are():
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU()
+    )
     fused = fuse(module, inside=())
     assert fused_chains(fused) == []
     x = torch.randn(2, 3, 4, 4)

@@ -1,4 +1,5 @@
 """Counting live bytes."""
+
 import pytest
 import torch
 

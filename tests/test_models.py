@@ -1,4 +1,5 @@
 """The CIFAR ResNets, and models by name."""
+
 import pytest
 import torch
 
@@ -7,7 +8,13 @@ from auglocal_ext import models
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("resnet20", 272_474), ("resnet32", 466_906), ("resnet44", 661_338), ("resnet56", 855_770), ("resnet110", 1_730_714)],
+    [
+        ("resnet20", 272_474),
+        ("resnet32", 466_906),
+        ("resnet44", 661_338),
+        ("resnet56", 855_770),
+        ("resnet110", 1_730_714),
+    ],
 )
 def test_sizes(name, parameters):
     """He et al. give 0.27, 0.46, 0.66, 0.85 and 1.7 million; the shortcut convolutions add 2,752."""

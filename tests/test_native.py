@@ -1,7 +1,47 @@
 """How the compiled kernels are found, and what is said where they are not."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
 import torch
 
+import auglocal_ext
 from auglocal_ext.ops import _library
+
+CUDA_LIBRARY = Path(auglocal_ext.__file__).with_name("libauglocal_ext_cuda.so")
+
+
+@pytest.fixture
+def cuobjdump():
+    """Runs cuobjdump, which triton brings, on the compiled CUDA kernels."""
+    if not CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA kernels are not built here: no nvcc, or a CPU build of torch")
+    triton = pytest.importorskip("triton", reason="triton brings cuobjdump")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def run(*options):
+        return subprocess.run([tool, *options, CUDA_LIBRARY], capture_output=True, text=True, check=True).stdout
+
+    return run
+
+
+@pytest.mark.skipif("CUDAARCHS" in os.environ, reason="built for the architectures that CUDAARCHS names")
+def test_cuda_kernels_are_compiled_for_sm_80_and_sm_90(cuobjdump):
+    assert set(re.findall(r"sm_\d+", cuobjdump("--list-elf"))) == {"sm_80", "sm_90"}
+
+
+def test_no_cuda_kernel_spills(cuobjdump):
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("--dump-resource-usage")
+    )
+    assert len(usage) >= 90
+    for name, registers, stack, shared, local in usage:
+        assert (int(stack), int(local)) == (0, 0), name
+        # Two blocks of 256 threads share a multiprocessor: 65,536 registers, and shared memory besides the kept.
+        assert int(registers) <= 128 and int(shared) <= 12 * 1024, name
 
 
 def test_why_kernels_are_missing(tmp_path, monkeypatch):

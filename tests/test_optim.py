@@ -1,4 +1,5 @@
 """The default optimizer and schedule."""
+
 import math
 
 import pytest

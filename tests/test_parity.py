@@ -1,4 +1,5 @@
 """One training step against what the authors' implementation computes, and its choice of units."""
+
 import json
 
 import numpy as np

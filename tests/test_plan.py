@@ -1,4 +1,5 @@
 """The plan: its numbers, its table, and that making it touches nothing."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """The cut into local modules, the sample of units, the aux nets."""
+
 import itertools
 import math
 

@@ -1,4 +1,5 @@
 """The local step: isolation, memory, optimizers, values against plain torch, and bad batches."""
+
 import copy
 from functools import partial
 
@@ -49,7 +50,9 @@ def test_a_leak_between_modules_is_found(trainer, batch, monkeypatch):
         return kept[index]
 
     monkeypatch.setattr(trainer, "backward", leaky)
-    with pytest.raises(AssertionError, match="local module 1 reaches, or misses, .*: bn1.bias, bn1.weight, conv1.weight"):
+    with pytest.raises(
+        AssertionError, match="local module 1 reaches, or misses, .*: bn1.bias, bn1.weight, conv1.weight"
+    ):
         assert_isolated(trainer, *batch)
 
 
@@ -214,7 +217,12 @@ IMAGES, LABELS = torch.randn(4, 3, 8, 8), torch.arange(4)
         (IMAGES, LABELS.int(), TypeError, "labels must be int64"),
         (IMAGES, LABELS[:3], ValueError, r"labels must be \(4,\), one per image, given shape \(3,\)"),
         (IMAGES, F.one_hot(LABELS), ValueError, r"labels must be \(4,\)"),
-        (IMAGES[:, :1], LABELS, ValueError, r"images must be \(N, 3, H, W\) for this model, given shape \(4, 1, 8, 8\)"),
+        (
+            IMAGES[:, :1],
+            LABELS,
+            ValueError,
+            r"images must be \(N, 3, H, W\) for this model, given shape \(4, 1, 8, 8\)",
+        ),
         (IMAGES[0], LABELS, ValueError, r"images must be \(N, 3, H, W\)"),
         (IMAGES.to(torch.uint8), LABELS, TypeError, "images must be floating point, given torch.uint8"),
         (IMAGES * torch.nan, LABELS, ValueError, "images must be finite, given NaN or infinite"),
@@ -287,7 +295,12 @@ def test_the_model_is_left_as_it_was(trainer, batch):
     assert type(model) is models.CifarResNet and list(model.state_dict()) == keys
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     assert {type(m) for m in model.modules()} == {
-        models.CifarResNet, models.BasicBlock, nn.Conv2d, nn.BatchNorm2d, nn.Sequential, nn.Linear,
+        models.CifarResNet,
+        models.BasicBlock,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Sequential,
+        nn.Linear,
     }
     assert "forward" not in vars(model)
 

@@ -1,7 +1,8 @@
 """The fused ops, each usable on its own, with its reference in plain torch beside it.
 
-    y, mean, var = auglocal_ext.ops.batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps)
+y, mean, var = auglocal_ext.ops.batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps)
 """
+
 from .batch_norm_act import batch_norm_act, batch_norm_act_reference
 
 __all__ = ["batch_norm_act", "batch_norm_act_reference"]

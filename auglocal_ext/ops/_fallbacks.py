@@ -3,6 +3,7 @@
 They take and return exactly what the compiled kernels do, gradients by hand included, so that memory and
 autograd do not depend on how auglocal_ext was installed.
 """
+
 import torch
 
 

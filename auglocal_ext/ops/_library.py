@@ -1,5 +1,6 @@
 """The `auglocal_ext` operator library: schemas are defined here from Python, so that every op exists
 with or without a compiler; the compiled kernels, where they were built, then serve CPU and CUDA."""
+
 import os
 import warnings
 from functools import cache

@@ -1,4 +1,5 @@
 """batch_norm_act: BatchNorm with batch statistics [+ residual] [+ ReLU] as one op that keeps only its input."""
+
 import torch
 import torch.nn.functional as F
 
@@ -88,7 +89,11 @@ define(
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act")
 def _fake_forward(x, weight, bias, residual, eps, relu):
-    return torch.empty_like(x, memory_format=_fallbacks.memory_format(x)), torch.empty_like(weight), torch.empty_like(weight)
+    return (
+        torch.empty_like(x, memory_format=_fallbacks.memory_format(x)),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward")

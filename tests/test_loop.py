@@ -1,4 +1,5 @@
 """The training loop: what it learns, returns and leaves behind; loaders, interruptions, bad arguments."""
+
 import os
 import signal
 import threading
@@ -43,9 +44,8 @@ def test_result(rule):
     seen = []
     result = train(small(), toy(), depth=2, rule=rule, epochs=2, progress=False, on_epoch=seen.append)
     assert seen == result.history and [entry["epoch"] for entry in seen] == [1, 2]
-    assert set(seen[0]) == {
-        "epoch", "loss", "module_losses", "train_accuracy", "val_accuracy", "images_per_second", "seconds", "lr", "peak_bytes",
-    }  # fmt: skip
+    keys = "epoch loss module_losses train_accuracy val_accuracy images_per_second seconds lr peak_bytes"
+    assert set(seen[0]) == set(keys.split())
     assert seen[0]["val_accuracy"] is None and seen[0]["loss"] == seen[0]["module_losses"][-1]
     assert len(result.plan.modules) == len(seen[0]["module_losses"]) == (3 if rule == "auglocal" else 1)
     assert result.plan.input_shape == (16, 3, 8, 8)
@@ -106,7 +106,11 @@ def test_a_last_batch_of_one_is_skipped_with_a_warning():
         ([torch.randn(2, 3, 8, 8)], TypeError, r"pairs of tensors \(images, labels\), given a Tensor"),
         ([(torch.randn(2, 3, 8, 8),)], TypeError, r"given a tuple of Tensor"),
         ([("a", "b", "c")], TypeError, "given a tuple of str, str, str"),
-        ([(torch.randn(2, 3, 8, 8, device="meta"), torch.arange(2))], ValueError, "model is on cpu, the loader's images on meta"),
+        (
+            [(torch.randn(2, 3, 8, 8, device="meta"), torch.arange(2))],
+            ValueError,
+            "model is on cpu, the loader's images on meta",
+        ),
         ([(torch.randn(1, 3, 8, 8), torch.tensor([0]))], ValueError, "no batch of two images or more in epoch 1/10"),
     ],
 )
@@ -139,7 +143,9 @@ def test_divergence_is_told():
     def explode(parameters):
         return torch.optim.SGD(parameters, lr=1e30)
 
-    with pytest.raises(FloatingPointError, match="the loss of local module .* training diverged; lower the learning rate"):
+    with pytest.raises(
+        FloatingPointError, match="the loss of local module .* training diverged; lower the learning rate"
+    ):
         train(small(), toy(), depth=2, epochs=2, optimizer=explode, schedule=constant, progress=False)
 
 

@@ -1,0 +1,321 @@
+"""The training loop around the local step: epochs, validation, memory, Ctrl-C."""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .memory import LiveBytes
+from .optim import cosine, sgd
+from .plan import Plan
+from .trainer import LocalTrainer
+
+__all__ = ["TrainResult", "TrainingInterrupted", "evaluate", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
+        (of the training batches, as they were seen), val_accuracy (None without val_loader), images_per_second,
+        seconds, lr (of the last step), peak_bytes.
+    plan: the cut that was trained.
+    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over the whole training, on
+        other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
+    aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
+    """
+
+    history: list
+    plan: Plan
+    peak_bytes: int
+    aux_nets: nn.ModuleList | None
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `train`, raised between two steps. `result`: the TrainResult of the finished epochs."""
+
+    def __init__(self, result):
+        super().__init__(f"training interrupted after {len(result.history)} whole epochs")
+        self.result = result
+
+
+def train(
+    model,
+    loader,
+    depth=4,
+    *,
+    val_loader=None,
+    epochs=10,
+    rule="auglocal",
+    form=None,
+    modules=None,
+    optimizer=None,
+    schedule=cosine,
+    precision="fp32",
+    device=None,
+    seed=None,
+    progress=True,
+    on_epoch=None,
+    keep_aux_nets=False,
+):
+    """Trains a model in place by local learning; afterwards it is the plain model again, trained.
+
+    Args:
+        model: a torchvision ResNet or one of `auglocal_ext.models`.
+        loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
+            the CPU are moved to the model's device.
+        depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
+        val_loader: like loader; the accuracy on it is measured after each epoch.
+        epochs: how often to go through loader.
+        rule: "auglocal", or "bp" for plain backpropagation by the same loop.
+        form: "cifar" or "imagenet", the two forms of the AugLocal rule; None: the one its authors used for
+            such a network. See `auglocal_ext.rules.cut`.
+        modules: K, to cut the model into K local modules instead of one per unit.
+        optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
+            functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
+            0.1 x batch / 128.
+        schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
+            loader has a length. Default: `auglocal_ext.optim.cosine`.
+        precision: "fp32" or "bf16".
+        device: moves the model there first. Default: where the model is.
+        seed: torch.manual_seed for the aux nets' weights and everything random after.
+        progress: a progress bar and a line per epoch.
+        on_epoch: called with each epoch's history entry.
+        keep_aux_nets: return the aux nets in the result.
+
+    Returns:
+        TrainResult
+
+    Raises:
+        ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`.
+        FloatingPointError: a loss is not finite any more.
+        TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
+    """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be a whole number of at least 1, given {epochs!r}")
+    if seed is not None:
+        torch.manual_seed(seed)
+    if device is not None:
+        model.to(device)
+    first, batches = _peek(loader)
+    optimizer = optimizer or sgd(len(first[0]))
+    cutting = {"rule": rule, "form": form, "modules": modules}
+    trainer = LocalTrainer(model, depth, optimizer=optimizer, precision=precision, **cutting)
+    _check_device(first[0], trainer.device)
+
+    was_training, history = model.training, []
+    meter = _PeakMeter(trainer)
+
+    def result():
+        return TrainResult(history, trainer.plan, meter.peak, trainer.aux_nets if keep_aux_nets else None)
+
+    stop = threading.Event()
+    try:
+        with _interrupt_sets(stop):
+            for epoch in range(epochs):
+                entry = _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progress, stop)
+                if val_loader is not None:
+                    entry["val_accuracy"] = evaluate(model, val_loader, precision=precision, _stop=stop)
+                history.append(entry)
+                if progress:
+                    tqdm.write(_epoch_line(entry, epochs))
+                if on_epoch is not None:
+                    on_epoch(entry)
+                batches = loader
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(result()) from None
+    finally:
+        model.train(was_training)
+    return result()
+
+
+def _peek(loader):
+    """The first batch, and an iterable of all of them for the first epoch."""
+    batches = iter(loader)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError("the loader is empty: it gave no batch") from None
+    _check_pair(first)
+    return first, itertools.chain([first], batches)
+
+
+def _check_pair(batch):
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
+        raise TypeError(f"the loader must give pairs of tensors (images, labels), given {_describe(batch)}")
+
+
+def _describe(batch):
+    if isinstance(batch, tuple | list):
+        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+    return f"a {type(batch).__name__}"
+
+
+def _check_device(images, device):
+    if images.device.type not in ("cpu", device.type):
+        raise ValueError(
+            f"the model is on {device}, the loader's images on {images.device}: pass device='{images.device}', or "
+            f"let the loader give CPU tensors"
+        )
+
+
+def _move(batch, device):
+    """A batch on the model's device; images on CUDA in channels_last, which its convolutions are fastest in."""
+    images, labels = batch
+    if device.type == "cuda" and images.dim() == 4:
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    else:
+        images = images.to(device, non_blocking=True)
+    return images, labels.to(device, non_blocking=True)
+
+
+def _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progress, stop):
+    steps = len(loader) if hasattr(loader, "__len__") else None
+    losses = correct = torch.zeros((), device=trainer.device)
+    seen = taken = 0
+    started = time.perf_counter()
+    title = f"epoch {epoch + 1}/{epochs}"
+    with tqdm(batches, title, steps, unit="batch", leave=False, disable=not progress, mininterval=0.5) as bar:
+        for index, batch in enumerate(_until(stop, bar)):
+            _check_pair(batch)
+            images, labels = _move(batch, trainer.device)
+            if len(images) == 1:
+                warnings.warn(
+                    f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
+                    f"another batch size",
+                    stacklevel=3,
+                )
+                continue
+            trainer.set_learning_rate_factor(schedule(epoch + (index / steps if steps else 0), epochs))
+            with meter:
+                result = trainer.step(images, labels)
+            losses = losses + result.module_losses * len(images)
+            correct = correct + (result.logits.argmax(1) == labels).sum()
+            seen, taken = seen + len(images), taken + 1
+            if progress and taken % 50 == 1:  # reading a value waits for the device
+                bar.set_postfix(loss=f"{result.loss.item():.3f}", refresh=False)
+    if not seen:
+        raise ValueError(
+            f"the loader gave no batch of two images or more in {title}: it must be non-empty, and iterable once per "
+            f"epoch (a DataLoader or a list, not a generator)"
+        )
+    mean_losses = (losses / seen).tolist()
+    seconds = time.perf_counter() - started
+    trainer.check()
+    for index, loss in enumerate(mean_losses):
+        if not abs(loss) < float("inf"):
+            raise FloatingPointError(
+                f"{title}: the loss of local module {index} is {loss}: training diverged; lower the learning rate, "
+                f"for instance optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)"
+            )
+    return {
+        "epoch": epoch + 1,
+        "loss": mean_losses[-1],
+        "module_losses": mean_losses,
+        "train_accuracy": (correct / seen).item(),
+        "val_accuracy": None,
+        "images_per_second": seen / seconds,
+        "seconds": seconds,
+        "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        "peak_bytes": meter.peak,
+    }
+
+
+def _epoch_line(entry, epochs):
+    val = "" if entry["val_accuracy"] is None else f"  test {entry['val_accuracy']:.2%}"
+    return (
+        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}{val}  "
+        f"{entry['images_per_second']:.0f} images/s  peak {entry['peak_bytes'] / 1e6:.1f} MB"
+    )
+
+
+class _PeakMeter:
+    """`with meter:` around each step; `peak` is the highest memory seen."""
+
+    def __init__(self, trainer):
+        self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
+        self._peak, self._steps = 0, 0
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+
+    @property
+    def peak(self):
+        return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else self._peak
+
+    def __enter__(self):
+        # Counting slows a step down; the second step, when all optimizer state exists, is like every later one.
+        self._live = LiveBytes(self.trainer.tensors()) if not self.cuda and self._steps < 2 else None
+        self._steps += 1
+        if self._live is not None:
+            self._live.__enter__()
+
+    def __exit__(self, *error):
+        if self._live is not None:
+            self._live.__exit__(*error)
+            self._peak = max(self._peak, self._live.peak)
+
+
+@contextlib.contextmanager
+def _interrupt_sets(stop):
+    """Within, a first Ctrl-C sets `stop`, to be acted on between steps; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(signum, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _until(stop, batches):
+    """The batches, until `stop` is set: then KeyboardInterrupt, also where the wait for a batch failed by it
+    (a DataLoader's worker processes get the Ctrl-C too)."""
+    batches = iter(batches)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError:
+            if stop.is_set():
+                raise KeyboardInterrupt from None
+            raise
+        if stop.is_set():
+            raise KeyboardInterrupt
+        if batch is None:
+            return
+        yield batch
+
+
+@torch.inference_mode()
+def evaluate(model, loader, *, precision="fp32", _stop=None):
+    """The model's accuracy on a loader of (images, labels), from 0 to 1, in eval mode; the mode is restored."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    correct, seen = torch.zeros((), device=device), 0
+    try:
+        for batch in _until(_stop or threading.Event(), loader):
+            _check_pair(batch)
+            images, labels = _move(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                correct += (model(images).argmax(1) == labels).sum()
+            seen += len(images)
+    finally:
+        model.train(was_training)
+    if not seen:
+        raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
+    return correct.item() / seen
