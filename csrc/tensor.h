@@ -23,10 +23,15 @@ struct Layout {
   int64_t count() const { return outer * inner; }  // values per channel
 };
 
+inline bool is_channels_last(const Tensor& x) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  return (c == 1 || x.stride(1) == 1) && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
+         (n == 1 || x.stride(0) == h * w * c);
+}
+
 inline Layout layout_of(const Tensor& x) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const bool channels_last = !x.is_contiguous() && x.stride(1) == 1 && (w == 1 || x.stride(3) == c) &&
-                             (h == 1 || x.stride(2) == w * c) && (n == 1 || x.stride(0) == h * w * c);
+  const bool channels_last = !x.is_contiguous() && is_channels_last(x);
   const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   if (channels_last || h * w == 1) return {format, n * h * w, c, 1};
   return {format, n, c, h * w};
@@ -37,11 +42,18 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
-inline const Tensor dense(const Tensor& x, MemoryFormat format) { return torch::stable::contiguous(x, format); }
+inline Tensor dense(const Tensor& x, MemoryFormat format) { return torch::stable::contiguous(x, format); }
+inline std::optional<Tensor> dense(const std::optional<Tensor>& x, MemoryFormat format) {
+  return x ? std::optional<Tensor>(dense(*x, format)) : std::nullopt;
+}
 
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+const T* data(const std::optional<Tensor>& x) {
+  return x ? data<T>(*x) : nullptr;
 }
 template <class T>
 T* mutable_data(const Tensor& x) {
@@ -72,14 +84,43 @@ inline Layout check_forward(const char* op, const Tensor& x, const Tensor& weigh
   return layout_of(x);
 }
 
-inline Layout check_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
-                             const Tensor& bias, const Tensor& mean, const Tensor& var,
-                             const std::optional<Tensor>& y) {
+// For the forms that write into given buffers: nothing may be copied on the way, so layouts must agree.
+inline void check_same_layout(const char* op, const char* name, const Tensor& given, const Tensor& x,
+                              const Layout& at) {
+  check_same_size(op, name, given, x);
+  const bool same = at.format == MemoryFormat::Contiguous ? given.is_contiguous() : is_channels_last(given);
+  STD_TORCH_CHECK(same, op, ": ", name, " must be ",
+                  at.format == MemoryFormat::Contiguous ? "contiguous" : "channels_last", " like x");
+}
+
+inline Layout check_statistics(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                               const Tensor& mean, const Tensor& var) {
   const Layout at = check_forward(op, x, weight, bias, std::nullopt);
-  check_same_size(op, "grad", grad, x);
-  if (y) check_same_size(op, "y", *y, x);
+  check_same_layout(op, "x", x, x, at);
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
+  return at;
+}
+
+inline Layout check_apply(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                          const Tensor& mean, const Tensor& var, const std::optional<Tensor>& residual,
+                          const Tensor& out) {
+  const Layout at = check_statistics(op, x, weight, bias, mean, var);
+  if (residual) check_same_layout(op, "residual", *residual, x, at);
+  check_same_layout(op, "out", out, x, at);
+  return at;
+}
+
+inline Layout check_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                             const Tensor& bias, const Tensor& mean, const Tensor& var,
+                             const std::optional<Tensor>& y, const Tensor& dx,
+                             const std::optional<Tensor>& dresidual) {
+  const Layout at = check_statistics(op, x, weight, bias, mean, var);
+  check_same_layout(op, "grad", grad, x, at);
+  check_same_layout(op, "dx", dx, x, at);
+  STD_TORCH_CHECK(y.has_value() == dresidual.has_value(), op, ": y and dresidual go together, given one of them");
+  if (y) check_same_layout(op, "y", *y, x, at);
+  if (dresidual) check_same_layout(op, "dresidual", *dresidual, x, at);
   return at;
 }
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from auglocal_ext.ops import batch_norm_act, batch_norm_act_reference
+from auglocal_ext.ops import (
+    _fallbacks,
+    batch_norm_act,
+    batch_norm_act_apply,
+    batch_norm_act_backward,
+    batch_norm_act_reference,
+)
 from auglocal_ext.ops._library import MISSING
 
 DEVICES = [
@@ -173,27 +179,116 @@ def test_what_is_kept_for_the_backward():
         assert big == allowed
 
 
+def backward_arguments(shape, dtype, layout, residual, relu, device="cpu"):
+    """What the backward takes: tensors by position, then whether a dresidual goes with them."""
+    x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
+    y, mean, var = batch_norm_act(x, weight, bias, added, relu=relu)
+    return (grad, x, weight, bias, mean, var, y if residual and relu else None), residual and relu
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("residual", "relu"), KINDS)
 def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, relu):
     if MISSING["cpu"]:
         pytest.skip(f"no compiled kernels to compare with: {MISSING['cpu']}")
-    from auglocal_ext.ops import _fallbacks
-
-    x, weight, bias, added, grad = make((5, 20, 7, 6), dtype, layout, residual)
-    y, mean, var = _fallbacks.forward(x, weight, bias, added, 1e-5, relu)
+    shape, tolerance = (5, 20, 7, 6), 1e-5 if dtype == torch.float32 else 1e-2
+    x, weight, bias, added, _ = make(shape, dtype, layout, residual)
+    plain = _fallbacks.batch_norm_act(x, weight, bias, added, 1e-5, relu)
     native = torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, added, 1e-5, relu)
-    mask = native[0] if residual and relu else None
-    backward = (grad, x, weight, bias, native[1], native[2], mask, 1e-5, relu)
-    pairs = zip((y, mean, var), native, strict=True)
-    gradients = zip(
-        _fallbacks.backward(*backward), torch.ops.auglocal_ext.batch_norm_act_backward(*backward), strict=True
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for a, b in itertools.chain(pairs, gradients):
+    out, expected_out = torch.empty_like(x), torch.empty_like(x)
+    _fallbacks.batch_norm_act_apply_out(x, weight, bias, *native[1:], added, 1e-5, relu, out)
+    torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, *native[1:], added, 1e-5, relu, expected_out)
+
+    arguments, masked = backward_arguments(shape, dtype, layout, residual, relu)
+    gradients = []
+    for op in (_fallbacks.batch_norm_act_backward_out, torch.ops.auglocal_ext.batch_norm_act_backward_out):
+        dx, dresidual = torch.empty_like(x), torch.empty_like(x) if masked else None
+        gradients.append([*op(*arguments, 1e-5, relu, dx, dresidual), dx, *([dresidual] if masked else [])])
+    for a, b in zip([*plain, out, *gradients[0]], [*native, expected_out, *gradients[1]], strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
         assert error(a, b.double()) <= tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_apply_rebuilds_the_output_to_the_bit(shape, layout, dtype, residual, relu, device):
+    x, weight, bias, added, _ = make(shape, dtype, layout, residual, device=device)
+    y, mean, var = batch_norm_act(x, weight, bias, added, relu=relu)
+    rebuilt = batch_norm_act_apply(x, weight, bias, mean, var, added, relu=relu)
+    assert torch.equal(rebuilt, y) and rebuilt.stride() == y.stride()
+    for into in ["buffer", "x"] + ["residual"] * residual:
+        tensors = {
+            "x": x.clone(),
+            "residual": added.clone() if residual else None,
+            "buffer": torch.full_like(x, torch.nan),
+        }
+        given = (tensors["x"], weight, bias, mean, var, tensors["residual"])
+        assert batch_norm_act_apply(*given, relu=relu, out=tensors[into]) is tensors[into]
+        assert torch.equal(tensors[into], y), into
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_in_place_backwards_equal_the_functional_one_to_the_bit(shape, layout, dtype, residual, relu, device):
+    """Over the incoming gradient, over the kept input, and into buffers: what gradcheck saw, written elsewhere."""
+    arguments, masked = backward_arguments(shape, dtype, layout, residual, relu, device)
+    expected = batch_norm_act_backward(*arguments, relu=relu)
+    assert (expected[1] is None) == (not masked)
+    for dx_over, dresidual_over in [
+        ("grad", "buffer"),
+        ("x", "grad"),
+        ("x", "buffer"),
+        ("buffer", "y"),
+        ("buffer", "grad"),
+    ]:
+        copies = [None if t is None else t.clone() for t in arguments]
+        grad, x, *_, y = copies
+        places = {"grad": grad, "x": x, "y": y}
+        dx = places.get(dx_over, torch.full_like(x, torch.nan))
+        dresidual = places.get(dresidual_over, torch.full_like(x, torch.nan)) if masked else None
+        given = batch_norm_act_backward(*copies, relu=relu, dx=dx, dresidual=dresidual)
+        assert given[0] is dx and given[1] is dresidual
+        assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True) if b is not None), (
+            dx_over,
+            dresidual_over,
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("residual", "relu"), KINDS)
+def test_opcheck_of_the_parts(layout, residual, relu):
+    x, weight, bias, added, _ = make((2, 3, 4, 5), torch.float32, layout, residual)
+    arguments, masked = backward_arguments((2, 3, 4, 5), torch.float32, layout, residual, relu)
+    ops, (mean, var) = torch.ops.auglocal_ext, arguments[4:6]
+    opcheck(ops.batch_norm_act_apply.default, (x, weight, bias, mean, var, added, 1e-5, relu))
+    opcheck(ops.batch_norm_act_apply_out.default, (x, weight, bias, mean, var, added, 1e-5, relu, torch.empty_like(x)))
+    buffers = torch.empty_like(x), torch.empty_like(x) if masked else None
+    opcheck(ops.batch_norm_act_backward_out.default, (*arguments, 1e-5, relu, *buffers))
+
+
+def test_what_in_place_forms_refuse():
+    (grad, x, weight, bias, mean, var, y), _ = backward_arguments((2, 3, 4, 5), torch.float32, LAYOUTS[0], True, True)
+    arguments = (grad, x, weight, bias, mean, var)
+    with pytest.raises(ValueError, match="give dx, and dresidual exactly where y is given, or neither"):
+        batch_norm_act_backward(*arguments, y, dx=grad)
+    with pytest.raises(ValueError, match="give dx, and dresidual"):
+        batch_norm_act_backward(*arguments, dresidual=grad)
+    with pytest.raises(ValueError, match=r"dx must be like x, .* given \(1, 3, 4, 5\)"):
+        batch_norm_act_backward(*arguments, dx=grad[:1])
+    with pytest.raises(ValueError, match=r"mean must be \(3,\), given shape \(2,\)"):
+        batch_norm_act_apply(x, weight, bias, mean[:2], var)
+    if not MISSING["cpu"]:
+        with pytest.raises(RuntimeError, match="dx must be contiguous like x"):
+            batch_norm_act_backward(*arguments, dx=torch.empty_like(x, memory_format=torch.channels_last))
+        with pytest.raises(RuntimeError, match="out must be channels_last like x"):
+            batch_norm_act_apply(x.contiguous(memory_format=torch.channels_last), weight, bias, mean, var, out=grad)
 
 
 BAD = [
@@ -224,7 +319,9 @@ def test_the_kernels_themselves_refuse_what_would_read_out_of_bounds():
     x, weight, bias, _, grad = make((4, 3, 2, 2), torch.float32, torch.contiguous_format, False)
     with pytest.raises(RuntimeError, match="weight must be a contiguous"):
         torch.ops.auglocal_ext.batch_norm_act(x, weight[:2], bias, None, 1e-5, True)
+    with pytest.raises(RuntimeError, match="y and dresidual go together"):
+        torch.ops.auglocal_ext.batch_norm_act_backward_out(grad, x, weight, bias, bias, bias, x, 1e-5, True, x, None)
     with pytest.raises(RuntimeError, match="grad must have the shape"):
-        torch.ops.auglocal_ext.batch_norm_act_backward(grad[:2], x, weight, bias, weight, bias, None, 1e-5, True)
+        torch.ops.auglocal_ext.batch_norm_act_backward(grad[:2], x, weight, bias, bias, bias, None, 1e-5, True)
     with pytest.raises(RuntimeError, match="y must have the shape"):
-        torch.ops.auglocal_ext.batch_norm_act_backward(grad, x, weight, bias, weight, bias, x[:2], 1e-5, True)
+        torch.ops.auglocal_ext.batch_norm_act_backward(grad, x, weight, bias, bias, bias, x[:2], 1e-5, True)

@@ -3,6 +3,11 @@
 y, mean, var = auglocal_ext.ops.batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps)
 """
 
-from .batch_norm_act import batch_norm_act, batch_norm_act_reference
+from .batch_norm_act import (
+    batch_norm_act,
+    batch_norm_act_apply,
+    batch_norm_act_backward,
+    batch_norm_act_reference,
+)
 
-__all__ = ["batch_norm_act", "batch_norm_act_reference"]
+__all__ = ["batch_norm_act", "batch_norm_act_apply", "batch_norm_act_backward", "batch_norm_act_reference"]

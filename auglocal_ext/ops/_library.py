@@ -14,14 +14,23 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def define(schema, fallback):
     """Defines an op. `fallback`, in plain torch, serves every device that has no compiled kernel."""
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
     def plain(x, *args):
         _say_once_what_is_slower(x.device.type)
         return fallback(x, *args)
 
-    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    define_composite(schema)(plain)
+
+
+def define_composite(schema):
+    """Defines an op by a function that calls other ops, the same on every device; a decorator."""
+
+    def implement(function):
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        LIBRARY.impl(schema[: schema.index("(")], function, "CompositeExplicitAutograd")
+        return function
+
+    return implement
 
 
 def _load(file, wanted):
@@ -55,7 +64,7 @@ def _say_once_what_is_slower(device):
         else "Kernels exist for cpu and cuda."
     )
     warnings.warn(
-        f"auglocal_ext runs its fused ops in plain torch on {device}: same results and memory, more time. "
+        f"auglocal_ext runs its fused ops in plain torch on {device}: same results, more time. "
         f"Reason: no compiled kernels, {MISSING.get(device, 'none are written for this device')}. {fix}",
         stacklevel=4,
     )

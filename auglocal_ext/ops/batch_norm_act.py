@@ -1,12 +1,16 @@
-"""batch_norm_act: BatchNorm with batch statistics [+ residual] [+ ReLU] as one op that keeps only its input."""
+"""batch_norm_act: BatchNorm with batch statistics [+ residual] [+ ReLU] as one op that keeps only its input.
+
+With its parts: `batch_norm_act_apply`, the elementwise part alone, to rebuild an activation from what was kept;
+and `batch_norm_act_backward`, which can write over the incoming gradient or over the kept input.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from . import _fallbacks
-from ._library import define
+from ._library import define, define_composite
 
-__all__ = ["batch_norm_act", "batch_norm_act_reference"]
+__all__ = ["batch_norm_act", "batch_norm_act_apply", "batch_norm_act_backward", "batch_norm_act_reference"]
 
 
 def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
@@ -33,7 +37,11 @@ def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
     Equivalent to `batch_norm_act_reference`. Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     Not differentiable twice.
     """
-    _check(x, weight, bias, residual, eps)
+    _check("batch_norm_act", x, {"weight": weight, "bias": bias}, {"residual": residual}, eps)
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
+        )
     return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, relu)
 
 
@@ -46,61 +54,163 @@ def batch_norm_act_reference(x, weight, bias, residual=None, *, eps=1e-5, relu=T
     return F.relu(y) if relu else y, mean, var
 
 
-def _check(x, weight, bias, residual, eps):
+def batch_norm_act_apply(x, weight, bias, mean, var, residual=None, *, eps=1e-5, relu=True, out=None):
+    """`batch_norm_act`'s output again, to the bit, from its input and the statistics it returned.
+
+    Args:
+        x, weight, bias, residual, eps, relu: as `batch_norm_act` was given them.
+        mean, var: as it returned them.
+        out: None, or where to write: a tensor like x and in its layout, x itself and residual included.
+
+    Returns:
+        y, `out` where it was given. Not differentiable.
+    """
+    channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    _check("batch_norm_act_apply", x, channels, {"residual": residual, "out": out}, eps)
+    if out is None:
+        return torch.ops.auglocal_ext.batch_norm_act_apply(x, weight, bias, mean, var, residual, eps, relu)
+    torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out)
+    return out
+
+
+def batch_norm_act_backward(grad, x, weight, bias, mean, var, y=None, *, eps=1e-5, relu=True, dx=None, dresidual=None):
+    """The gradients of `batch_norm_act`.
+
+    Args:
+        grad: of y, (N, C, H, W) like x; where nothing is given to write into, of any strides.
+        x, weight, bias, eps, relu: as `batch_norm_act` was given them.
+        mean, var: as it returned them.
+        y: its output, where it had a residual and a ReLU: the mask is y's sign. Without a residual the mask is
+            recomputed from x, to the bit.
+        dx: None, or where to write x's gradient: a tensor like x and in its layout, x itself and grad included.
+        dresidual: likewise for the residual's gradient, where y is given; not the tensor given as dx.
+
+    Returns:
+        (dx, dresidual, dweight, dbias); dresidual is None without y: it is then grad itself.
+    """
+    channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    like_x = {"grad": grad, "y": y, "dx": dx, "dresidual": dresidual}
+    _check("batch_norm_act_backward", x, channels, like_x, eps)
+    arguments = (grad, x, weight, bias, mean, var, y, eps, relu)
+    if dx is None and dresidual is None:
+        dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward(*arguments)
+        return dx, None if y is None else dresidual, dweight, dbias
+    if dx is None or (dresidual is None) != (y is None):
+        raise ValueError("batch_norm_act_backward: give dx, and dresidual exactly where y is given, or neither")
+    dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments, dx, dresidual)
+    return dx, dresidual, dweight, dbias
+
+
+def _check(op, x, channels, like_x, eps):
+    """One sentence for what does not fit. channels: (C,) tensors by name; like_x: None or tensors like x."""
     if x.dim() != 4:
-        raise ValueError(f"batch_norm_act: x must be (N, C, H, W), given shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must be (N, C, H, W), given shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"batch_norm_act: x must be float32, bfloat16 or float64, given {x.dtype}")
+        raise TypeError(f"{op}: x must be float32, bfloat16 or float64, given {x.dtype}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, given in (("weight", weight), ("bias", bias)):
+    for name, given in channels.items():
         if given.shape != (x.shape[1],):
-            raise ValueError(f"batch_norm_act: {name} must be ({x.shape[1]},), given shape {tuple(given.shape)}")
+            raise ValueError(f"{op}: {name} must be ({x.shape[1]},), given shape {tuple(given.shape)}")
         if given.dtype != dtype:
-            raise TypeError(f"batch_norm_act: {name} must be {dtype} for {x.dtype} x, given {given.dtype}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"batch_norm_act: residual must be like x, {tuple(x.shape)} {x.dtype}, "
-            f"given {tuple(residual.shape)} {residual.dtype}"
-        )
-    for name, given in (("weight", weight), ("bias", bias), ("residual", residual)):
+            raise TypeError(f"{op}: {name} must be {dtype} for {x.dtype} x, given {given.dtype}")
+    for name, given in like_x.items():
+        if given is not None and (given.shape != x.shape or given.dtype != x.dtype):
+            raise ValueError(
+                f"{op}: {name} must be like x, {tuple(x.shape)} {x.dtype}, given {tuple(given.shape)} {given.dtype}"
+            )
+    for name, given in (channels | like_x).items():
         if given is not None and given.device != x.device:
-            raise ValueError(f"batch_norm_act: {name} must be on {x.device} like x, given {given.device}")
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, given {given.device}")
     if eps < 0:
-        raise ValueError(f"batch_norm_act: eps must be at least 0, given {eps}")
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"{op}: eps must be at least 0, given {eps}")
+
+
+# ---- definitions ------------------------------------------------------------------------------------------
+
+
+def memory_format(x):
+    """The layout an op answers in: x's own if that is channels_last, else contiguous."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu)"
     " -> (Tensor y, Tensor mean, Tensor var)",
-    _fallbacks.forward,
+    _fallbacks.batch_norm_act,
 )
-# y: None, or the forward's output where it had a residual and a ReLU: the mask is then its sign, and
-# dresidual, empty otherwise, is the masked gradient. Without a residual the mask is recomputed from x.
 define(
-    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
-    " float eps, bool relu) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    _fallbacks.backward,
+    "batch_norm_act_apply_out(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? residual,"
+    " float eps, bool relu, Tensor(a!) out) -> ()",
+    _fallbacks.batch_norm_act_apply_out,
 )
+define(
+    "batch_norm_act_backward_out(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
+    " float eps, bool relu, Tensor(a!) dx, Tensor(b!)? dresidual) -> (Tensor dweight, Tensor dbias)",
+    _fallbacks.batch_norm_act_backward_out,
+)
+
+
+@define_composite(
+    "batch_norm_act_apply(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? residual,"
+    " float eps, bool relu) -> Tensor y"
+)
+def _apply(x, weight, bias, mean, var, residual, eps, relu):
+    x = x.contiguous(memory_format=memory_format(x))
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format(x))
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out)
+    return out
+
+
+# dresidual, empty without y, is the masked gradient.
+@define_composite(
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
+    " float eps, bool relu) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+def _backward(grad, x, weight, bias, mean, var, y, eps, relu):
+    layout = memory_format(x)
+    grad, x = grad.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
+    dx, dresidual = torch.empty_like(x, memory_format=layout), None
+    if y is not None:
+        y, dresidual = y.contiguous(memory_format=layout), torch.empty_like(x, memory_format=layout)
+    arguments = (grad, x, weight, bias, mean, var, y, eps, relu, dx, dresidual)
+    dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
+
+
+# ---- fake tensors and autograd ----------------------------------------------------------------------------
+
+
+def _like(x):
+    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act")
-def _fake_forward(x, weight, bias, residual, eps, relu):
-    return (
-        torch.empty_like(x, memory_format=_fallbacks.memory_format(x)),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
-    )
+def _(x, weight, bias, residual, eps, relu):
+    return _like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_apply")
+def _(x, weight, bias, mean, var, residual, eps, relu):
+    return _like(x)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_apply_out")
+def _(x, weight, bias, mean, var, residual, eps, relu, out):
+    return None
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward")
-def _fake_backward(grad, x, weight, bias, mean, var, y, eps, relu):
-    dx = torch.empty_like(x, memory_format=_fallbacks.memory_format(x))
-    dresidual = x.new_empty(0) if y is None else torch.empty_like(dx)
-    return dx, dresidual, torch.empty_like(weight), torch.empty_like(bias)
+def _(grad, x, weight, bias, mean, var, y, eps, relu):
+    return _like(x), x.new_empty(0) if y is None else _like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_backward_out")
+def _(grad, x, weight, bias, mean, var, y, eps, relu, dx, dresidual):
+    return torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output):

@@ -207,6 +207,9 @@ struct Channels {
     scale[c] = A(weight / std::sqrt(double(var) + eps));
     bias[c] = channel_bias;
   }
+  Channels(int64_t n, const A* mean, const A* var, const A* weight, const A* bias, double eps) : Channels(n) {
+    for (int64_t c = 0; c < n; ++c) set(c, mean[c], var[c], weight[c], bias[c], eps);
+  }
   Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
 };
 
@@ -242,6 +245,24 @@ void over_rows(const Layout& at, const F& f) {
 }
 
 template <bool kResidual, bool kRelu, class T, class A>
+void apply_channel(const Layout& at, int64_t c, const T* x, const T* residual, T* y, const Affine<A>& channel) {
+  for_each_block(at, c, [&](int64_t begin, int64_t n) {
+    span_apply<kResidual, kRelu>(x + begin, kResidual ? residual + begin : nullptr, y + begin, n, channel);
+  });
+}
+
+template <bool kResidual, bool kRelu, class T, class A>
+void apply(const Layout& at, const T* x, const T* residual, T* y, const Channels<A>& channels) {
+  if (at.inner > 1)
+    return over_channels(at, [&](int64_t c) { apply_channel<kResidual, kRelu>(at, c, x, residual, y, channels[c]); });
+  over_rows(at, [&](int64_t begin, int64_t end) {
+    const int64_t i = begin * at.channels;
+    rows_apply<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, y + i, end - begin, at.channels,
+                                 channels.mean.data(), channels.scale.data(), channels.bias.data());
+  });
+}
+
+template <bool kResidual, bool kRelu, class T, class A>
 void forward(const Layout& at, const T* x, const T* residual, T* y, const A* weight, const A* bias, A* mean, A* var,
              double eps) {
   Channels<A> channels(at.channels);
@@ -262,9 +283,7 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
         moments.merge(double(n), block_mean, block_m2);
       });
       finish(c, moments);
-      for_each_block(at, c, [&](int64_t begin, int64_t n) {
-        span_apply<kResidual, kRelu>(x + begin, kResidual ? residual + begin : nullptr, y + begin, n, channels[c]);
-      });
+      apply_channel<kResidual, kRelu>(at, c, x, residual, y, channels[c]);
     });
     return;
   }
@@ -288,19 +307,14 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
     }
     finish(c, moments);
   }
-  over_rows(at, [&](int64_t begin, int64_t end) {
-    const int64_t i = begin * at.channels;
-    rows_apply<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, y + i, end - begin, at.channels,
-                                 channels.mean.data(), channels.scale.data(), channels.bias.data());
-  });
+  apply<kResidual, kRelu>(at, x, residual, y, channels);
 }
 
 template <Mask kMask, class T, class A>
 void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* weight, const A* bias, const A* mean,
               const A* var, double eps, T* dx, T* dresidual, A* dweight, A* dbias) {
-  Channels<A> channels(at.channels);
+  const Channels<A> channels(at.channels, mean, var, weight, bias, eps);
   std::vector<A> grad_mean(at.channels), projection(at.channels);
-  for (int64_t c = 0; c < at.channels; ++c) channels.set(c, mean[c], var[c], weight[c], bias[c], eps);
   const auto finish = [&](int64_t c, double sum, double dot) {
     const double invstd = 1 / std::sqrt(double(var[c]) + eps), count = double(std::max<int64_t>(at.count(), 1));
     dbias[c] = A(sum);
@@ -357,39 +371,48 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   constexpr auto op = "batch_norm_act";
   const Layout at = check_forward(op, given, weight, bias, given_residual);
   const Tensor x = dense(given, at.format);
-  const std::optional<Tensor> residual =
-      given_residual ? std::optional<Tensor>(dense(*given_residual, at.format)) : std::nullopt;
+  const std::optional<Tensor> residual = dense(given_residual, at.format);
   Tensor y = empty(x, x.sizes(), at.format), mean = empty(weight, weight.sizes()), var = empty(weight, weight.sizes());
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = residual ? (act ? forward<true, true, T, A> : forward<true, false, T, A>)
                               : (act ? forward<false, true, T, A> : forward<false, false, T, A>);
-    run(at, data<T>(x), residual ? data<T>(*residual) : nullptr, mutable_data<T>(y), data<A>(weight), data<A>(bias),
-        mutable_data<A>(mean), mutable_data<A>(var), eps);
+    run(at, data<T>(x), data<T>(residual), mutable_data<T>(y), data<A>(weight), data<A>(bias), mutable_data<A>(mean),
+        mutable_data<A>(var), eps);
   });
   return {y, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& given_grad, const Tensor& given,
-                                                                   const Tensor& weight, const Tensor& bias,
-                                                                   const Tensor& mean, const Tensor& var,
-                                                                   const std::optional<Tensor>& given_y, double eps,
-                                                                   bool act) {
-  constexpr auto op = "batch_norm_act_backward";
-  const Layout at = check_backward(op, given_grad, given, weight, bias, mean, var, given_y);
-  const Tensor x = dense(given, at.format), grad = dense(given_grad, at.format);
-  const std::optional<Tensor> y = given_y ? std::optional<Tensor>(dense(*given_y, at.format)) : std::nullopt;
-  Tensor dx = empty(x, x.sizes(), at.format), dresidual = y ? empty(x, x.sizes(), at.format) : empty(x, {0});
+void batch_norm_act_apply_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                              const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act,
+                              Tensor out) {
+  constexpr auto op = "batch_norm_act_apply_out";
+  const Layout at = check_apply(op, x, weight, bias, mean, var, residual, out);
+  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
+    using A = typename Compute<T>::type;
+    const auto run = residual ? (act ? apply<true, true, T, A> : apply<true, false, T, A>)
+                              : (act ? apply<false, true, T, A> : apply<false, false, T, A>);
+    const Channels<A> channels(at.channels, data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps);
+    run(at, data<T>(x), data<T>(residual), mutable_data<T>(out), channels);
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                                       const std::optional<Tensor>& y, double eps, bool act, Tensor dx,
+                                                       const std::optional<Tensor>& dresidual) {
+  constexpr auto op = "batch_norm_act_backward_out";
+  const Layout at = check_backward(op, grad, x, weight, bias, mean, var, y, dx, dresidual);
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = y ? backward<Mask::from_output, T, A>
                        : (act ? backward<Mask::from_input, T, A> : backward<Mask::none, T, A>);
-    run(at, data<T>(grad), data<T>(x), y ? data<T>(*y) : nullptr, data<A>(weight), data<A>(bias), data<A>(mean),
-        data<A>(var), eps, mutable_data<T>(dx), y ? mutable_data<T>(dresidual) : nullptr, mutable_data<A>(dweight),
+    run(at, data<T>(grad), data<T>(x), data<T>(y), data<A>(weight), data<A>(bias), data<A>(mean), data<A>(var), eps,
+        mutable_data<T>(dx), dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
         mutable_data<A>(dbias));
   });
-  return {dx, dresidual, dweight, dbias};
+  return {dweight, dbias};
 }
 
 }  // namespace
@@ -397,5 +420,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&auglocal::batch_norm_act_backward));
+  m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
+  m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
 }

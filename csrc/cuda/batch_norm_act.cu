@@ -322,10 +322,42 @@ struct ForwardArgs {
   const T *x, *residual;  // residual: may be null
   T* y;
   const A *weight, *bias;
-  A *mean, *var;
+  A *mean, *var;  // written by the forward, read by the apply kernel
   double eps;
   bool relu;
 };
+
+// act(BN(x) + residual) for a thread's share, the first `kept` vectors from shared memory. y may be x or residual.
+template <class T, int V, bool kChannelsLast, class A>
+__device__ __forceinline__ void apply_share(const Plan& plan, const Share<V, kChannelsLast>& share,
+                                            const ForwardArgs<A, T>& args, const Affine<A>* affines, int kept) {
+  using Vec = Vector<T, V>;
+  constexpr int kLanes = kChannelsLast ? V : 1;
+  Affine<A> affine[kLanes];
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) affine[i] = affines[share.in_group + i];
+  struct Loaded {
+    Vec x, residual;
+  };
+  for_each_vector<kInFlight<Vec, 3>, true>(
+      plan, share,
+      [&](int64_t offset, int index) {
+        Loaded loaded;
+        loaded.x = index < kept ? slot<Vec>(index) : read<V>(args.x + offset);
+        if (args.residual) loaded.residual = read<V>(args.residual + offset);
+        return loaded;
+      },
+      [&](int64_t offset, int, const Loaded& loaded) {
+        Vec y{};
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          A value = normalize(get<A>(loaded.x, i), affine[kChannelsLast ? i : 0]);
+          if (args.residual) value += get<A>(loaded.residual, i);
+          set<A>(y, i, args.relu ? relu(value) : value);
+        }
+        write<V>(args.y + offset, y);
+      });
+}
 
 template <class T, int V, bool kChannelsLast, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
@@ -383,30 +415,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
 
-    Affine<A> affine[kLanes];
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) affine[i] = affines[share.in_group + i];
-    struct Loaded {
-      Vec x, residual;
-    };
-    for_each_vector<kInFlight<Vec, 3>, true>(
-        plan, share,
-        [&](int64_t offset, int index) {
-          Loaded loaded;
-          loaded.x = index < plan.kept ? slot<Vec>(index) : read<V>(args.x + offset);
-          if (args.residual) loaded.residual = read<V>(args.residual + offset);
-          return loaded;
-        },
-        [&](int64_t offset, int, const Loaded& loaded) {
-          Vec y{};
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            A value = normalize(get<A>(loaded.x, i), affine[kChannelsLast ? i : 0]);
-            if (args.residual) value += get<A>(loaded.residual, i);
-            set<A>(y, i, args.relu ? relu(value) : value);
-          }
-          write<V>(args.y + offset, y);
-        });
+    apply_share(plan, share, args, affines, plan.kept);
+  }
+}
+
+// The elementwise part alone, with statistics that are known already.
+template <class T, int V, bool kChannelsLast, class A = typename Compute<T>::type>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    apply_kernel(const Plan plan, const ForwardArgs<A, T> args, double2*, unsigned*) {
+  __shared__ Affine<A> affines[kMaxChannels];
+  for (int64_t group = blockIdx.x / plan.parts; group < plan.groups; group += plan.teams) {
+    const Share<V, kChannelsLast> share(plan, group, blockIdx.x % plan.parts);
+    const int64_t channel = share.channel + threadIdx.x;
+    __syncthreads();  // the last group's constants have been read
+    if (threadIdx.x < plan.group_channels && channel < plan.channels)
+      affines[threadIdx.x] = make_affine(args.mean[channel], args.var[channel], args.weight[channel],
+                                         args.bias[channel], args.eps);
+    __syncthreads();
+    apply_share(plan, share, args, affines, 0);
   }
 }
 
@@ -562,11 +588,13 @@ const Residency& residency(int device) {
   return known[device];
 }
 
+// operands: how many tensors the kernel keeps on the chip between its two passes; 0: it makes one pass.
 template <auto kKernel, int V, bool kChannelsLast, class T, class Args>
 void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args) {
   const int device = x.get_device_index();
   const Residency& held = residency<kKernel>(device);
-  Plan plan = make_plan(layout, V, sizeof(T), kChannelsLast, operands, held.blocks, held.kept_bytes, held.cooperative);
+  const Plan plan = make_plan(layout, V, sizeof(T), kChannelsLast, std::max(operands, 1), held.blocks,
+                              operands ? held.kept_bytes : 0, held.cooperative);
   const int64_t partials = plan.parts == 1 ? 0 : plan.groups * plan.group_channels * plan.parts;
   const int64_t bytes = partials * sizeof(double2) + plan.teams * sizeof(unsigned);
   const Tensor workspace = empty(weight, {ceil_div(bytes, sizeof(float))});
@@ -611,13 +639,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   const Layout at = check_forward(op, given, weight, bias, given_residual);
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor x = dense(given, at.format);
-  const std::optional<Tensor> residual =
-      given_residual ? std::optional<Tensor>(dense(*given_residual, at.format)) : std::nullopt;
+  const std::optional<Tensor> residual = dense(given_residual, at.format);
   Tensor y = empty(x, x.sizes(), at.format), mean = empty(weight, weight.sizes()), var = empty(weight, weight.sizes());
   if (at.channels == 0) return {y, mean, var};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
-    const ForwardArgs<A, T> args{data<T>(x), residual ? data<T>(*residual) : nullptr, mutable_data<T>(y),
+    const ForwardArgs<A, T> args{data<T>(x), data<T>(residual), mutable_data<T>(y),
                                  data<A>(weight), data<A>(bias), mutable_data<A>(mean), mutable_data<A>(var), eps, act};
     with_shape<T>(at, {args.x, args.residual, args.y}, [&](auto width, auto channels_last) {
       launch<forward_kernel<T, width, channels_last>, width, channels_last, T>(at, 1, x, weight, args);
@@ -626,24 +653,37 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   return {y, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& given_grad, const Tensor& given,
-                                                                   const Tensor& weight, const Tensor& bias,
-                                                                   const Tensor& mean, const Tensor& var,
-                                                                   const std::optional<Tensor>& given_y, double eps,
-                                                                   bool act) {
-  constexpr auto op = "batch_norm_act_backward";
-  const Layout at = check_backward(op, given_grad, given, weight, bias, mean, var, given_y);
-  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
-  const Tensor x = dense(given, at.format), grad = dense(given_grad, at.format);
-  const std::optional<Tensor> y = given_y ? std::optional<Tensor>(dense(*given_y, at.format)) : std::nullopt;
-  Tensor dx = empty(x, x.sizes(), at.format), dresidual = y ? empty(x, x.sizes(), at.format) : empty(x, {0});
-  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (at.channels == 0) return {dx, dresidual, dweight, dbias};
+void batch_norm_act_apply_out(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                              const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act,
+                              Tensor out) {
+  constexpr auto op = "batch_norm_act_apply_out";
+  const Layout at = check_apply(op, x, weight, bias, mean, var, residual, out);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (x.numel() == 0) return;
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
-    const BackwardArgs<A, T> args{data<T>(grad), data<T>(x), y ? data<T>(*y) : nullptr, data<A>(weight),
-                                  data<A>(bias), data<A>(mean), data<A>(var), mutable_data<T>(dx),
-                                  y ? mutable_data<T>(dresidual) : nullptr, mutable_data<A>(dweight),
+    const ForwardArgs<A, T> args{data<T>(x),    data<T>(residual),     mutable_data<T>(out),  data<A>(weight),
+                                 data<A>(bias), mutable_data<A>(mean), mutable_data<A>(var), eps, act};
+    with_shape<T>(at, {args.x, args.residual, args.y}, [&](auto width, auto channels_last) {
+      launch<apply_kernel<T, width, channels_last>, width, channels_last, T>(at, 0, x, weight, args);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                                       const std::optional<Tensor>& y, double eps, bool act, Tensor dx,
+                                                       const std::optional<Tensor>& dresidual) {
+  constexpr auto op = "batch_norm_act_backward_out";
+  const Layout at = check_backward(op, grad, x, weight, bias, mean, var, y, dx, dresidual);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
+  if (at.channels == 0) return {dweight, dbias};
+  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
+    using A = typename Compute<T>::type;
+    const BackwardArgs<A, T> args{data<T>(grad), data<T>(x), data<T>(y), data<A>(weight), data<A>(bias),
+                                  data<A>(mean), data<A>(var), mutable_data<T>(dx),
+                                  dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
                                   mutable_data<A>(dbias), eps};
     with_shape<T>(at, {args.grad, args.x, args.y, args.dx, args.dresidual}, [&](auto width, auto channels_last) {
       const auto run = [&](auto mask) {
@@ -654,7 +694,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor&
       run(std::integral_constant<Mask, Mask::none>{});
     });
   });
-  return {dx, dresidual, dweight, dbias};
+  return {dweight, dbias};
 }
 
 }  // namespace
@@ -662,5 +702,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
   m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&auglocal::batch_norm_act_backward));
+  m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
+  m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
 }
