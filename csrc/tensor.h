@@ -42,6 +42,12 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
+// (C,), in the type that statistics of x have.
+inline Tensor empty_statistics(const Tensor& x) {
+  const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::empty({x.size(1)}, type, std::nullopt, x.device());
+}
+
 inline Tensor dense(const Tensor& x, MemoryFormat format) { return torch::stable::contiguous(x, format); }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& x, MemoryFormat format) {
   return x ? std::optional<Tensor>(dense(*x, format)) : std::nullopt;

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from ops_helpers import DEVICES, LAYOUTS, error, make
 from torch.library import opcheck
 
 from auglocal_ext.ops import (
@@ -12,31 +13,12 @@ from auglocal_ext.ops import (
     batch_norm_act_apply,
     batch_norm_act_backward,
     batch_norm_act_reference,
+    batch_norm_statistics,
 )
 from auglocal_ext.ops._library import MISSING
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(5, 20, 7, 6), (3, 1, 2, 2), (4, 17, 1, 1), (2, 3, 70, 80), (9, 33, 3, 5), (1, 5, 1, 2), (6, 16, 8, 8)]
 KINDS = list(itertools.product([False, True], [False, True]))  # residual, relu
-
-
-def make(shape, dtype, layout, residual, *, device="cpu", mean=0.5, seed=0):
-    """x, weight, bias, residual or None, and an incoming gradient."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def features(offset=0.0):
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) + offset
-        return values.to(device, dtype).contiguous(memory_format=layout)
-
-    affine = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 0.5
-    bias = torch.randn(shape[1], generator=generator, dtype=torch.float64)
-    x, grad = features(mean), features()
-    return x, weight.to(device, affine), bias.to(device, affine), features() if residual else None, grad
 
 
 def run(op, x, weight, bias, residual, grad, relu):
@@ -44,10 +26,6 @@ def run(op, x, weight, bias, residual, grad, relu):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual) if t is not None]
     y, mean, var = op(*inputs, relu=relu)
     return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
-
-
-def error(given, exact):
-    return ((given.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,6 +56,18 @@ def test_error_is_at_most_twice_torchs(shape, layout, dtype, residual, relu, dev
     ):
         # 2^-24: half a unit in the last place of a correctly rounded float32, which torch's double sums can reach.
         assert error(a, c) <= 2 * max(error(b, c), 2**-24), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 2, 2)])
+def test_statistics_alone_are_the_same_bits(shape, layout, dtype, device):
+    x, weight, bias, _, _ = make(shape, dtype, layout, False, device=device)
+    _, mean, var = torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, None, 1e-5, True)
+    alone = batch_norm_statistics(x)
+    assert torch.equal(alone[0], mean) and torch.equal(alone[1], var) and mean.dtype == alone[0].dtype
+    opcheck(torch.ops.auglocal_ext.batch_norm_statistics.default, (x,))
 
 
 def test_large_mean_is_survived():

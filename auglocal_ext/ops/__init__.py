@@ -8,6 +8,16 @@ from .batch_norm_act import (
     batch_norm_act_apply,
     batch_norm_act_backward,
     batch_norm_act_reference,
+    batch_norm_statistics,
 )
+from .batch_norm_act_max_pool import batch_norm_act_max_pool, batch_norm_act_max_pool_reference
 
-__all__ = ["batch_norm_act", "batch_norm_act_apply", "batch_norm_act_backward", "batch_norm_act_reference"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_act_apply",
+    "batch_norm_act_backward",
+    "batch_norm_act_max_pool",
+    "batch_norm_act_max_pool_reference",
+    "batch_norm_act_reference",
+    "batch_norm_statistics",
+]

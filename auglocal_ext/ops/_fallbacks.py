@@ -5,6 +5,7 @@ autograd do not depend on how auglocal_ext was installed.
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def _per_channel(values):
@@ -22,14 +23,19 @@ def _activated(features, weight, bias, mean, var, residual, eps, relu):
     return y.relu_() if relu else y
 
 
+def batch_norm_statistics(x):
+    features = x if x.dtype == torch.float64 else x.float()
+    if not x.numel():
+        return features.new_zeros(x.shape[1]), features.new_zeros(x.shape[1])
+    var, mean = torch.var_mean(features, (0, 2, 3), correction=0)
+    return mean, var
+
+
 def batch_norm_act(x, weight, bias, residual, eps, relu):
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = x.contiguous(memory_format=layout).to(weight.dtype)
-    if x.numel():
-        var, mean = torch.var_mean(features, (0, 2, 3), correction=0)
-    else:
-        var, mean = torch.zeros_like(weight), torch.zeros_like(weight)
+    mean, var = batch_norm_statistics(features)
     y = _activated(features, weight, bias, mean, var, residual, eps, relu)
     return y.to(x.dtype, memory_format=layout), mean, var
 
@@ -52,3 +58,35 @@ def batch_norm_act_backward_out(grad, x, weight, bias, mean, var, y, eps, relu, 
     if dresidual is not None:
         dresidual.copy_(g)
     return dot * invstd, dbias
+
+
+def batch_norm_act_max_pool_apply(
+    x, weight, bias, mean, var, eps, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, out_h, out_w
+):
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = x.contiguous(memory_format=layout).to(weight.dtype)
+    normalised = _normalised(features, weight, bias, mean, var, eps)
+    # Windows may pass the right edge (ceil_mode); -inf there is never a maximum.
+    height, width = (out_h - 1) * stride_h + kernel_h, (out_w - 1) * stride_w + kernel_w
+    right, bottom = width - x.shape[3] - padding_w, height - x.shape[2] - padding_h
+    padded = F.pad(normalised, (padding_w, max(right, 0), padding_h, max(bottom, 0)), value=-torch.inf)
+    y, position = F.max_pool2d(padded, (kernel_h, kernel_w), (stride_h, stride_w), return_indices=True)
+    row, column = position // padded.shape[3], position % padded.shape[3]
+    row -= torch.arange(out_h, device=x.device).view(1, 1, -1, 1) * stride_h
+    column -= torch.arange(out_w, device=x.device) * stride_w
+    index = (row * kernel_w + column).to(torch.uint8)
+    return y.relu_().to(x.dtype, memory_format=layout), index.contiguous(memory_format=layout)
+
+
+def batch_norm_act_max_pool_backward_out(
+    grad, x, index, weight, bias, mean, var, eps, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dx
+):
+    (n, c, height, width), (out_h, out_w) = x.shape, grad.shape[2:]
+    taps = index.long()
+    row = torch.arange(out_h, device=x.device).view(1, 1, -1, 1) * stride_h - padding_h + taps // kernel_w
+    column = torch.arange(out_w, device=x.device) * stride_w - padding_w + taps % kernel_w
+    into = torch.zeros(n, c, height * width, dtype=weight.dtype, device=x.device)
+    into.scatter_add_(2, (row * width + column).flatten(2), grad.to(weight.dtype).flatten(2))
+    arguments = (into.view(n, c, height, width), x, weight, bias, mean, var, None, eps, True, dx, None)
+    return batch_norm_act_backward_out(*arguments)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from . import _fallbacks
 from ._library import define, define_composite
 
-__all__ = ["batch_norm_act", "batch_norm_act_apply", "batch_norm_act_backward", "batch_norm_act_reference"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_act_apply",
+    "batch_norm_act_backward",
+    "batch_norm_act_reference",
+    "batch_norm_statistics",
+]
 
 
 def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
@@ -37,7 +43,7 @@ def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
     Equivalent to `batch_norm_act_reference`. Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     Not differentiable twice.
     """
-    _check("batch_norm_act", x, {"weight": weight, "bias": bias}, {"residual": residual}, eps)
+    check("batch_norm_act", x, {"weight": weight, "bias": bias}, {"residual": residual}, eps)
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(
             f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
@@ -54,6 +60,16 @@ def batch_norm_act_reference(x, weight, bias, residual=None, *, eps=1e-5, relu=T
     return F.relu(y) if relu else y, mean, var
 
 
+def batch_norm_statistics(x):
+    """What a BatchNorm in training mode normalises by, alone: (mean, biased variance) over (N, H, W), each (C,).
+
+    x: (N, C, H, W), float32, bfloat16 or float64. The result is float64 for float64 x and float32 otherwise, the
+    same bits as `batch_norm_act` returns, and not differentiable.
+    """
+    check("batch_norm_statistics", x, {}, {}, 0)
+    return torch.ops.auglocal_ext.batch_norm_statistics(x)
+
+
 def batch_norm_act_apply(x, weight, bias, mean, var, residual=None, *, eps=1e-5, relu=True, out=None):
     """`batch_norm_act`'s output again, to the bit, from its input and the statistics it returned.
 
@@ -66,7 +82,7 @@ def batch_norm_act_apply(x, weight, bias, mean, var, residual=None, *, eps=1e-5,
         y, `out` where it was given. Not differentiable.
     """
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    _check("batch_norm_act_apply", x, channels, {"residual": residual, "out": out}, eps)
+    check("batch_norm_act_apply", x, channels, {"residual": residual, "out": out}, eps)
     if out is None:
         return torch.ops.auglocal_ext.batch_norm_act_apply(x, weight, bias, mean, var, residual, eps, relu)
     torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out)
@@ -90,7 +106,7 @@ def batch_norm_act_backward(grad, x, weight, bias, mean, var, y=None, *, eps=1e-
     """
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
     like_x = {"grad": grad, "y": y, "dx": dx, "dresidual": dresidual}
-    _check("batch_norm_act_backward", x, channels, like_x, eps)
+    check("batch_norm_act_backward", x, channels, like_x, eps)
     arguments = (grad, x, weight, bias, mean, var, y, eps, relu)
     if dx is None and dresidual is None:
         dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward(*arguments)
@@ -101,7 +117,7 @@ def batch_norm_act_backward(grad, x, weight, bias, mean, var, y=None, *, eps=1e-
     return dx, dresidual, dweight, dbias
 
 
-def _check(op, x, channels, like_x, eps):
+def check(op, x, channels, like_x, eps):
     """One sentence for what does not fit. channels: (C,) tensors by name; like_x: None or tensors like x."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), given shape {tuple(x.shape)}")
@@ -135,6 +151,7 @@ def memory_format(x):
     return torch.contiguous_format
 
 
+define("batch_norm_statistics(Tensor x) -> (Tensor mean, Tensor var)", _fallbacks.batch_norm_statistics)
 define(
     "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu)"
     " -> (Tensor y, Tensor mean, Tensor var)",
@@ -186,6 +203,12 @@ def _backward(grad, x, weight, bias, mean, var, y, eps, relu):
 
 def _like(x):
     return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_statistics")
+def _(x):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act")

@@ -320,7 +320,7 @@ __device__ __forceinline__ Vec& slot(int index) {
 template <class A, class T>
 struct ForwardArgs {
   const T *x, *residual;  // residual: may be null
-  T* y;
+  T* y;                   // null: only the statistics are wanted
   const A *weight, *bias;
   A *mean, *var;  // written by the forward, read by the apply kernel
   double eps;
@@ -393,7 +393,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     // The same sums about the channel's first value instead, where all threads' can be added.
     if (owner) origins[threadIdx.x] = origin;
     __syncthreads();
-    const A weight = owner ? args.weight[channel] : A(0), bias = owner ? args.bias[channel] : A(0);
+    const bool affine = owner && args.y;
+    const A weight = affine ? args.weight[channel] : A(0), bias = affine ? args.bias[channel] : A(0);
     double2 sums[kLanes] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) {
@@ -415,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
 
-    apply_share(plan, share, args, affines, plan.kept);
+    if (args.y) apply_share(plan, share, args, affines, plan.kept);
   }
 }
 
@@ -633,6 +634,25 @@ void with_shape(const Layout& layout, std::initializer_list<const void*> tensors
   layout.inner == 1 ? with_width(std::true_type{}) : with_width(std::false_type{});
 }
 
+std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
+  constexpr auto op = "batch_norm_statistics";
+  STD_TORCH_CHECK(given.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", given.dim(), " dimensions");
+  const Layout at = layout_of(given);
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Tensor x = dense(given, at.format);
+  Tensor mean = empty_statistics(x), var = empty_statistics(x);
+  if (at.channels == 0) return {mean, var};
+  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
+    using A = typename Compute<T>::type;
+    const ForwardArgs<A, T> args{data<T>(x), nullptr, nullptr, nullptr, nullptr, mutable_data<A>(mean),
+                                 mutable_data<A>(var), 0, false};
+    with_shape<T>(at, {args.x}, [&](auto width, auto channels_last) {
+      launch<forward_kernel<T, width, channels_last>, width, channels_last, T>(at, 0, x, mean, args);
+    });
+  });
+  return {mean, var};
+}
+
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Tensor& weight, const Tensor& bias,
                                                   const std::optional<Tensor>& given_residual, double eps, bool act) {
   constexpr auto op = "batch_norm_act";
@@ -701,6 +721,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
+  m.impl("batch_norm_statistics", TORCH_BOX(&auglocal::batch_norm_statistics));
   m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
   m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
   m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
