@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models
+from ._meta import meta_copy
 
 __all__ = ["Backbone", "Unit", "as_backbone"]
 
@@ -33,7 +34,8 @@ class Unit:
 
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched."""
-        return _on_meta(self.module, x)
+        with torch.no_grad():
+            return meta_copy(self.module)(x)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ def _residual_backbone(model, stem, form):
         raise _not_understood(model, "conv1", model.conv1)
     parts = [("stem", stem_module, None, None)]
     for stage in stages:
-        for name, block in getattr(model, stage).named_children():
+        blocks = getattr(model, stage)
+        if type(blocks) is not nn.Sequential or not len(blocks):
+            raise _not_understood(model, stage, blocks)
+        for name, block in blocks.named_children():
             width, copy = _read_block(model, f"{stage}.{name}", block)
             parts.append((f"{stage}.{name}", block, width, copy))
 
@@ -126,18 +131,12 @@ def _trace(module, x):
         nonlocal elements
         elements += output[0].numel()
 
-    hooks = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
-    try:
-        return _on_meta(module, x), elements
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _on_meta(module, x):
-    state = {name: t.to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    traced = meta_copy(module)
+    for part in traced.modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_hook(count)
     with torch.no_grad():
-        return torch.func.functional_call(module, state, (x,))
+        return traced(x), elements
 
 
 def _not_understood(model, name, part):

@@ -25,9 +25,12 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, TypeError, ImportError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         print(f"auglocal: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\nauglocal: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return 130
 
 
 def _parser():
@@ -78,19 +81,19 @@ def _train(options):
     if options.batch_size < 2:
         raise ValueError(f"--batch-size must be at least 2, given {options.batch_size}")
     torch.manual_seed(options.seed)
-    source = data.load(options.data, options.batch_size, workers=options.workers, download=options.download)
+    reading = {"workers": options.workers, "download": options.download, "progress": not options.quiet}
+    source = data.load(options.data, options.batch_size, **reading)
     model = models.create(options.model, source.num_classes)
-    folder = _folder(options)
+    folder, created = _new_folder(options)
     history = []
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one.
-        folder.mkdir(parents=True, exist_ok=True)
         history.append(entry)
         (folder / "history.json").write_text(json.dumps(history, indent=1) + "\n")
         torch.save(model.state_dict(), folder / "model.pt")
 
-    optimizer = partial(sgd(options.batch_size), lr=options.lr) if options.lr else None
+    optimizer = partial(sgd(options.batch_size), lr=options.lr) if options.lr is not None else None
     started, status = time.perf_counter(), 0
     try:
         result = train(
@@ -110,10 +113,14 @@ def _train(options):
             on_epoch=save,
         )
     except TrainingInterrupted as stop:
+        if not history:
+            raise
         result, status = stop.result, 130
-        print(f"\n{stop}", file=sys.stderr)
-    if not history:
-        return status
+        print(f"\nauglocal: {stop}", file=sys.stderr)
+    finally:
+        if not history:  # a run that did not get to its first result leaves nothing behind
+            for path in created:
+                path.rmdir()
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if options.rule != "bp":
         title += f", depth {options.depth}, {len(result.plan.modules)} local modules"
@@ -126,13 +133,18 @@ def _train(options):
     return status
 
 
-def _folder(options):
+def _new_folder(options):
+    """Makes the run's folder, before anything is trained; returns it and every folder that was made."""
     name = options.name
     if not name:
         cut = (
             "bp" if options.rule == "bp" else f"d{options.depth}" + (f"-K{options.modules}" if options.modules else "")
         )
         name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (options.runs / name).exists():
-        raise ValueError(f"{options.runs / name} exists already: choose another --name")
-    return options.runs / name
+    folder = options.runs / name
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} exists already: choose another --name") from None
+    return folder, created

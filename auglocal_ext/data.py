@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from ._torchvision import import_torchvision
 
@@ -68,7 +69,14 @@ class InMemoryLoader:
         return images
 
 
-def load(source, batch_size, *, workers=0, download=False):
+class UnreadableImage(ValueError):
+    """Names the file. From a DataLoader's worker it comes with the worker's traceback, whose last line is ours."""
+
+    def __init__(self, message):
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def load(source, batch_size, *, workers=0, download=False, progress=False):
     """The data a source names.
 
     Args:
@@ -77,6 +85,7 @@ def load(source, batch_size, *, workers=0, download=False):
             32x32 images of 10 classes that can be told apart).
         workers: DataLoader processes, for large images.
         download: fetch CIFAR-10 if it is not at ROOT.
+        progress: a progress bar while small images are read from their files.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
@@ -87,7 +96,7 @@ def load(source, batch_size, *, workers=0, download=False):
     if kind == "cifar10" and where:
         return _cifar10(Path(where), batch_size, download)
     if kind == "imagefolder" and where:
-        return _image_folder(Path(where), batch_size, workers)
+        return _image_folder(Path(where), batch_size, workers, progress)
     if kind == "fake" and where.isdecimal() and int(where) >= 20:
         return _fake(int(where), batch_size)
     raise ValueError(
@@ -97,8 +106,9 @@ def load(source, batch_size, *, workers=0, download=False):
 
 def _in_memory(train, test, batch_size, num_classes, pad, flip):
     """Data from (images uint8, labels) pairs."""
-    scaled = train[0].float() / 255
-    mean, std = scaled.mean((0, 2, 3)), scaled.std((0, 2, 3)).clamp_min(1e-3)
+    channels = train[0].transpose(0, 1).flatten(1)  # one at a time: as float all would take four times the memory
+    std, mean = (torch.tensor(v) / 255 for v in zip(*(torch.std_mean(c.float()) for c in channels), strict=True))
+    std = std.clamp_min(1e-3)
     return Data(
         InMemoryLoader(*train, batch_size, mean, std, augment=True, pad=pad, flip=flip),
         InMemoryLoader(*test, batch_size, mean, std, augment=False),
@@ -145,7 +155,7 @@ def _fake(count, batch_size):
     return _in_memory(split(count), split(max(20, count // 5)), batch_size, 10, pad=0, flip=False)
 
 
-def _image_folder(root, batch_size, workers):
+def _image_folder(root, batch_size, workers, progress):
     torchvision = import_torchvision("data 'imagefolder:ROOT'")
     train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
     if not train_root.is_dir() or test_root is None:
@@ -162,7 +172,7 @@ def _image_folder(root, batch_size, workers):
     classes = len(folders[0].classes)
     if max(_read(folders[0], 0).size) > SMALL:
         return _large_images(torchvision, folders, batch_size, workers, classes)
-    parts = [_decode(torchvision, folder) for folder in folders]
+    parts = [_decode(torchvision, folder, progress) for folder in folders]
     return _in_memory(*parts, batch_size, classes, pad=4, flip=True)
 
 
@@ -172,12 +182,14 @@ def _read(folder, index):
     try:
         return folder.loader(path)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read the image {path}: replace or remove it ({error})") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableImage(f"cannot read the image {path}: replace or remove it ({reason})") from error
 
 
-def _decode(torchvision, folder):
+def _decode(torchvision, folder, progress):
     to_tensor, images = torchvision.transforms.v2.functional.pil_to_tensor, []
-    for index, (path, _) in enumerate(folder.samples):
+    samples = tqdm(folder.samples, f"reading {folder.root}", unit="image", leave=False, disable=not progress)
+    for index, (path, _) in enumerate(samples):
         images.append(to_tensor(_read(folder, index)))
         if images[-1].shape != images[0].shape:
             raise ValueError(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from ._meta import meta_copy
 
 __all__ = ["BatchNormAct", "fuse"]
 
@@ -37,23 +38,22 @@ class BatchNormAct(nn.Module):
 @torch.no_grad()
 def _update_running_statistics(bn, mean, var, count):
     bn.num_batches_tracked += 1
-    momentum = bn.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1 / bn.num_batches_tracked.to(mean.dtype)
-    unbiased = var * (count / (count - 1))
-    bn.running_mean += momentum * (mean.to(bn.running_mean.dtype) - bn.running_mean)
-    bn.running_var += momentum * (unbiased.to(bn.running_var.dtype) - bn.running_var)
+    dtype = bn.running_mean.dtype
+    # momentum None: the cumulative average
+    momentum = 1 / bn.num_batches_tracked.to(dtype) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(dtype), momentum)
+    bn.running_var.lerp_((var * (count / (count - 1))).to(dtype), momentum)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into containers and the modules named; everything else stays one call."""
+    """Looks into modules of the types named, not of their subclasses; everything else stays one call."""
 
     def __init__(self, inside):
         super().__init__()
         self.inside = inside
 
     def is_leaf_module(self, module, qualified_name):
-        return not isinstance(module, self.inside)
+        return type(module) not in self.inside
 
 
 def fuse(module, inside):
@@ -61,9 +61,11 @@ def fuse(module, inside):
 
     Args:
         module: what to rewrite; its weights are shared, not copied.
-        inside: module classes whose forward is looked into, besides nn.Sequential.
+        inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these and on
+            fused BatchNorms do not run.
     """
-    graph = _Tracer((nn.Sequential, *inside)).trace(module)
+    # The copy is traced, so that no hook of the user's sees what tracing passes around.
+    graph = _Tracer({nn.Sequential, *inside}).trace(meta_copy(module))
     fused = torch.fx.GraphModule(module, graph)
     parts = dict(fused.named_modules())
     for node in list(graph.nodes):
@@ -81,34 +83,28 @@ def _can_fuse(module):
 
 def _fuse_chain(fused, graph, bn, parts):
     """Replaces bn, and the add and ReLU that are its only readers, by one call."""
-    last, residual, relu = bn, None, False
-    add = _only_reader(last)
+    chain, residual, relu = [bn], None, False
+    add = _only_reader(bn)
     if add is not None and _is_add(add):
-        others = [argument for argument in add.args if argument is not last]
+        others = [argument for argument in add.args if argument is not bn]
         after = _only_reader(add)
         # Without a ReLU behind it an add keeps nothing: there is nothing to fuse.
         if len(others) == 1 and isinstance(others[0], torch.fx.Node) and after is not None and _is_relu(after, parts):
-            residual, last = others[0], add
-    reader = _only_reader(last)
+            residual = others[0]
+            chain.append(add)
+    reader = _only_reader(chain[-1])
     if reader is not None and _is_relu(reader, parts):
-        last, relu = reader, True
+        chain.append(reader)
+        relu = True
 
-    name = f"{bn.target}_act".replace(".", "_")
+    name = f"{bn.name}_act"  # a node's name, unlike its module's, is its own where a module is called twice
     fused.add_submodule(name, BatchNormAct(parts[bn.target], relu))
-    with graph.inserting_before(last):
+    with graph.inserting_before(chain[-1]):
         inputs = (bn.args[0],) if residual is None else (bn.args[0], residual)
         call = graph.call_module(name, inputs)
-    last.replace_all_uses_with(call)
-    for node in _chain(bn, last):
+    chain[-1].replace_all_uses_with(call)
+    for node in reversed(chain):
         graph.erase_node(node)
-
-
-def _chain(first, last):
-    """The nodes from last back to first, along each one's fused input."""
-    chain = [first]
-    while chain[-1] is not last:
-        chain.append(_only_reader(chain[-1]))
-    return reversed(chain)
 
 
 def _only_reader(node):

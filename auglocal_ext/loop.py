@@ -1,11 +1,12 @@
 """The training loop around the local step: epochs, validation, memory, Ctrl-C."""
 
 import contextlib
-import itertools
+import gc
 import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,8 @@ class TrainResult:
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C during `train`, raised between two steps. `result`: the TrainResult of the finished epochs."""
 
-    def __init__(self, result):
-        super().__init__(f"training interrupted after {len(result.history)} whole epochs")
+    def __init__(self, result, note=""):
+        super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))
         self.result = result
 
 
@@ -83,7 +84,7 @@ def train(
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
-            loader has a length. Default: `auglocal_ext.optim.cosine`.
+            loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`.
         precision: "fp32" or "bf16".
         device: moves the model there first. Default: where the model is.
         seed: torch.manual_seed for the aux nets' weights and everything random after.
@@ -95,7 +96,8 @@ def train(
         TrainResult
 
     Raises:
-        ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`.
+        ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`. What arguments and first
+            batches tell is raised before any weight changes.
         FloatingPointError: a loss is not finite any more.
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
@@ -103,15 +105,30 @@ def train(
         raise ValueError(f"epochs must be a whole number of at least 1, given {epochs!r}")
     if seed is not None:
         torch.manual_seed(seed)
+    if epochs > 1 and isinstance(loader, Iterator):
+        raise ValueError(
+            f"the loader can be gone through only once, which is not enough for {epochs} epochs: give a DataLoader "
+            f"or a list, not a generator"
+        )
     if device is not None:
-        model.to(device)
-    first, batches = _peek(loader)
-    optimizer = optimizer or sgd(len(first[0]))
+        model.to(_device(device))
+    first, batches = _peek(loader, "the loader")
+    batch_size = len(first[0])
     cutting = {"rule": rule, "form": form, "modules": modules}
-    trainer = LocalTrainer(model, depth, optimizer=optimizer, precision=precision, **cutting)
+    trainer = LocalTrainer(model, depth, optimizer=optimizer or sgd(batch_size), precision=precision, **cutting)
     _check_device(first[0], trainer.device)
+    del first  # its images would live through the whole training
+    if val_loader is not None:
+        (images, _), checked = _peek(val_loader, "val_loader")
+        trainer.check_images(_move((images, images), trainer.device)[0], "val_loader's images")
+        del images
+        if epochs == 1:
+            val_loader = checked
+        elif isinstance(val_loader, Iterator):
+            raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
 
-    was_training, history = model.training, []
+    modes, history = _modes(model), []
+    epoch_length = _length(loader)
     meter = _PeakMeter(trainer)
 
     def result():
@@ -121,31 +138,82 @@ def train(
     try:
         with _interrupt_sets(stop):
             for epoch in range(epochs):
-                entry = _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progress, stop)
+                bar = tqdm(unit="batch", total=epoch_length, leave=False, disable=not progress, mininterval=0.5)
+                bar.set_description(f"epoch {epoch + 1}/{epochs}")
+                factor = _factor(schedule, epoch, epochs, epoch_length)
+                with bar:
+                    entry, epoch_length = _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
                 if val_loader is not None:
-                    entry["val_accuracy"] = evaluate(model, val_loader, precision=precision, _stop=stop)
+                    entry["val_accuracy"] = evaluate(
+                        model, val_loader, precision=precision, progress=progress, _stop=stop
+                    )
                 history.append(entry)
                 if progress:
                     tqdm.write(_epoch_line(entry, epochs))
                 if on_epoch is not None:
                     on_epoch(entry)
                 batches = loader
-    except KeyboardInterrupt:
-        raise TrainingInterrupted(result()) from None
+    except KeyboardInterrupt as stopped:
+        raise TrainingInterrupted(result(), str(stopped)) from None
     finally:
-        model.train(was_training)
-    return result()
+        _restore(modes)
+        # The rewritten modules are reference cycles; with them the aux nets' memory goes now, not at some later time.
+        outcome = result()
+        trainer = meter = batches = None
+        gc.collect()
+    return outcome
 
 
-def _peek(loader):
-    """The first batch, and an iterable of all of them for the first epoch."""
+def _device(name):
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}; leave it out, or say 'cpu'") from None
+    return device
+
+
+def _peek(loader, name):
+    """The first batch, and an iterable of all of them for one time through."""
     batches = iter(loader)
     try:
         first = next(batches)
     except StopIteration:
-        raise ValueError("the loader is empty: it gave no batch") from None
+        raise ValueError(f"{name} is empty: it gave no batch") from None
     _check_pair(first)
-    return first, itertools.chain([first], batches)
+    return first, _chain([first], batches)
+
+
+def _chain(first, batches):
+    """itertools.chain, but without keeping the first batch once it was given."""
+    while first:
+        yield first.pop()
+    yield from batches
+
+
+def _length(loader):
+    """Batches per epoch, None where the loader cannot tell, as one over an IterableDataset."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _factor(schedule, epoch, epochs, length):
+    """Step -> the schedule's factor; in the middle of the epoch where its length is not known yet."""
+    if schedule is None:
+        return lambda step: 1.0
+    return lambda step: schedule(epoch + (step / length if length else 0.5), epochs)
+
+
+def _modes(model):
+    return [(module, module.training) for module in model.modules()]
+
+
+def _restore(modes):
+    for module, training in modes:
+        module.training = training
 
 
 def _check_pair(batch):
@@ -177,36 +245,34 @@ def _move(batch, device):
     return images, labels.to(device, non_blocking=True)
 
 
-def _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progress, stop):
-    steps = len(loader) if hasattr(loader, "__len__") else None
+def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
     losses = correct = torch.zeros((), device=trainer.device)
-    seen = taken = 0
+    seen = steps = 0
     started = time.perf_counter()
     title = f"epoch {epoch + 1}/{epochs}"
-    with tqdm(batches, title, steps, unit="batch", leave=False, disable=not progress, mininterval=0.5) as bar:
-        for index, batch in enumerate(_until(stop, bar)):
-            _check_pair(batch)
-            images, labels = _move(batch, trainer.device)
-            if len(images) == 1:
-                warnings.warn(
-                    f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
-                    f"another batch size",
-                    stacklevel=3,
-                )
-                continue
-            trainer.set_learning_rate_factor(schedule(epoch + (index / steps if steps else 0), epochs))
-            with meter:
-                result = trainer.step(images, labels)
-            losses = losses + result.module_losses * len(images)
-            correct = correct + (result.logits.argmax(1) == labels).sum()
-            seen, taken = seen + len(images), taken + 1
-            if progress and taken % 50 == 1:  # reading a value waits for the device
-                bar.set_postfix(loss=f"{result.loss.item():.3f}", refresh=False)
+    for batch in _until(stop, batches):  # no enumerate(): it keeps its last value until the next is there
+        _check_pair(batch)
+        batch = images, labels = _move(batch, trainer.device)  # no second name keeps the loader's own tensors
+        bar.update()
+        if len(images) == 1:
+            warnings.warn(
+                f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
+                f"another batch size",
+                stacklevel=3,
+            )
+            continue
+        trainer.set_learning_rate_factor(factor(steps))
+        with meter:
+            result = trainer.step(images, labels)
+        losses = losses + result.module_losses * len(images)
+        correct = correct + (result.logits.argmax(1) == labels).sum()
+        seen, steps = seen + len(images), steps + 1
+        if not bar.disable and steps % 50 == 1:  # reading a value waits for the device
+            trainer.check()
+            bar.set_postfix(loss=f"{result.loss.item():.3f}", refresh=False)
+        del batch, images, labels, result
     if not seen:
-        raise ValueError(
-            f"the loader gave no batch of two images or more in {title}: it must be non-empty, and iterable once per "
-            f"epoch (a DataLoader or a list, not a generator)"
-        )
+        raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
     mean_losses = (losses / seen).tolist()
     seconds = time.perf_counter() - started
     trainer.check()
@@ -216,7 +282,7 @@ def _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progr
                 f"{title}: the loss of local module {index} is {loss}: training diverged; lower the learning rate, "
                 f"for instance optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)"
             )
-    return {
+    entry = {
         "epoch": epoch + 1,
         "loss": mean_losses[-1],
         "module_losses": mean_losses,
@@ -227,6 +293,7 @@ def _train_epoch(trainer, batches, loader, epoch, epochs, schedule, meter, progr
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
         "peak_bytes": meter.peak,
     }
+    return entry, steps
 
 
 def _epoch_line(entry, epochs):
@@ -284,38 +351,41 @@ def _interrupt_sets(stop):
 
 def _until(stop, batches):
     """The batches, until `stop` is set: then KeyboardInterrupt, also where the wait for a batch failed by it
-    (a DataLoader's worker processes get the Ctrl-C too)."""
-    batches = iter(batches)
+    (a DataLoader's worker processes get the Ctrl-C too, and die in the middle of sending one)."""
+    batches, end = iter(batches), object()
     while True:
         try:
-            batch = next(batches, None)
-        except RuntimeError:
+            batch = next(batches, end)
+        except Exception:
             if stop.is_set():
                 raise KeyboardInterrupt from None
             raise
         if stop.is_set():
             raise KeyboardInterrupt
-        if batch is None:
+        if batch is end:
             return
         yield batch
+        del batch
 
 
-@torch.inference_mode()
-def evaluate(model, loader, *, precision="fp32", _stop=None):
-    """The model's accuracy on a loader of (images, labels), from 0 to 1, in eval mode; the mode is restored."""
+def evaluate(model, loader, *, precision="fp32", progress=False, _stop=None):
+    """The model's accuracy on a loader of (images, labels), from 0 to 1, in eval mode; the modes are restored."""
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = _modes(model)
     model.eval()
     correct, seen = torch.zeros((), device=device), 0
+    bar = tqdm(desc="test", total=_length(loader), unit="batch", leave=False, disable=not progress, mininterval=0.5)
     try:
         for batch in _until(_stop or threading.Event(), loader):
             _check_pair(batch)
             images, labels = _move(batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
                 correct += (model(images).argmax(1) == labels).sum()
             seen += len(images)
+            bar.update()
     finally:
-        model.train(was_training)
+        bar.close()
+        _restore(modes)
     if not seen:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
     return correct.item() / seen

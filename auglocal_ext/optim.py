@@ -46,9 +46,15 @@ def make_optimizer(factory, parameters):
             f"optimizer must be a factory, because each local module has its own: given {type(factory).__name__}, "
             f"expected for instance functools.partial(torch.optim.AdamW, lr=1e-3)"
         )
-    optimizer = factory(list(parameters))
+    parameters = list(parameters)
+    optimizer = factory(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer, given one that makes {type(optimizer).__name__}")
+    if {p for group in optimizer.param_groups for p in group["params"]} != set(parameters):
+        raise ValueError(
+            "optimizer must train exactly the parameters that it is called with, one local module's, given a factory "
+            "that takes others: use its argument, as in lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is inspect.Parameter.empty):
         raise ValueError(

@@ -105,10 +105,11 @@ def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=Non
 
 def describe(model, backbone, cuts, input_shape, rule, depth):
     """The Plan of a backbone cut into `cuts`. Shapes are traced on meta tensors: nothing is computed."""
-    shapes, x = [], torch.empty(input_shape, device="meta")
+    # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
+    shapes, x = [], torch.empty((max(input_shape[0], 2), *input_shape[1:]), device="meta")
     for unit in backbone.units:
         x = unit.trace(x)
-        shapes.append(tuple(x.shape))
+        shapes.append((input_shape[0], *x.shape[1:]))
     modules = []
     for index, part in enumerate(cuts):
         with torch.device("meta"):

@@ -1,5 +1,6 @@
 """Learning rules: how a backbone is cut into local modules, and what each module's head is."""
 
+import operator
 from dataclasses import dataclass
 
 from .auxiliary import Sample, aux_depth, build_aux_net, sample_units
@@ -49,6 +50,7 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
         return [Cut(0, len(units) - 1, None)]
 
     form = form or backbone.form
+    depth = _whole(depth)
     if not isinstance(depth, int) or depth < 2:
         raise ValueError(f"depth must be a whole number of at least 2 (one block and the classifier), given {depth!r}")
     blocks = depth - 1
@@ -59,6 +61,7 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
         modules = len(units) - blocks if form == "cifar" else len(units)
         borders = range(modules - 1)
     else:
+        modules = _whole(modules)
         if not isinstance(modules, int) or not 1 <= modules <= len(units):
             raise ValueError(
                 f"modules must be a whole number from 1 to {len(units)}, the units of this network, given {modules!r}"
@@ -71,6 +74,14 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
         cuts.append(Cut(first, last, sample_units(units, last, m, batch_norm_head=form == "cifar")))
         first = last + 1
     return [*cuts, Cut(first, len(units) - 1, None)]
+
+
+def _whole(value):
+    """An int where value is one of any kind, numpy's for instance; else value itself."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _balanced_borders(sizes, parts):

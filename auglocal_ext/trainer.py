@@ -73,7 +73,18 @@ class LocalTrainer:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
         backbone = as_backbone(model)
         self._cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
+        first = next(model.parameters())
         for name, parameter in model.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"parameter {name} is {parameter.dtype}: parameters must be float32, or float64; call "
+                    f"model.float(), and pass precision='bf16' for bfloat16 features"
+                )
+            if parameter.dtype != first.dtype or parameter.device != first.device:
+                raise ValueError(
+                    f"parameter {name} is {parameter.dtype} on {parameter.device}, expected {first.dtype} on "
+                    f"{first.device} like the first one: move the whole model with model.to()"
+                )
             if not parameter.requires_grad:
                 raise ValueError(
                     f"parameter {name} is frozen: local modules train every parameter; call "
@@ -81,10 +92,9 @@ class LocalTrainer:
                 )
         self.model, self.precision, self.plan = model, precision, None
         self._backbone, self._rule, self._depth = backbone, rule, depth
-        parameter = next(model.parameters())
-        self.device = parameter.device
+        self.device, self.dtype = first.device, first.dtype
         heads = [build_head(backbone, part) for part in self._cuts]
-        self.aux_nets = nn.ModuleList(heads[:-1]).to(parameter.device, parameter.dtype)
+        self.aux_nets = nn.ModuleList(heads[:-1]).to(self.device, self.dtype)
         self.local_modules = []
         for part, head in zip(self._cuts, heads, strict=True):
             units = [unit.module for unit in backbone.units[part.first : part.last + 1]]
@@ -120,10 +130,11 @@ class LocalTrainer:
             self.model.train()
         features, losses = images, []
         for index, optimizer in enumerate(self.optimizers):
+            optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
             try:
                 features, logits, loss = self.backward(index, features, labels)
                 optimizer.step()
-            except Exception as error:
+            except BaseException as error:
                 _say_where_it_stopped(error, index, len(self.optimizers))
                 raise
             finally:
@@ -140,7 +151,9 @@ class LocalTrainer:
         Returns:
             (features, logits, loss): the module's output, its head's and its loss, detached.
         """
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        # No cache: each weight is read once a step, and a cache of the caller's own autocast would keep old ones.
+        bf16 = torch.autocast(features.device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False)
+        with torch.enable_grad(), bf16:
             features, logits = self._fused[index](features)
             loss = F.cross_entropy(logits, labels)
         loss.backward()
@@ -167,6 +180,16 @@ class LocalTrainer:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
+    def check_images(self, images, name="images"):
+        """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
+        channels = self._backbone.image_channels
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(f"{name} must be (N, {channels}, H, W) for this model, given shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"{name} must be floating point, given {images.dtype}: scale them with .float() / 255")
+        if images.dtype != self.dtype and not (self.precision == "bf16" and images.dtype.itemsize == 2):
+            raise TypeError(f"{name} must be {self.dtype} like the model, given {images.dtype}: call .to({self.dtype})")
+
     def _check_batch(self, images, labels):
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, torch.Tensor):
@@ -176,18 +199,14 @@ class LocalTrainer:
                     f"{name} must be on the model's device, {self.device}, given {value.device}: move one of them "
                     f"with .to()"
                 )
-        channels = self._backbone.image_channels
-        if images.dim() != 4 or images.shape[1] != channels:
-            raise ValueError(f"images must be (N, {channels}, H, W) for this model, given shape {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point, given {images.dtype}: scale them with .float() / 255")
+        self.check_images(images)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
         if labels.dtype != torch.int64:
             raise TypeError(f"labels must be int64 class numbers, given {labels.dtype}: convert them with .long()")
         if len(images) < 2:
             raise ValueError(f"a step needs at least 2 images for its batch statistics, given {len(images)}")
-        not_finite = ~images.sum().isfinite()
+        not_finite = ~images.sum(dtype=self.dtype).isfinite()
         out_of_range = (labels.amin() < 0) | (labels.amax() >= self._backbone.num_classes)
         if self._values_are_at_hand:
             if not_finite:
@@ -196,8 +215,8 @@ class LocalTrainer:
                 raise ValueError(_bad_labels(self._backbone, labels))
             return images, labels, None
         # Reading the flags would wait for the device, and a label out of range would end its context: keep the
-        # flags, and take the step on values that harm nothing. For finite images this changes no bit.
-        images.nan_to_num_(0, 0, 0)
+        # flags, and take the step on values that harm nothing.
+        images = images.nan_to_num(0, 0, 0)
         self._refused |= torch.stack([not_finite, out_of_range])
         return images, labels.clamp(0, self._backbone.num_classes - 1), not_finite | out_of_range
 
@@ -215,11 +234,16 @@ def _bad_labels(backbone, labels=None):
 
 def _say_where_it_stopped(error, index, count):
     """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
-    ahead = {0: "No module was changed."}.get(
-        index, f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest."
-    )
-    note = f"The step stopped in local module {index} of {count}. {ahead} The model is whole and can be used or saved."
-    if error.args and isinstance(error.args[0], str):
+    if index == 0:
+        ahead = "No finished module was changed"
+    elif index == 1:
+        ahead = "Module 0 has taken this step already and is one step ahead of the rest"
+    else:
+        ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
+    note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
+    if not error.args:
+        error.args = (note,)
+    elif isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 

@@ -91,6 +91,10 @@ def spoiled(kind):
     model = models.CifarResNet(2)
     if kind == "block":
         model.layer2[1] = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+    elif kind == "stage":
+        model.layer1 = nn.Conv2d(16, 16, 3, padding=1)
+    elif kind == "empty stage":
+        model.layer1 = nn.Sequential()
     elif kind == "extra part":
         model.attention = nn.Linear(3, 3)
     elif kind == "no classifier":
@@ -104,6 +108,8 @@ def spoiled(kind):
     ("kind", "part"),
     [
         ("block", r"'layer2.1' \(Sequential\)"),
+        ("stage", r"'layer1' \(Conv2d\)"),
+        ("empty stage", r"'layer1' \(Sequential\)"),
         ("extra part", r"'attention' \(Linear\)"),
         ("no classifier", r"'fc' \(Identity\)"),
         ("no stem", r"'conv1' \(Identity\)"),

@@ -58,6 +58,8 @@ def test_plan(capsys):
             "depth must be at most 9 for this network of 10 units, given 40",
         ),
         (["train", "--epochs", "0", "--data", "fake:20"], "epochs must be a whole number"),
+        (["train", "--device", "gpu", "--data", "fake:20"], "device 'gpu' cannot be used here"),
+        (["train", "--runs", "/dev/null", "--data", "fake:20", "--epochs", "1", "--rule", "bp"], "Not a directory"),
         (["plan", "--model", "resnet20", "--modules", "99"], "modules must be a whole number from 1 to 10"),
     ],
 )
@@ -86,6 +88,40 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     assert "interrupted after 1 whole epochs" in capsys.readouterr().err
 
 
+def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.data, "load", stopped)
+    assert main(["train", "--runs", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nauglocal: interrupted\n"
+
+
+def test_a_learning_rate_of_zero_is_taken_as_given(tmp_path):
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                "fake:40",
+                "--epochs",
+                "1",
+                "--rule",
+                "bp",
+                "--lr",
+                "0",
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "x",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "x" / "history.json").read_text())[0]["lr"] == 0
+
+
 def test_as_a_module():
     command = [sys.executable, "-m", "auglocal_ext", "plan", "--model", "resnet20", "--rule", "bp"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -94,7 +130,7 @@ def test_as_a_module():
 
 def test_without_compiled_kernels_it_trains_and_says_so_once(tmp_path):
     command = [sys.executable, "-m", "auglocal_ext", "train", "--data", "fake:64", "--epochs", "1", "--depth", "2",
-               "--modules", "2", "--quiet", "--runs", str(tmp_path)]  # fmt: skip
+               "--modules", "2", "--quiet", "--runs", str(tmp_path), "--device", "cpu"]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "AUGLOCAL_NATIVE": "0"}, check=True
     )

@@ -83,6 +83,30 @@ def test_what_does_not_match_runs_unfused():
     compare(module, fused, torch.randn(4, 4, 5, 5, dtype=torch.float64))
 
 
+def test_a_batch_norm_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(F.relu(self.bn(x)))
+
+    module = Twice().double()
+    fused = fuse(module, inside=(Twice,))
+    assert [chain[1:] for chain in fused_chains(fused)] == [(False, True), (False, False)]
+    compare(module, fused, torch.randn(4, 4, 5, 5, dtype=torch.float64))
+
+
+def test_a_container_with_its_own_forward_is_not_looked_into():
+    class Gate(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    fused = fuse(nn.Sequential(Gate(nn.BatchNorm2d(4)), nn.ReLU()), inside=())
+    assert fused_chains(fused) == [] and fused(-torch.ones(2, 4, 3, 3)).sum() == 0
+
+
 def test_other_norms_stay_as_they_are():
     module = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.ReLU()

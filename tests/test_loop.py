@@ -1,8 +1,10 @@
 """The training loop: what it learns, returns and leaves behind; loaders, interruptions, bad arguments."""
 
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 import torch
@@ -123,14 +125,121 @@ def test_bad_loaders(loader, kind, message):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def refused_before_any_change(kind, message, loader, **options):
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(kind, match=message):
+        train(model, loader, depth=2, progress=False, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_loaders_for_one_time_only():
+    message = "gone through only once, which is not enough for 2 epochs: give a DataLoader"
+    refused_before_any_change(ValueError, message, iter(toy()), epochs=2)
+    message = "val_loader can be gone through only once"
+    refused_before_any_change(ValueError, message, toy(), val_loader=iter(toy()), epochs=2)
+    assert train(small(), iter(toy()), depth=2, val_loader=iter(toy()), epochs=1, progress=False).history
+
+
+class RunsDry(list):
+    """Gives its batches in the first epoch only."""
+
+    def __iter__(self):
+        batches, self[:] = list(super().__iter__()), []
+        return iter(batches)
+
+
 def test_a_loader_that_runs_dry_is_told():
-    with pytest.raises(ValueError, match=r"no batch of two images or more in epoch 2/2: .* not a generator"):
-        train(small(), iter(toy()), depth=2, epochs=2, progress=False)
+    message = r"no batch of two images or more in epoch 2/2: it must give some in every epoch"
+    with pytest.raises(ValueError, match=message):
+        train(small(), RunsDry(toy()), depth=2, epochs=2, progress=False)
 
 
-def test_an_empty_validation_loader_is_told():
+def test_bad_validation_loaders():
+    labels = torch.arange(2)
+    for val_loader, kind, message in [
+        ([], ValueError, "val_loader is empty"),
+        ([(torch.zeros(2, 1, 8, 8), labels)], ValueError, r"val_loader's images must be \(N, 3, H, W\)"),
+        ([(torch.zeros(2, 3, 8, 8).byte(), labels)], TypeError, "val_loader's images must be floating point"),
+        ([{"images": 1}], TypeError, "given a dict"),
+    ]:
+        refused_before_any_change(kind, message, toy(), val_loader=val_loader)
     with pytest.raises(ValueError, match="validation loader is empty"):
-        train(small(), toy(), depth=2, val_loader=[], epochs=1, progress=False)
+        evaluate(small(), [])
+
+
+def test_a_batch_of_none_is_not_the_end_of_the_epoch():
+    with pytest.raises(TypeError, match="given a NoneType"):
+        train(small(), [toy()[0], None, toy()[0]], depth=2, epochs=1, progress=False)
+
+
+def test_a_device_that_is_not_there():
+    message = "device 'gpu' cannot be used here: .* leave it out, or say 'cpu'"
+    refused_before_any_change(ValueError, message, toy(), device="gpu")
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A data set without a length."""
+
+    def __iter__(self):
+        return iter(toy())
+
+
+def test_a_loader_without_a_length_follows_the_schedule_too():
+    seen = []
+
+    def schedule(epoch, epochs):
+        seen.append(epoch)
+        return 1.0
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    train(small(), loader, depth=2, epochs=2, schedule=schedule, progress=False)
+    assert seen == [0.5] * 4 + [1, 1.25, 1.5, 1.75]  # the second epoch goes by the first one's length
+    assert train(small(), toy(), depth=2, epochs=1, schedule=None, progress=False).history[0]["lr"] == 0.1 * 16 / 128
+
+
+def test_validation_batches_can_be_trained_on():
+    """A loader that caches its batches, seen by the validation first."""
+
+    class Caching:
+        def __iter__(self):
+            self.batches = getattr(self, "batches", None) or [(x * 1.0, y) for x, y in toy()]
+            return iter(self.batches)
+
+    loader = Caching()
+    evaluate(small(), loader)
+    assert train(small(), loader, depth=2, epochs=1, progress=False).history
+
+
+def test_no_image_outlives_its_step():
+    alive = []
+
+    def loader():
+        for images, labels in toy():
+            images = images.clone()
+            alive.append(weakref.ref(images))
+            yield images, labels
+            del images
+            assert sum(ref() is not None for ref in alive) == 0
+
+    train(small(), loader(), depth=2, epochs=1, progress=False)
+
+
+def test_aux_nets_are_gone_afterwards():
+    parameters = {id(p) for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)}
+    model = small()
+    train(model, toy(), depth=2, epochs=1, progress=False)
+    own = {id(p) for p in model.parameters()}
+    left = [p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and id(p) not in parameters | own]
+    assert not left
+
+
+def test_a_batch_norm_frozen_in_eval_mode_stays_frozen():
+    model = small()
+    model.bn1.eval()
+    before = model.bn1.running_mean.clone()
+    train(model, toy(), depth=2, val_loader=toy(), epochs=2, progress=False)
+    assert model.training and not model.bn1.training and torch.equal(model.bn1.running_mean, before)
 
 
 @pytest.mark.parametrize("epochs", [0, -1, 1.5])
@@ -181,7 +290,7 @@ class Interrupted(list):
 
 def test_ctrl_c_acts_between_steps():
     model, handler = small(), signal.getsignal(signal.SIGINT)
-    with pytest.raises(TrainingInterrupted, match="interrupted after 1 whole epochs") as stopped:
+    with pytest.raises(TrainingInterrupted, match="interrupted after 1 whole epoch") as stopped:
         train(model, Interrupted(toy()), depth=2, epochs=3, progress=False)
     assert isinstance(stopped.value, KeyboardInterrupt)
     assert [entry["epoch"] for entry in stopped.value.result.history] == [1]
@@ -198,7 +307,7 @@ def test_a_second_ctrl_c_acts_at_once(monkeypatch):
         raise AssertionError("not reached")
 
     monkeypatch.setattr(auglocal_ext.LocalTrainer, "backward", stuck)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(TrainingInterrupted, match="0 whole epochs. The step stopped in local module 0 of 3."):
         train(small(), toy(), depth=2, progress=False)
 
 

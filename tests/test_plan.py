@@ -50,6 +50,11 @@ def test_a_large_network_plans_on_meta_tensors(torchvision):
     assert planned.parameters == 60_192_808
 
 
+def test_a_plan_for_one_image(torchvision):
+    planned = plan(torchvision.models.resnet18(), (1, 3, 32, 32))
+    assert planned.input_shape == (1, 3, 32, 32) and planned.modules[-1].output_shape == (1, 512, 1, 1)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 3, 32, 32, 1)])
 def test_bad_shapes(tiny_model, shape):
     with pytest.raises(ValueError, match=r"input_shape must be \(N, 3, H, W\) for this model, given \("):

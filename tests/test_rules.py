@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,10 @@ def test_borders_make_the_largest_part_smallest():
 def test_bad_arguments(resnet32, arguments, message):
     with pytest.raises(ValueError, match=message):
         cut(resnet32, **arguments)
+
+
+def test_whole_numbers_of_any_kind(resnet32):
+    assert cut(resnet32, np.int64(4), modules=np.int32(3)) == cut(resnet32, 4, modules=3)
 
 
 def test_the_deepest_allowed(resnet32):

@@ -1,5 +1,6 @@
 """The local step: isolation, memory, optimizers, values against plain torch, and bad batches."""
 
+import contextlib
 import copy
 from functools import partial
 
@@ -180,6 +181,7 @@ def test_any_optimizer_by_a_factory(tiny_model, batch, factory):
         (torch.optim.LBFGS, ValueError, "LBFGS cannot train local modules: .* choose one without a closure"),
         (torch.optim.SGD([torch.zeros(1, requires_grad=True)]), TypeError, "must be a factory.* given SGD"),
         ("sgd", TypeError, "must be a factory.* given str"),
+        (lambda p: torch.optim.SGD(p[:1]), ValueError, "must train exactly the parameters that it is called with"),
         (list, TypeError, "must make a torch.optim.Optimizer, given one that makes list"),
     ],
 )
@@ -225,6 +227,8 @@ IMAGES, LABELS = torch.randn(4, 3, 8, 8), torch.arange(4)
         ),
         (IMAGES[0], LABELS, ValueError, r"images must be \(N, 3, H, W\)"),
         (IMAGES.to(torch.uint8), LABELS, TypeError, "images must be floating point, given torch.uint8"),
+        (IMAGES.double(), LABELS, TypeError, r"images must be torch.float32 like the model, given torch.float64"),
+        (IMAGES.half(), LABELS, TypeError, r"images must be torch.float32 like the model, given torch.float16"),
         (IMAGES * torch.nan, LABELS, ValueError, "images must be finite, given NaN or infinite"),
         (IMAGES / 0, LABELS, ValueError, "images must be finite"),
         (IMAGES[:1], LABELS[:1], ValueError, "at least 2 images for its batch statistics, given 1"),
@@ -284,7 +288,7 @@ def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, mon
 
 def test_an_error_in_the_first_module_changes_nothing(trainer, batch, monkeypatch):
     monkeypatch.setattr(trainer._fused[0], "forward", lambda x: 1 / 0)
-    with pytest.raises(ZeroDivisionError, match="stopped in local module 0 of 3. No module was changed"):
+    with pytest.raises(ZeroDivisionError, match="stopped in local module 0 of 3. No finished module was changed"):
         trainer.step(*batch)
 
 
@@ -303,6 +307,63 @@ def test_the_model_is_left_as_it_was(trainer, batch):
         nn.Linear,
     }
     assert "forward" not in vars(model)
+
+
+def test_gradients_from_before_do_not_count(tiny_model, batch):
+    twin = copy.deepcopy(tiny_model)
+    for p in tiny_model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    states = []
+    for model in (tiny_model, twin):
+        torch.manual_seed(1)
+        LocalTrainer(model, depth=2).step(*batch)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_within_the_callers_autocast_and_no_grad(tiny_model, batch):
+    """An autocast of the caller's keeps no old weights, and a no_grad does not stop the step."""
+    twin = copy.deepcopy(tiny_model)
+    losses = []
+    for model, around in ((tiny_model, torch.autocast("cpu", torch.bfloat16)), (twin, contextlib.nullcontext())):
+        torch.manual_seed(1)
+        trainer = LocalTrainer(model, depth=2, precision="bf16")
+        with around:
+            losses.append([trainer.step(*batch).loss.item() for _ in range(3)])
+    assert losses[0] == losses[1] and losses[0][2] < losses[0][0]
+    with torch.no_grad():
+        assert trainer.step(*batch).loss.isfinite()
+
+
+def test_expanded_images_and_the_callers_own_tensor_where_values_are_not_at_hand(trainer, batch):
+    trainer._values_are_at_hand = False
+    grey = batch[0][:, :1].clone()
+    grey[0, 0, 0, 0] = torch.nan
+    trainer.step(grey.expand(-1, 3, -1, -1), batch[1])
+    assert grey[0, 0, 0, 0].isnan()
+    with pytest.raises(ValueError, match="images must be finite"):
+        trainer.check()
+
+
+def test_half_precision_images_under_bf16(tiny_model, batch):
+    trainer = LocalTrainer(tiny_model, depth=2, precision="bf16")
+    assert trainer.step(batch[0].half() + 100, batch[1]).loss.isfinite()  # a sum in half precision would overflow
+
+
+def test_models_in_half_precision_are_refused(tiny_model):
+    with pytest.raises(TypeError, match=r"parameter conv1.weight is torch.float16: .* call model.float\(\)"):
+        LocalTrainer(copy.deepcopy(tiny_model).half(), depth=2)
+    tiny_model.fc.double()
+    with pytest.raises(ValueError, match="parameter fc.weight is torch.float64 on cpu, expected torch.float32 on cpu"):
+        LocalTrainer(tiny_model, depth=2)
+
+
+def test_hooks_see_no_tracing(tiny_model, batch):
+    seen = []
+    for module in tiny_model.modules():
+        module.register_forward_hook(lambda m, i, o: seen.append((type(o), o.device.type)))
+    LocalTrainer(tiny_model, depth=2).step(*batch)
+    assert set(seen) == {(torch.Tensor, "cpu")}
 
 
 def test_a_step_puts_the_model_into_training_mode(trainer, batch):

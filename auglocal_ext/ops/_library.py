@@ -66,5 +66,5 @@ def _say_once_what_is_slower(device):
     warnings.warn(
         f"auglocal_ext runs its fused ops in plain torch on {device}: same results, more time. "
         f"Reason: no compiled kernels, {MISSING.get(device, 'none are written for this device')}. {fix}",
-        stacklevel=4,
+        stacklevel=2,
     )
