@@ -1,4 +1,5 @@
-"""Rewrites BatchNorm [+ residual] [+ ReLU] chains of a module to the fused op.
+"""Rewrites a module's BatchNorm chains to the fused ops: with a residual add and a ReLU, with the convolution that
+reads the activation, with the stem's max-pool.
 
 The result is a second view of the module: it runs the same parameters and buffers, and the module itself
 is left as it was, hooks, keys and all.
@@ -10,11 +11,12 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.utils import _pair
 
 from . import ops
 from ._meta import meta_copy
 
-__all__ = ["BatchNormAct", "fuse"]
+__all__ = ["BatchNormAct", "BatchNormActMaxPool", "ConvBatchNormAct", "fuse"]
 
 
 class BatchNormAct(nn.Module):
@@ -26,12 +28,55 @@ class BatchNormAct(nn.Module):
 
     def forward(self, x, residual=None):
         bn = self.bn
-        if not bn.training:  # a BatchNorm frozen in eval mode normalises by its running statistics
-            y = bn(x) if residual is None else bn(x) + residual
-            return F.relu(y) if self.relu else y
+        if not bn.training:
+            return self.frozen(x, residual)
         y, mean, var = ops.batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps, relu=self.relu)
-        if bn.track_running_stats:
-            _update_running_statistics(bn, mean, var, count=x.numel() // x.shape[1])
+        self.update(x, mean, var)
+        return y
+
+    def frozen(self, x, residual=None):
+        """A BatchNorm in eval mode normalises by its running statistics."""
+        y = self.bn(x) if residual is None else self.bn(x) + residual
+        return F.relu(y) if self.relu else y
+
+    def update(self, x, mean, var):
+        if self.bn.track_running_stats:
+            _update_running_statistics(self.bn, mean, var, count=x.numel() // x.shape[1])
+
+
+class ConvBatchNormAct(BatchNormAct):
+    """A BatchNorm2d [+ ReLU] and the convolution behind it, run as `ops.conv_batch_norm_act`."""
+
+    def __init__(self, bn, relu, conv):
+        super().__init__(bn, relu)
+        self.conv = conv
+
+    def forward(self, x):
+        bn, conv = self.bn, self.conv
+        if not bn.training:
+            return conv(self.frozen(x))
+        geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+        y, mean, var = ops.conv_batch_norm_act(
+            x, bn.weight, bn.bias, conv.weight, conv.bias, eps=bn.eps, relu=self.relu, **geometry
+        )
+        self.update(x, mean, var)
+        return y
+
+
+class BatchNormActMaxPool(BatchNormAct):
+    """A BatchNorm2d + ReLU and the max-pool behind it, run as `ops.batch_norm_act_max_pool`."""
+
+    def __init__(self, bn, pool):
+        super().__init__(bn, relu=True)
+        self.pool = pool
+
+    def forward(self, x):
+        bn, pool = self.bn, self.pool
+        if not bn.training:
+            return pool(self.frozen(x))
+        window = (pool.kernel_size, pool.stride, pool.padding)
+        y, mean, var = ops.batch_norm_act_max_pool(x, bn.weight, bn.bias, *window, ceil_mode=pool.ceil_mode, eps=bn.eps)
+        self.update(x, mean, var)
         return y
 
 
@@ -61,8 +106,8 @@ def fuse(module, inside):
 
     Args:
         module: what to rewrite; its weights are shared, not copied.
-        inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these and on
-            fused BatchNorms do not run.
+        inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these, and on
+            the modules that become part of a fused call, do not run.
     """
     # The copy is traced, so that no hook of the user's sees what tracing passes around.
     graph = _Tracer({nn.Sequential, *inside}).trace(meta_copy(module))
@@ -82,7 +127,7 @@ def _can_fuse(module):
 
 
 def _fuse_chain(fused, graph, bn, parts):
-    """Replaces bn, and the add and ReLU that are its only readers, by one call."""
+    """Replaces bn, and what reads its result in turn and can join it, by one call."""
     chain, residual, relu = [bn], None, False
     add = _only_reader(bn)
     if add is not None and _is_add(add):
@@ -97,14 +142,38 @@ def _fuse_chain(fused, graph, bn, parts):
         chain.append(reader)
         relu = True
 
+    norm, reader = parts[bn.target], _only_reader(chain[-1])
+    behind = parts.get(reader.target) if reader is not None and reader.op == "call_module" else None
+    if residual is None and _is_plain_conv(behind):
+        module = ConvBatchNormAct(norm, relu, behind)
+        chain.append(reader)
+    elif residual is None and relu and _is_plain_pool(behind):
+        module = BatchNormActMaxPool(norm, behind)
+        chain.append(reader)
+    else:
+        module = BatchNormAct(norm, relu)
+
     name = f"{bn.name}_act"  # a node's name, unlike its module's, is its own where a module is called twice
-    fused.add_submodule(name, BatchNormAct(parts[bn.target], relu))
+    fused.add_submodule(name, module)
     with graph.inserting_before(chain[-1]):
         inputs = (bn.args[0],) if residual is None else (bn.args[0], residual)
         call = graph.call_module(name, inputs)
     chain[-1].replace_all_uses_with(call)
     for node in reversed(chain):
         graph.erase_node(node)
+
+
+def _is_plain_conv(module):
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_plain_pool(module):
+    return (
+        type(module) is nn.MaxPool2d
+        and module.dilation in (1, (1, 1))
+        and not module.return_indices
+        and max(_pair(module.kernel_size)) <= 16
+    )
 
 
 def _only_reader(node):

@@ -6,15 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import models
-from auglocal_ext.fuse import BatchNormAct, fuse
+from auglocal_ext.fuse import BatchNormAct, BatchNormActMaxPool, ConvBatchNormAct, fuse
 
 
 def fused_chains(module):
-    """(BatchNorm's name, has a residual, has a ReLU) of each fused call, in order."""
+    """(kind of the fused module, has a residual, has a ReLU) of each fused call, in order."""
     parts, chains = dict(module.named_modules()), []
     for node in module.graph.nodes:
-        if node.op == "call_module" and isinstance(parts[node.target], BatchNormAct):
-            chains.append((node.target, len(node.args) == 2, parts[node.target].relu))
+        part = parts.get(node.target) if node.op == "call_module" else None
+        if isinstance(part, BatchNormAct):
+            chains.append((type(part), len(node.args) == 2, part.relu))
     return chains
 
 
@@ -39,9 +40,9 @@ def test_a_residual_block_becomes_fused_calls():
     before = {name: value.clone() for name, value in block.state_dict().items()}
     fused = fuse(block, inside=(models.BasicBlock,))
     assert fused_chains(fused) == [
-        ("bn1_act", False, True),
-        ("downsample_1_act", False, False),
-        ("bn2_act", True, True),
+        (ConvBatchNormAct, False, True),  # bn1, relu, conv2
+        (BatchNormAct, False, False),  # the shortcut's
+        (BatchNormAct, True, True),  # bn2, add, relu
     ]
     after = block.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -56,8 +57,8 @@ def test_torchvisions_blocks(torchvision, name):
     block = kind(16 * kind.expansion, 16).double()
     fused = fuse(block, inside=(kind,))
     chains = fused_chains(fused)
-    assert chains[-1][1:] == (True, True)  # the last BatchNorm takes the residual and the ReLU
-    assert all(chain[1:] == (False, True) for chain in chains[:-1])
+    assert chains[-1] == (BatchNormAct, True, True)  # the last BatchNorm takes the residual and the ReLU
+    assert all(chain == (ConvBatchNormAct, False, True) for chain in chains[:-1])
     compare(block, fused, torch.randn(4, 16 * kind.expansion, 5, 5, dtype=torch.float64))
 
 
@@ -81,6 +82,46 @@ def test_what_does_not_match_runs_unfused():
     fused = fuse(module, inside=(Chains,))
     assert [chain[1:] for chain in fused_chains(fused)] == [(False, False)] * 4
     compare(module, fused, torch.randn(4, 4, 5, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_the_stem(ceil_mode):
+    stem = nn.Sequential(
+        nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1, ceil_mode=ceil_mode)
+    ).double()
+    fused = fuse(stem, inside=())
+    assert fused_chains(fused) == [(BatchNormActMaxPool, False, True)]
+    compare(stem, fused, torch.randn(2, 3, 22, 25, dtype=torch.float64))
+    stem.eval()
+    x = torch.randn(2, 3, 22, 25, dtype=torch.float64)
+    assert torch.equal(fused(x), stem(x))
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.MaxPool2d(2, dilation=2),
+        nn.MaxPool2d(17, 1, 8),
+        nn.AvgPool2d(2),
+    ],
+)
+def test_what_cannot_join_stays_outside(behind):
+    module = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), behind).double()
+    fused = fuse(module, inside=())
+    assert fused_chains(fused) == [(BatchNormAct, False, True)]
+    compare(module, fused, torch.randn(2, 4, 18, 18, dtype=torch.float64))
+
+
+def test_a_convolution_of_a_plain_batch_norm():
+    module = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, 2, 1, groups=2)).double()
+    fused = fuse(module, inside=())
+    assert fused_chains(fused) == [(ConvBatchNormAct, False, False)]
+    compare(module, fused, torch.randn(2, 4, 9, 9, dtype=torch.float64))
+    module.eval()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    assert torch.equal(fused(x), module(x))
 
 
 def test_a_batch_norm_called_twice():

@@ -226,11 +226,11 @@ def test_no_image_outlives_its_step():
 
 
 def test_aux_nets_are_gone_afterwards():
-    parameters = {id(p) for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)}
+    parameters = {id(p) for p in gc.get_objects() if type(p) is torch.nn.Parameter}
     model = small()
     train(model, toy(), depth=2, epochs=1, progress=False)
     own = {id(p) for p in model.parameters()}
-    left = [p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and id(p) not in parameters | own]
+    left = [p for p in gc.get_objects() if type(p) is torch.nn.Parameter and id(p) not in parameters | own]
     assert not left
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from auglocal_ext import LocalTrainer, fuse, models
+from auglocal_ext import LocalTrainer, fuse, models, ops
 from auglocal_ext.backbone import as_backbone
-from auglocal_ext.ops import batch_norm_act_reference
 from auglocal_ext.rules import cut
 
 
@@ -67,7 +66,8 @@ def _step(fixture, dtype, monkeypatch):
 
     def keep_norms(self, set_to_none=True):
         own = {p for group in self.param_groups for p in group["params"]}
-        gradients.update({n: p.grad.double().norm().item() for n, p in named.items() if p in own})
+        given = {name: p.grad for name, p in named.items() if p in own and p.grad is not None}
+        gradients.update({name: grad.double().norm().item() for name, grad in given.items()})
         release(self, set_to_none)
 
     with monkeypatch.context() as patch:
@@ -87,7 +87,8 @@ def test_step_equals_the_authors(shared_data, monkeypatch, kernels, dtype):
     """
     fixture = np.load(shared_data / "parity" / "auglocal_resnet32_depth4.npz")
     if kernels == "reference":
-        monkeypatch.setattr(fuse.ops, "batch_norm_act", batch_norm_act_reference)
+        for name in ("batch_norm_act", "conv_batch_norm_act"):
+            monkeypatch.setattr(fuse.ops, name, getattr(ops, f"{name}_reference"))
     result, gradients, after = _step(fixture, dtype, monkeypatch)
 
     expected_losses = [*fixture["local_losses"][:, 1], fixture["final_loss"]]

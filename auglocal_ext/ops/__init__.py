@@ -11,6 +11,7 @@ from .batch_norm_act import (
     batch_norm_statistics,
 )
 from .batch_norm_act_max_pool import batch_norm_act_max_pool, batch_norm_act_max_pool_reference
+from .conv_batch_norm_act import conv_batch_norm_act, conv_batch_norm_act_reference
 
 __all__ = [
     "batch_norm_act",
@@ -20,4 +21,6 @@ __all__ = [
     "batch_norm_act_max_pool_reference",
     "batch_norm_act_reference",
     "batch_norm_statistics",
+    "conv_batch_norm_act",
+    "conv_batch_norm_act_reference",
 ]
