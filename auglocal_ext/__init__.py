@@ -4,12 +4,13 @@ model = torchvision.models.resnet18(num_classes=10)
 result = auglocal_ext.train(model, loader, depth=4)
 """
 
+__version__ = "0.1.0"
+
 from . import models, ops
 from .loop import TrainingInterrupted, TrainResult, evaluate, train
 from .plan import Plan, plan
 from .trainer import LocalTrainer, StepResult, assert_isolated
 
-__version__ = "0.1.0"
 __all__ = [
     "LocalTrainer",
     "Plan",

@@ -59,6 +59,14 @@ def as_backbone(model):
     Raises:
         ValueError: it is neither, or a part of it is not understood; names the first such part.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, such as torchvision.models.resnet18(), given {type(model).__name__}"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"cannot cut {type(model).__name__} into units: pass the model in it, model.module")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("cannot cut a model from torch.compile into units: pass the model it was made from")
     if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
         return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
     torchvision_resnet = _torchvision_resnet()

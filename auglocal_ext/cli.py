@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import data, models, report
+from . import __version__, data, models, report
 from .loop import TrainingInterrupted, train
 from .memory import format_bytes
 from .optim import sgd
@@ -38,39 +38,50 @@ def _parser():
         prog="auglocal", description="Trains CNN backbones by supervised local learning (AugLocal)."
     )
     commands = parser.add_subparsers(required=True, metavar="train|plan")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    training = commands.add_parser("train", help="train a model", formatter_class=formatter)
+    training = commands.add_parser("train", help="train a model", description="Trains a model; leaves runs/NAME/.")
     training.set_defaults(run=_train)
-    training.add_argument("--data", default="digits", help="digits, cifar10:ROOT, imagefolder:ROOT or fake:N")
-    training.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is not at ROOT")
-    training.add_argument("--epochs", type=int, default=15)
-    training.add_argument("--batch-size", type=int, default=128)
-    training.add_argument("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
-    training.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--workers", type=int, default=0, help="processes that read large images")
-    training.add_argument("--name", help="of the run's folder (default: made of the settings and the time)")
-    training.add_argument("--runs", type=Path, default=Path("runs"), help="where runs' folders go")
-    training.add_argument("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    add = training.add_argument
+    add("--data", default="digits", help="digits, cifar10:ROOT, imagefolder:ROOT or fake:N (default: %(default)s)")
+    add("--download", action="store_true", help="fetch CIFAR-10 if it is not at ROOT")
+    add("--epochs", type=int, default=15, help="times through the training data (default: %(default)s)")
+    add("--batch-size", type=int, default=128, help="images in a step (default: %(default)s)")
+    add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that read large images (default: %(default)s)")
+    add("--name", help="of the run's folder (default: made of the settings and the time)")
+    add("--runs", type=Path, default=Path("runs"), help="where runs' folders go (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
 
-    planning = commands.add_parser("plan", help="show how a model is cut", formatter_class=formatter)
+    planning = commands.add_parser("plan", help="show how a model is cut", description="Shows how a model is cut.")
     planning.set_defaults(run=_plan)
-    planning.add_argument("--image-size", type=int, default=32, help="pixels along a side")
-    planning.add_argument("--batch-size", type=int, default=128)
-    planning.add_argument("--num-classes", type=int, default=10)
+    add = planning.add_argument
+    add("--image-size", type=int, default=32, help="pixels along a side (default: %(default)s)")
+    add("--batch-size", type=int, default=128, help="images in a step (default: %(default)s)")
+    add("--num-classes", type=int, default=10, help="outputs of the model (default: %(default)s)")
 
     for command in (training, planning):
-        command.add_argument("--model", default="resnet20", help="resnet20 ... resnet110, or a torchvision ResNet")
-        command.add_argument("--rule", choices=RULES, default="auglocal")
-        command.add_argument("--depth", type=int, default=4, help="layers of an auxiliary net, its classifier counted")
-        command.add_argument("--form", choices=FORMS, help="of the AugLocal rule (default: by model)")
-        command.add_argument("--modules", type=int, metavar="K", help="cut into K local modules (default: by form)")
+        add = command.add_argument
+        add(
+            "--model", default="resnet20", help="resnet20 ... resnet110, or a torchvision ResNet (default: %(default)s)"
+        )
+        add("--rule", choices=RULES, default="auglocal", help="bp: plain backpropagation (default: %(default)s)")
+        add("--depth", type=int, default=4, help="layers of an auxiliary net and its classifier (default: %(default)s)")
+        add(
+            "--form",
+            choices=FORMS,
+            help="cifar: aux nets less deep toward the output, the last DEPTH units one module; imagenet: one module "
+            "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
+        )
+        add("--modules", type=int, metavar="K", help="cut into K local modules instead")
     return parser
 
 
 def _plan(options):
+    if options.num_classes < 1:
+        raise ValueError(f"--num-classes must be at least 1, given {options.num_classes}")
     model = models.create(options.model, options.num_classes)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
     print(plan(model, shape, options.depth, rule=options.rule, form=options.form, modules=options.modules))
@@ -80,12 +91,17 @@ def _plan(options):
 def _train(options):
     if options.batch_size < 2:
         raise ValueError(f"--batch-size must be at least 2, given {options.batch_size}")
+    if options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, given {options.workers}")
+    if options.name and Path(options.name).name != options.name:
+        raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
     torch.manual_seed(options.seed)
     reading = {"workers": options.workers, "download": options.download, "progress": not options.quiet}
     source = data.load(options.data, options.batch_size, **reading)
     model = models.create(options.model, source.num_classes)
     folder, created = _new_folder(options)
     history = []
+    (folder / "settings.json").write_text(json.dumps(_settings(options, source), indent=1) + "\n")
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one.
@@ -119,6 +135,7 @@ def _train(options):
         print(f"\nauglocal: {stop}", file=sys.stderr)
     finally:
         if not history:  # a run that did not get to its first result leaves nothing behind
+            (folder / "settings.json").unlink(missing_ok=True)
             for path in created:
                 path.rmdir()
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
@@ -128,9 +145,17 @@ def _train(options):
     print(
         f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "
         f"{time.perf_counter() - started:.1f} s, peak memory {format_bytes(result.peak_bytes)}\n"
-        f"saved to {folder}: model.pt (a plain state_dict), history.json, learning_curve.png"
+        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png"
     )
     return status
+
+
+def _settings(options, source):
+    """What is needed to use model.pt: the options, the versions, the classes and the images' normalisation."""
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    given.pop("run")
+    versions = {"torch": torch.__version__, "auglocal_ext": __version__}
+    return {"options": given, "versions": versions, **source.description, "num_classes": source.num_classes}
 
 
 def _new_folder(options):

@@ -23,11 +23,13 @@ LARGE_SIDE = 224  # what larger ones are cropped to
 
 @dataclass(frozen=True)
 class Data:
-    """train, test: iterables of (images, labels); the model to train must have num_classes outputs."""
+    """train, test: iterables of (images, labels); the model to train must have num_classes outputs; description: what
+    a use of the trained model must know, mean and std of its images (scaled to 0..1) and the names of its classes."""
 
     train: Iterable
     test: Iterable
     num_classes: int
+    description: dict
 
 
 class InMemoryLoader:
@@ -104,7 +106,7 @@ def load(source, batch_size, *, workers=0, download=False, progress=False):
     )
 
 
-def _in_memory(train, test, batch_size, num_classes, pad, flip):
+def _in_memory(train, test, batch_size, classes, pad, flip):
     """Data from (images uint8, labels) pairs."""
     channels = train[0].transpose(0, 1).flatten(1)  # one at a time: as float all would take four times the memory
     std, mean = (torch.tensor(v) / 255 for v in zip(*(torch.std_mean(c.float()) for c in channels), strict=True))
@@ -112,7 +114,8 @@ def _in_memory(train, test, batch_size, num_classes, pad, flip):
     return Data(
         InMemoryLoader(*train, batch_size, mean, std, augment=True, pad=pad, flip=flip),
         InMemoryLoader(*test, batch_size, mean, std, augment=False),
-        num_classes,
+        len(classes),
+        {"mean": mean.tolist(), "std": std.tolist(), "image_size": list(train[0].shape[2:]), "classes": classes},
     )
 
 
@@ -125,7 +128,14 @@ def _digits(batch_size):
     images = images[:, None].expand(-1, 3, -1, -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, stratify=labels, random_state=0)
-    return _in_memory((images[train], labels[train]), (images[test], labels[test]), batch_size, 10, pad=2, flip=False)
+    return _in_memory(
+        (images[train], labels[train]),
+        (images[test], labels[test]),
+        batch_size,
+        [str(digit) for digit in range(10)],
+        pad=2,
+        flip=False,
+    )
 
 
 def _cifar10(root, batch_size, download):
@@ -134,13 +144,15 @@ def _cifar10(root, batch_size, download):
     for train in (True, False):
         try:
             dataset = datasets.CIFAR10(root, train=train, download=download)
+        except OSError as error:
+            raise OSError(f"CIFAR-10 cannot be fetched to {root}: {error}; put its folder there by hand") from error
         except RuntimeError as error:
             raise FileNotFoundError(
                 f"no CIFAR-10 at {root}: expected {root / 'cifar-10-batches-py'}; fetch it with --download ({error})"
             ) from error
         images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         parts.append((images, torch.tensor(dataset.targets)))
-    return _in_memory(*parts, batch_size, 10, pad=4, flip=True)
+    return _in_memory(*parts, batch_size, list(dataset.classes), pad=4, flip=True)
 
 
 def _fake(count, batch_size):
@@ -152,7 +164,9 @@ def _fake(count, batch_size):
         noise = torch.randint(-96, 97, (size, 3, 32, 32), generator=generator)
         return (patterns[labels] + noise).clamp(0, 255).to(torch.uint8), labels
 
-    return _in_memory(split(count), split(max(20, count // 5)), batch_size, 10, pad=0, flip=False)
+    return _in_memory(
+        split(count), split(max(20, count // 5)), batch_size, [str(i) for i in range(10)], pad=0, flip=False
+    )
 
 
 def _image_folder(root, batch_size, workers, progress):
@@ -169,7 +183,7 @@ def _image_folder(root, batch_size, workers, progress):
             f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and "
             f"{folders[1].classes}"
         )
-    classes = len(folders[0].classes)
+    classes = folders[0].classes
     if max(_read(folders[0], 0).size) > SMALL:
         return _large_images(torchvision, folders, batch_size, workers, classes)
     parts = [_decode(torchvision, folder, progress) for folder in folders]
@@ -201,10 +215,11 @@ def _decode(torchvision, folder, progress):
 
 def _large_images(torchvision, folders, batch_size, workers, classes):
     v2 = torchvision.transforms.v2
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, as in torchvision's recipes
     to_tensor = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, as torchvision's recipes
+        v2.Normalize(mean, std),
     ]
     train_transform = v2.Compose([v2.RandomResizedCrop(LARGE_SIDE), v2.RandomHorizontalFlip(), *to_tensor])
     test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
@@ -214,7 +229,8 @@ def _large_images(torchvision, folders, batch_size, workers, classes):
         torch.utils.data.DataLoader(_Readable(folder, transform), shuffle=folder is folders[0], **options)
         for folder, transform in zip(folders, (train_transform, test_transform), strict=True)
     )
-    return Data(train, test, classes)
+    size = [LARGE_SIDE, LARGE_SIDE]
+    return Data(train, test, len(classes), {"mean": mean, "std": std, "image_size": size, "classes": classes})
 
 
 class _Readable(torch.utils.data.Dataset):

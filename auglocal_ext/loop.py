@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,12 @@ def train(
         raise ValueError(f"epochs must be a whole number of at least 1, given {epochs!r}")
     if seed is not None:
         torch.manual_seed(seed)
+    if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
+        given = getattr(schedule, "__name__", type(schedule).__name__)
+        raise TypeError(
+            f"schedule must be a function (epoch, epochs) -> factor of the learning rate, given {given}: for instance "
+            f"lambda epoch, epochs: 0.1 ** (epoch // 30), or auglocal_ext.optim.cosine"
+        )
     if epochs > 1 and isinstance(loader, Iterator):
         raise ValueError(
             f"the loader can be gone through only once, which is not enough for {epochs} epochs: give a DataLoader "
@@ -138,7 +144,7 @@ def train(
     try:
         with _interrupt_sets(stop):
             for epoch in range(epochs):
-                bar = tqdm(unit="batch", total=epoch_length, leave=False, disable=not progress, mininterval=0.5)
+                bar = tqdm(unit="batch", total=epoch_length, leave=False, disable=_no_bar(progress), mininterval=0.5)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
                 factor = _factor(schedule, epoch, epochs, epoch_length)
                 with bar:
@@ -176,6 +182,8 @@ def _device(name):
 
 def _peek(loader, name):
     """The first batch, and an iterable of all of them for one time through."""
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{name} must be an iterable of (images, labels), given {type(loader).__name__}")
     batches = iter(loader)
     try:
         first = next(batches)
@@ -198,6 +206,11 @@ def _length(loader):
         return len(loader)
     except TypeError:
         return None
+
+
+def _no_bar(progress):
+    """tqdm's `disable`: a bar only where there is a terminal to draw it on."""
+    return None if progress else True
 
 
 def _factor(schedule, epoch, epochs, length):
@@ -248,7 +261,7 @@ def _move(batch, device):
 def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
     losses = correct = torch.zeros((), device=trainer.device)
     seen = steps = 0
-    started = time.perf_counter()
+    started = shown = time.perf_counter()
     title = f"epoch {epoch + 1}/{epochs}"
     for batch in _until(stop, batches):  # no enumerate(): it keeps its last value until the next is there
         _check_pair(batch)
@@ -267,9 +280,10 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
         losses = losses + result.module_losses * len(images)
         correct = correct + (result.logits.argmax(1) == labels).sum()
         seen, steps = seen + len(images), steps + 1
-        if not bar.disable and steps % 50 == 1:  # reading a value waits for the device
+        if not bar.disable and time.perf_counter() - shown > 1:  # seconds: reading a value waits for the device
             trainer.check()
             bar.set_postfix(loss=f"{result.loss.item():.3f}", refresh=False)
+            shown = time.perf_counter()
         del batch, images, labels, result
     if not seen:
         raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
@@ -373,14 +387,18 @@ def evaluate(model, loader, *, precision="fp32", progress=False, _stop=None):
     device = next(model.parameters()).device
     modes = _modes(model)
     model.eval()
-    correct, seen = torch.zeros((), device=device), 0
-    bar = tqdm(desc="test", total=_length(loader), unit="batch", leave=False, disable=not progress, mininterval=0.5)
+    correct, seen, out_of_range = torch.zeros((), device=device), 0, torch.zeros((), dtype=torch.bool, device=device)
+    bar = tqdm(
+        desc="test", total=_length(loader), unit="batch", leave=False, disable=_no_bar(progress), mininterval=0.5
+    )
     try:
         for batch in _until(_stop or threading.Event(), loader):
             _check_pair(batch)
             images, labels = _move(batch, device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-                correct += (model(images).argmax(1) == labels).sum()
+                logits = model(images)
+                correct += (logits.argmax(1) == labels).sum()
+                out_of_range |= ((labels < 0) | (labels >= logits.shape[1])).any()
             seen += len(images)
             bar.update()
     finally:
@@ -388,4 +406,6 @@ def evaluate(model, loader, *, precision="fp32", progress=False, _stop=None):
         _restore(modes)
     if not seen:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
+    if out_of_range:
+        raise ValueError(f"validation labels must be from 0 to {logits.shape[1] - 1} for this model: remap them")
     return correct.item() / seen

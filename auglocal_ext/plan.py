@@ -1,5 +1,6 @@
 """What a training will consist of, before it runs: modules, their units, their aux nets, their sizes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -94,11 +95,12 @@ def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=Non
         ValueError: the model cannot be cut, or an argument is out of the range that it allows.
     """
     backbone = as_backbone(model)
+    expected = f"input_shape must be (N, {backbone.image_channels}, H, W) for this model"
+    if isinstance(input_shape, torch.Tensor) or not isinstance(input_shape, Iterable):
+        raise TypeError(f"{expected}, given {type(input_shape).__name__}")
     input_shape = tuple(input_shape)
-    if len(input_shape) != 4 or input_shape[1] != backbone.image_channels:
-        raise ValueError(
-            f"input_shape must be (N, {backbone.image_channels}, H, W) for this model, given {input_shape}"
-        )
+    if len(input_shape) != 4 or input_shape[1] != backbone.image_channels or min(input_shape) < 1:
+        raise ValueError(f"{expected}, given {input_shape}")
     cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
     return describe(model, backbone, cuts, input_shape, rule, depth)
 

@@ -218,6 +218,9 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
     for case in OPS[options.op](options.device, DTYPES[options.dtype]):
+        unknown = set(options.providers or ()) - set(case.forward)
+        if unknown:
+            parser.error(f"--providers must be of {', '.join(case.forward)}, given {', '.join(sorted(unknown))}")
         for provider in options.providers or case.forward:
             rows.append(measure(case, provider, options.device, options.seconds))
     print(table(rows))

@@ -129,6 +129,15 @@ def test_other_models_are_refused(torchvision):
         as_backbone(nn.Identity())
 
 
+def test_wrapped_models_and_no_models(tiny_model):
+    with pytest.raises(ValueError, match="cannot cut DataParallel into units: pass the model in it, model.module"):
+        as_backbone(nn.DataParallel(tiny_model))
+    with pytest.raises(ValueError, match="from torch.compile into units: pass the model it was made from"):
+        as_backbone(torch.compile(tiny_model))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, .* given str"):
+        as_backbone("resnet18")
+
+
 def test_a_subclass_with_its_own_forward_is_refused():
     class Wrapped(models.CifarResNet):
         def forward(self, x):

@@ -263,6 +263,16 @@ def test_opcheck_of_the_parts(layout, residual, relu):
     opcheck(ops.batch_norm_act_backward_out.default, (*arguments, 1e-5, relu, *buffers))
 
 
+def test_differentiating_twice_is_an_error_not_a_wrong_number():
+    x, weight, bias, _, _ = make((4, 3, 5, 5), torch.float64, LAYOUTS[0], False)
+    y, mean, var = batch_norm_act(x.requires_grad_(), weight, bias)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable twice.* use the op's _reference"):
+        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="batch_norm_act_apply is not differentiable"):
+        batch_norm_act_apply(x, weight, bias, mean, var).sum().backward()
+
+
 def test_what_in_place_forms_refuse():
     (grad, x, weight, bias, mean, var, y), _ = backward_arguments((2, 3, 4, 5), torch.float32, LAYOUTS[0], True, True)
     arguments = (grad, x, weight, bias, mean, var)
@@ -285,6 +295,7 @@ BAD = [
     (lambda a: a.update(x=a["x"][0]), ValueError, r"x must be \(N, C, H, W\), given shape \(3, 2, 2\)"),
     (lambda a: a.update(x=a["x"].half()), TypeError, "x must be float32, bfloat16 or float64, given torch.float16"),
     (lambda a: a.update(weight=a["weight"][:2]), ValueError, r"weight must be \(3,\), given shape \(2,\)"),
+    (lambda a: a.update(weight=None), TypeError, r"weight must be a tensor of shape \(3,\), given NoneType"),
     (lambda a: a.update(bias=a["bias"].double()), TypeError, "bias must be torch.float32 for torch.float32 x, given"),
     (lambda a: a.update(residual=a["x"][:1]), ValueError, r"residual must be like x, \(4, 3, 2, 2\)"),
     (lambda a: a.update(residual=a["x"].bfloat16()), ValueError, "given .* torch.bfloat16"),

@@ -12,14 +12,19 @@ import auglocal_ext
 from auglocal_ext import cli, models
 from auglocal_ext.cli import main
 
+FILES = {"model.pt", "settings.json", "history.json", "learning_curve.png"}
+
 
 def test_train_writes_what_it_says(tmp_path, capsys):
     arguments = ["train", "--data", "fake:100", "--epochs", "2", "--batch-size", "32", "--depth", "2", "--modules", "3"]
     assert main([*arguments, "--runs", str(tmp_path), "--name", "first"]) == 0
     folder = tmp_path / "first"
-    assert {file.name for file in folder.iterdir()} == {"model.pt", "history.json", "learning_curve.png"}
+    assert {file.name for file in folder.iterdir()} == FILES
     history = json.loads((folder / "history.json").read_text())
     assert len(history) == 2 and len(history[0]["module_losses"]) == 3
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["options"]["modules"] == 3 and settings["num_classes"] == 10 and len(settings["classes"]) == 10
+    assert len(settings["mean"]) == len(settings["std"]) == 3 and settings["versions"]["torch"] == torch.__version__
     models.resnet20().load_state_dict(torch.load(folder / "model.pt"))
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -58,6 +63,10 @@ def test_plan(capsys):
             "depth must be at most 9 for this network of 10 units, given 40",
         ),
         (["train", "--epochs", "0", "--data", "fake:20"], "epochs must be a whole number"),
+        (["train", "--workers", "-1"], "--workers must be at least 0, given -1"),
+        (["train", "--name", "../x"], "--name must be a plain folder name, given '../x'"),
+        (["plan", "--num-classes", "0"], "--num-classes must be at least 1, given 0"),
+        (["plan", "--image-size", "0"], "input_shape must be (N, 3, H, W)"),
         (["train", "--device", "gpu", "--data", "fake:20"], "device 'gpu' cannot be used here"),
         (["train", "--runs", "/dev/null", "--data", "fake:20", "--epochs", "1", "--rule", "bp"], "Not a directory"),
         (["plan", "--model", "resnet20", "--modules", "99"], "modules must be a whole number from 1 to 10"),
@@ -84,7 +93,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "train", interrupted)
     arguments = ["train", "--data", "fake:64", "--epochs", "3", "--depth", "2", "--modules", "2", "--quiet"]
     assert main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == 130
-    assert {file.name for file in (tmp_path / "x").iterdir()} == {"model.pt", "history.json", "learning_curve.png"}
+    assert {file.name for file in (tmp_path / "x").iterdir()} == FILES
     assert "interrupted after 1 whole epochs" in capsys.readouterr().err
 
 

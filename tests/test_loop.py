@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import threading
 import weakref
 
@@ -105,6 +106,7 @@ def test_a_last_batch_of_one_is_skipped_with_a_warning():
     ("loader", "kind", "message"),
     [
         ([], ValueError, "the loader is empty"),
+        (None, TypeError, r"the loader must be an iterable of \(images, labels\), given NoneType"),
         ([torch.randn(2, 3, 8, 8)], TypeError, r"pairs of tensors \(images, labels\), given a Tensor"),
         ([(torch.randn(2, 3, 8, 8),)], TypeError, r"given a tuple of Tensor"),
         ([("a", "b", "c")], TypeError, "given a tuple of str, str, str"),
@@ -166,6 +168,14 @@ def test_bad_validation_loaders():
         refused_before_any_change(kind, message, toy(), val_loader=val_loader)
     with pytest.raises(ValueError, match="validation loader is empty"):
         evaluate(small(), [])
+    with pytest.raises(ValueError, match="validation labels must be from 0 to 2 for this model"):
+        evaluate(small(), [(torch.zeros(2, 3, 8, 8), labels + 2)])
+
+
+@pytest.mark.parametrize("schedule", [torch.optim.lr_scheduler.StepLR, 0.1])
+def test_what_is_no_schedule(schedule):
+    message = r"schedule must be a function \(epoch, epochs\) -> factor of the learning rate, given (StepLR|float)"
+    refused_before_any_change(TypeError, message, toy(), schedule=schedule)
 
 
 def test_a_batch_of_none_is_not_the_end_of_the_epoch():
@@ -347,11 +357,15 @@ def test_the_mode_of_the_model_is_restored():
     assert model.training
 
 
-def test_progress_goes_to_the_terminal(capsys):
+def test_progress_goes_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     train(small(), toy(), depth=2, val_loader=toy(), epochs=1)
     captured = capsys.readouterr()
     assert "epoch 1/1  loss " in captured.out and "test " in captured.out and "peak " in captured.out
     assert "batch" in captured.err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    train(small(), toy(), depth=2, epochs=1)
+    assert "batch" not in capsys.readouterr().err  # no bar in a log file
 
 
 def test_moving_to_a_device():

@@ -55,7 +55,13 @@ def test_a_plan_for_one_image(torchvision):
     assert planned.input_shape == (1, 3, 32, 32) and planned.modules[-1].output_shape == (1, 512, 1, 1)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 3, 32, 32, 1)])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (2, 3, 32, 32, 1), (2, 3, 0, 32)])
 def test_bad_shapes(tiny_model, shape):
     with pytest.raises(ValueError, match=r"input_shape must be \(N, 3, H, W\) for this model, given \("):
+        plan(tiny_model, shape)
+
+
+@pytest.mark.parametrize("shape", [224, torch.zeros(2, 3, 32, 32)])
+def test_what_is_no_shape(tiny_model, shape):
+    with pytest.raises(TypeError, match=r"input_shape must be \(N, 3, H, W\) for this model, given (int|Tensor)$"):
         plan(tiny_model, shape)

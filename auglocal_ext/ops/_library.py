@@ -33,6 +33,22 @@ def define_composite(schema):
     return implement
 
 
+def not_differentiable(*names):
+    """Makes differentiating these ops an error; without it torch would give zero gradients and a warning."""
+
+    def refuse(name):
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"auglocal_ext::{name} is not differentiable (batch_norm_act and its kin are not differentiable "
+                f"twice); use the op's _reference, which is"
+            )
+
+        torch.library.register_autograd(f"auglocal_ext::{name}", backward)
+
+    for name in names:
+        refuse(name)
+
+
 def _load(file, wanted):
     """Loads one library of kernels; returns None, or why its kernels are not there."""
     if os.environ.get("AUGLOCAL_NATIVE") == "0":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _fallbacks
-from ._library import define, define_composite
+from ._library import define, define_composite, not_differentiable
 
 __all__ = [
     "batch_norm_act",
@@ -125,6 +125,8 @@ def check(op, x, channels, like_x, eps):
         raise TypeError(f"{op}: x must be float32, bfloat16 or float64, given {x.dtype}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, given in channels.items():
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor of shape ({x.shape[1]},), given {type(given).__name__}")
         if given.shape != (x.shape[1],):
             raise ValueError(f"{op}: {name} must be ({x.shape[1]},), given shape {tuple(given.shape)}")
         if given.dtype != dtype:
@@ -260,3 +262,4 @@ def _autograd(ctx, grad, _mean_grad, _var_grad):
 
 
 torch.library.register_autograd("auglocal_ext::batch_norm_act", _autograd, setup_context=_setup_context)
+not_differentiable("batch_norm_statistics", "batch_norm_act_apply", "batch_norm_act_backward")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from . import _fallbacks
-from ._library import define, define_composite
+from ._library import define, define_composite, not_differentiable
 from .batch_norm_act import batch_norm_act_reference, check, memory_format
 
 __all__ = ["batch_norm_act_max_pool", "batch_norm_act_max_pool_reference"]
@@ -151,3 +151,4 @@ def _autograd(ctx, grad, *_):
 
 
 torch.library.register_autograd("auglocal_ext::batch_norm_act_max_pool", _autograd, setup_context=_setup_context)
+not_differentiable("batch_norm_act_max_pool_apply", "batch_norm_act_max_pool_backward")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
-from ._library import define_composite
+from ._library import define_composite, not_differentiable
 from .batch_norm_act import batch_norm_act_reference, check, memory_format
 
 __all__ = ["conv_batch_norm_act", "conv_batch_norm_act_reference"]
@@ -139,3 +139,4 @@ def _autograd(ctx, grad, *_):
 
 
 torch.library.register_autograd("auglocal_ext::conv_batch_norm_act", _autograd, setup_context=_setup_context)
+not_differentiable("conv_batch_norm_act_backward")
