@@ -51,8 +51,10 @@ class LocalTrainer:
         for images, labels in loader:
             result = trainer.step(images, labels)
 
-    The model keeps its class, its keys and its behaviour; no hook is left on it. Gradient accumulation and
-    clipping by the global norm are not possible: a module's gradients are gone before the next one's exist.
+    The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs a rewritten view of it:
+    forward hooks on its blocks, and on modules that are part of a fused call, do not run in a step. Gradient
+    accumulation and clipping by the global norm are not possible: a module's gradients are gone before the next one's
+    exist.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.

@@ -12,8 +12,10 @@ from .batch_norm_act import (
 )
 from .batch_norm_act_max_pool import batch_norm_act_max_pool, batch_norm_act_max_pool_reference
 from .conv_batch_norm_act import conv_batch_norm_act, conv_batch_norm_act_reference
+from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy, pooled_cross_entropy_reference
 
 __all__ = [
+    "PooledCrossEntropy",
     "batch_norm_act",
     "batch_norm_act_apply",
     "batch_norm_act_backward",
@@ -23,4 +25,6 @@ __all__ = [
     "batch_norm_statistics",
     "conv_batch_norm_act",
     "conv_batch_norm_act_reference",
+    "pooled_cross_entropy",
+    "pooled_cross_entropy_reference",
 ]

@@ -90,3 +90,36 @@ def batch_norm_act_max_pool_backward_out(
     into.scatter_add_(2, (row * width + column).flatten(2), grad.to(weight.dtype).flatten(2))
     arguments = (into.view(n, c, height, width), x, weight, bias, mean, var, None, eps, True, dx, None)
     return batch_norm_act_backward_out(*arguments)
+
+
+def batch_norm_act_mean_apply(x, weight, bias, mean, var, residual, eps, relu):
+    return _activated(x.to(weight.dtype), weight, bias, mean, var, residual, eps, relu).mean((2, 3))
+
+
+def batch_norm_act_mean_backward_out(grad, x, weight, bias, mean, var, residual, eps, relu, dx, dresidual):
+    g = (grad / (x.shape[2] * x.shape[3]))[:, :, None, None].expand(x.shape)
+    if relu:
+        y = _activated(x.to(weight.dtype), weight, bias, mean, var, residual, eps, False)
+        g = torch.where(y <= 0, 0, g)
+    if dresidual is not None:
+        dresidual.copy_(g)
+    return batch_norm_act_backward_out(g, x, weight, bias, mean, var, None, eps, False, dx, None)
+
+
+def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index):
+    """Any labels: a row whose label is out of range makes the loss NaN and is otherwise ignored."""
+    classes = weight.shape[0]
+    logits = F.linear(pooled, weight, bias)
+    kept = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+    label, count = labels.where(kept, 0).unsqueeze(1), kept.sum()
+    log_p = logits.log_softmax(1)
+    losses = -(1 - label_smoothing) * log_p.gather(1, label).squeeze(1)
+    if label_smoothing:
+        losses -= label_smoothing * log_p.mean(1)
+    losses = losses.where(kept, torch.where(labels == ignore_index, 0.0, torch.nan))
+    target = torch.full_like(log_p, label_smoothing / classes).scatter_add_(
+        1, label, log_p.new_full((1, 1), 1 - label_smoothing).expand(len(label), 1)
+    )
+    dlogits = (log_p.exp_() - target) * (kept.to(log_p.dtype) / count.clamp(min=1)).unsqueeze(1)
+    loss = (losses.sum(dtype=torch.float64) / count).to(losses.dtype)
+    return loss, logits, dlogits @ weight, dlogits.t() @ pooled, dlogits.sum(0)

@@ -73,6 +73,7 @@ MISSING = {
 
 @cache
 def _say_once_what_is_slower(device):
+    reason = MISSING.get(device, "none are written for this device") or "this op has none for this device"
     tool = "nvcc" if device == "cuda" else "a C++ compiler"
     fix = (
         f"Put {tool} on the PATH and run `pip install -v -e .` again; -v shows what the build found."
@@ -81,6 +82,6 @@ def _say_once_what_is_slower(device):
     )
     warnings.warn(
         f"auglocal_ext runs its fused ops in plain torch on {device}: same results, more time. "
-        f"Reason: no compiled kernels, {MISSING.get(device, 'none are written for this device')}. {fix}",
+        f"Reason: no compiled kernels, {reason}. {fix}",
         stacklevel=2,
     )

@@ -43,12 +43,20 @@ struct Channels {
   Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
 };
 
-// Calls f(begin, length) for each block of the channel's consecutive values.
+// Some of a channel's values in the contiguous layout: whole planes, or a piece of one.
+struct Block {
+  int64_t begin, planes, stride, length;  // first value; planes, how far apart, and values of each
+  int64_t count() const { return planes * length; }
+};
+
+// Calls f(block) for blocks of about kBlock values that make up the channel.
 template <class F>
 void for_each_block(const Layout& at, int64_t channel, const F& f) {
-  for (int64_t n = 0; n < at.outer; ++n)
+  const int64_t stride = at.channels * at.inner, at_once = std::max<int64_t>(kBlock / at.inner, 1);
+  for (int64_t n = 0; n < at.outer; n += at_once)
     for (int64_t i = 0; i < at.inner; i += kBlock)
-      f((n * at.channels + channel) * at.inner + i, std::min(kBlock, at.inner - i));
+      f(Block{n * stride + channel * at.inner + i, std::min(at_once, at.outer - n), stride,
+              std::min(kBlock, at.inner - i)});
 }
 
 // Rows are cut into blocks, blocks into at most this many runs, one run a task.
@@ -76,55 +84,124 @@ void over_rows(const Layout& at, const F& f) {
 
 // ---- statistics ------------------------------------------------------------------------------------
 
+// kTile neighbouring values in one register: arrays of sums would be kept in memory, where each addition waits for
+// the last one's store.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(kTile * sizeof(A))));
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+
+HD Lanes<float> load_tile(const float* from) {
+  Lanes<float> lanes;
+  memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+HD Lanes<double> load_tile(const double* from) {
+  Lanes<double> lanes;
+  memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+HD Lanes<float> load_tile(const bf16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kTile * sizeof(uint16_t))));
+  typedef uint32_t Wide __attribute__((vector_size(kTile * sizeof(uint32_t))));
+  Narrow narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
+  Lanes<float> lanes;
+  memcpy(&lanes, &wide, sizeof(lanes));
+  return lanes;
+}
+
+// The first `width` of kTile values, zeros behind them.
+template <class T>
+HD Lanes<typename Compute<T>::type> load_tile(const T* from, int64_t width) {
+  if (width == kTile) return load_tile(from);
+  Lanes<typename Compute<T>::type> lanes = {};
+  for (int64_t c = 0; c < width; ++c) lanes[c] = load(from[c]);
+  return lanes;
+}
+
+template <class A>
+HD void add(double (&to)[kTile], const Lanes<A>& lanes) {
+  for (int64_t c = 0; c < kTile; ++c) to[c] += lanes[c];
+}
+
+// Calls f(first value, its plane's last + 1) for runs of up to kSpan values of a block, and flush() after about as many.
+template <class Span, class Flush>
+HD void for_each_span(const Block& block, const Span& f, const Flush& flush) {
+  const int64_t at_once = std::max<int64_t>(kSpan / block.length, 1);
+  for (int64_t first = 0; first < block.planes; first += at_once)
+    for (int64_t begin = 0; begin < block.length; begin += kSpan) {
+      for (int64_t p = first; p < std::min(first + at_once, block.planes); ++p)
+        f(p * block.stride + begin, p * block.stride + std::min(begin + kSpan, block.length));
+      flush();
+    }
+}
+
 template <class A, class T>
-VECTORISED void span_moments(const T* x, int64_t n, double* mean, double* m2) {
-  double total = 0, first = 0, second = 0;
-  for (int64_t begin = 0; begin < n; begin += kSpan) {
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) sum += load(x[i]);
-    total += sum;
+VECTORISED void block_moments(const T* x, const Block block, double* mean, double* m2) {
+  const double n = double(block.count());
+  double totals[kTile] = {}, firsts[kTile] = {}, seconds[kTile] = {}, total = 0, first = 0, second = 0;
+  Lanes<A> sum = {}, squares = {};
+  for_each_span(
+      block,
+      [&](int64_t i, int64_t end) {
+        for (; i + kTile <= end; i += kTile) sum += load_tile(x + i);
+        for (int64_t l = 0; i + l < end; ++l) sum[l] += load(x[i + l]);
+      },
+      [&] {
+        add<A>(totals, sum);
+        sum = Lanes<A>{};
+      });
+  for (int64_t l = 0; l < kTile; ++l) total += totals[l];
+  const A centre = A(total / n);
+  for_each_span(
+      block,
+      [&](int64_t i, int64_t end) {
+        for (; i + kTile <= end; i += kTile) {
+          const Lanes<A> d = load_tile(x + i) - centre;
+          sum += d;
+          squares += d * d;
+        }
+        for (int64_t l = 0; i + l < end; ++l) {
+          const A d = load(x[i + l]) - centre;
+          sum[l] += d;
+          squares[l] += d * d;
+        }
+      },
+      [&] {
+        add<A>(firsts, sum);
+        add<A>(seconds, squares);
+        sum = squares = Lanes<A>{};
+      });
+  for (int64_t l = 0; l < kTile; ++l) first += firsts[l], second += seconds[l];
+  *mean = centre + first / n;  // with what rounding left of the mean
+  *m2 = second - first * first / n;
+}
+
+template <class A, class T>
+HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, double* mean, double* m2) {
+  double total[kTile] = {}, first[kTile] = {}, second[kTile] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    Lanes<A> sum = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) sum += load_tile(x + r * stride, width);
+    add<A>(total, sum);
   }
-  const A centre = A(total / double(n));
-  for (int64_t begin = 0; begin < n; begin += kSpan) {
-    A sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum, squares)
-    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) {
-      const A d = load(x[i]) - centre;
+  Lanes<A> centre = {};
+  for (int64_t c = 0; c < width; ++c) centre[c] = A(total[c] / double(rows));
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    Lanes<A> sum = {}, squares = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
+      const Lanes<A> d = load_tile(x + r * stride, width) - centre;
       sum += d;
       squares += d * d;
     }
-    first += sum;
-    second += squares;
+    add<A>(first, sum);
+    add<A>(second, squares);
   }
-  *mean = centre + first / double(n);  // with what rounding left of the mean
-  *m2 = second - first * first / double(n);
-}
-
-// kWidth > 0: that many channels, known to the compiler, so that sums stay in registers.
-template <int64_t kWidth, class A, class T>
-HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, double* mean, double* m2) {
-  const int64_t w = kWidth ? kWidth : width;
-  double total[kTile] = {}, first[kTile] = {}, second[kTile] = {};
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    A sum[kTile] = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
-      for (int64_t c = 0; c < w; ++c) sum[c] += load(x[r * stride + c]);
-    for (int64_t c = 0; c < w; ++c) total[c] += sum[c];
-  }
-  A centre[kTile];
-  for (int64_t c = 0; c < w; ++c) centre[c] = A(total[c] / double(rows));
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    A sum[kTile] = {}, squares[kTile] = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
-      for (int64_t c = 0; c < w; ++c) {
-        const A d = load(x[r * stride + c]) - centre[c];
-        sum[c] += d;
-        squares[c] += d * d;
-      }
-    for (int64_t c = 0; c < w; ++c) first[c] += sum[c], second[c] += squares[c];
-  }
-  for (int64_t c = 0; c < w; ++c) {
+  for (int64_t c = 0; c < width; ++c) {
     mean[c] = centre[c] + first[c] / double(rows);
     m2[c] = second[c] - first[c] * first[c] / double(rows);
   }
@@ -132,18 +209,17 @@ HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, do
 
 template <class A, class T>
 VECTORISED void rows_moments(const T* x, int64_t rows, int64_t channels, double* mean, double* m2) {
-  int64_t c = 0;
-  for (; c + kTile <= channels; c += kTile) tile_moments<kTile, A>(x + c, rows, channels, kTile, mean + c, m2 + c);
-  if (c < channels) tile_moments<0, A>(x + c, rows, channels, channels - c, mean + c, m2 + c);
+  for (int64_t c = 0; c < channels; c += kTile)
+    tile_moments<A>(x + c, rows, channels, std::min(kTile, channels - c), mean + c, m2 + c);
 }
 
 template <class A, class T>
 Moments<double> channel_moments(const Layout& at, int64_t c, const T* x) {
   Moments<double> moments;
-  for_each_block(at, c, [&](int64_t begin, int64_t n) {
+  for_each_block(at, c, [&](const Block& block) {
     double mean, m2;
-    span_moments<A>(x + begin, n, &mean, &m2);
-    moments.merge(double(n), mean, m2);
+    block_moments<A>(x + block.begin, block, &mean, &m2);
+    moments.merge(double(block.count()), mean, m2);
   });
   return moments;
 }

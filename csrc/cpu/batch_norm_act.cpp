@@ -4,15 +4,18 @@
 namespace auglocal {
 namespace {
 
-// ---- spans: one channel, consecutive values (contiguous layout) -----------------------------------
+// ---- blocks of planes: one channel, consecutive values (contiguous layout); pointers are to the block's first ----
 
 template <bool kResidual, bool kRelu, class T, class A>
-VECTORISED void span_apply(const T* x, const T* residual, T* y, int64_t n, Affine<A> channel) {
+VECTORISED void block_apply(const T* x, const T* residual, T* y, const Block block, Affine<A> channel) {
+  for (int64_t p = 0; p < block.planes; ++p) {
+    const int64_t begin = p * block.stride;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    A value = normalize(load(x[i]), channel);
-    if (kResidual) value += load(residual[i]);
-    store(&y[i], kRelu ? relu(value) : value);
+    for (int64_t i = begin; i < begin + block.length; ++i) {
+      A value = normalize(load(x[i]), channel);
+      if (kResidual) value += load(residual[i]);
+      store(&y[i], kRelu ? relu(value) : value);
+    }
   }
 }
 
@@ -25,32 +28,56 @@ HD A masked(const T* grad, const T* y, int64_t i, A x, const Affine<A>& channel)
   return g;
 }
 
+// The same for a tile of values and their gradients, given x - mean.
 template <Mask kMask, class T, class A>
-VECTORISED void span_grad_sums(const T* grad, const T* x, const T* y, int64_t n, Affine<A> channel, double* sum,
-                               double* dot) {
-  for (int64_t begin = 0; begin < n; begin += kSpan) {
-    A s = 0, d = 0;
-#pragma omp simd reduction(+ : s, d)
-    for (int64_t i = begin; i < std::min(begin + kSpan, n); ++i) {
-      const A value = load(x[i]);
-      const A g = masked<kMask>(grad, y, i, value, channel);
-      s += g;
-      d += g * (value - channel.mean);
-    }
-    *sum += s;
-    *dot += d;
-  }
+HD Lanes<A> masked_tile(Lanes<A> g, const T* y, int64_t width, Lanes<A> centred, Lanes<A> scale, Lanes<A> bias) {
+  if (kMask == Mask::from_input) return centred * scale + bias <= A(0) ? Lanes<A>{} : g;
+  if (kMask == Mask::from_output) return load_tile(y, width) <= A(0) ? Lanes<A>{} : g;
+  return g;
 }
 
 template <Mask kMask, class T, class A>
-VECTORISED void span_input_grad(const T* grad, const T* x, const T* y, T* dx, T* dresidual, int64_t n,
-                                Affine<A> channel, InputGrad<A> back) {
+VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, const Block block, Affine<A> channel,
+                                double* sum, double* dot) {
+  double sums[kTile] = {}, dots[kTile] = {};
+  const Lanes<A> scale = Lanes<A>{} + channel.scale, bias = Lanes<A>{} + channel.bias;
+  Lanes<A> s = {}, d = {};
+  for_each_span(
+      block,
+      [&](int64_t i, int64_t end) {
+        for (; i + kTile <= end; i += kTile) {
+          const Lanes<A> centred = load_tile(x + i) - channel.mean;
+          const Lanes<A> g = masked_tile<kMask, T, A>(load_tile(grad + i), y + i, kTile, centred, scale, bias);
+          s += g;
+          d += g * centred;
+        }
+        for (int64_t l = 0; i + l < end; ++l) {
+          const A value = load(x[i + l]);
+          const A g = masked<kMask>(grad, y, i + l, value, channel);
+          s[l] += g;
+          d[l] += g * (value - channel.mean);
+        }
+      },
+      [&] {
+        add<A>(sums, s);
+        add<A>(dots, d);
+        s = d = Lanes<A>{};
+      });
+  for (int64_t l = 0; l < kTile; ++l) *sum += sums[l], *dot += dots[l];
+}
+
+template <Mask kMask, class T, class A>
+VECTORISED void block_input_grad(const T* grad, const T* x, const T* y, T* dx, T* dresidual, const Block block,
+                                 Affine<A> channel, InputGrad<A> back) {
+  for (int64_t p = 0; p < block.planes; ++p) {
+    const int64_t begin = p * block.stride;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A value = load(x[i]);
-    const A g = masked<kMask>(grad, y, i, value, channel);
-    if (kMask == Mask::from_output) store(&dresidual[i], g);
-    store(&dx[i], input_grad(g, value - channel.mean, back));
+    for (int64_t i = begin; i < begin + block.length; ++i) {
+      const A value = load(x[i]);
+      const A g = masked<kMask>(grad, y, i, value, channel);
+      if (kMask == Mask::from_output) store(&dresidual[i], g);
+      store(&dx[i], input_grad(g, value - channel.mean, back));
+    }
   }
 }
 
@@ -68,22 +95,24 @@ VECTORISED void rows_apply(const T* x, const T* residual, T* y, int64_t rows, in
     }
 }
 
-template <Mask kMask, int64_t kWidth, class T, class A>
+template <Mask kMask, class T, class A>
 HD void tile_grad_sums(const T* grad, const T* x, const T* y, int64_t rows, int64_t stride, int64_t width,
                        const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
-  const int64_t w = kWidth ? kWidth : width;
+  const Lanes<A> means = load_tile(mean, width), scales = load_tile(scale, width), biases = load_tile(bias, width);
+  double sums[kTile] = {}, dots[kTile] = {};
   for (int64_t begin = 0; begin < rows; begin += kRows) {
-    A s[kTile] = {}, d[kTile] = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
-      for (int64_t c = 0; c < w; ++c) {
-        const int64_t i = r * stride + c;
-        const A value = load(x[i]);
-        const A g = masked<kMask>(grad, y, i, value, Affine<A>{mean[c], scale[c], bias[c]});
-        s[c] += g;
-        d[c] += g * (value - mean[c]);
-      }
-    for (int64_t c = 0; c < w; ++c) sum[c] += s[c], dot[c] += d[c];
+    Lanes<A> s = {}, d = {};
+    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
+      const int64_t i = r * stride;
+      const Lanes<A> centred = load_tile(x + i, width) - means;
+      const Lanes<A> g = masked_tile<kMask, T, A>(load_tile(grad + i, width), y + i, width, centred, scales, biases);
+      s += g;
+      d += g * centred;
+    }
+    add<A>(sums, s);
+    add<A>(dots, d);
   }
+  for (int64_t c = 0; c < width; ++c) sum[c] += sums[c], dot[c] += dots[c];
 }
 
 template <Mask kMask, class T, class A>
@@ -91,9 +120,8 @@ VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, int64_t ro
                                const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
   for (int64_t c = 0; c < channels; c += kTile) {
     const T* masks = kMask == Mask::from_output ? y + c : nullptr;
-    const auto tile = c + kTile <= channels ? tile_grad_sums<kMask, kTile, T, A> : tile_grad_sums<kMask, 0, T, A>;
-    tile(grad + c, x + c, masks, rows, channels, std::min(kTile, channels - c), mean + c, scale + c, bias + c, sum + c,
-         dot + c);
+    tile_grad_sums<kMask>(grad + c, x + c, masks, rows, channels, std::min(kTile, channels - c), mean + c, scale + c,
+                          bias + c, sum + c, dot + c);
   }
 }
 
@@ -118,8 +146,9 @@ VECTORISED void rows_input_grad(const T* grad, const T* x, const T* y, T* dx, T*
 
 template <bool kResidual, bool kRelu, class T, class A>
 void apply_channel(const Layout& at, int64_t c, const T* x, const T* residual, T* y, const Affine<A>& channel) {
-  for_each_block(at, c, [&](int64_t begin, int64_t n) {
-    span_apply<kResidual, kRelu>(x + begin, kResidual ? residual + begin : nullptr, y + begin, n, channel);
+  for_each_block(at, c, [&](const Block& block) {
+    const T* added = kResidual ? residual + block.begin : nullptr;
+    block_apply<kResidual, kRelu>(x + block.begin, added, y + block.begin, block, channel);
   });
 }
 
@@ -164,14 +193,16 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
   if (at.inner > 1) {
     over_channels(at, [&](int64_t c) {
       double sum = 0, dot = 0;
-      for_each_block(at, c, [&](int64_t begin, int64_t n) {
-        span_grad_sums<kMask>(grad + begin, x + begin, kFromOutput ? y + begin : nullptr, n, channels[c], &sum, &dot);
+      for_each_block(at, c, [&](const Block& block) {
+        const int64_t i = block.begin;
+        block_grad_sums<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, block, channels[c], &sum, &dot);
       });
       finish(c, sum, dot);
       const InputGrad<A> back{channels.scale[c], grad_mean[c], projection[c]};
-      for_each_block(at, c, [&](int64_t begin, int64_t n) {
-        span_input_grad<kMask>(grad + begin, x + begin, kFromOutput ? y + begin : nullptr, dx + begin,
-                               kFromOutput ? dresidual + begin : nullptr, n, channels[c], back);
+      for_each_block(at, c, [&](const Block& block) {
+        const int64_t i = block.begin;
+        block_input_grad<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, dx + i,
+                                kFromOutput ? dresidual + i : nullptr, block, channels[c], back);
       });
     });
     return;

@@ -8,61 +8,21 @@
 //
 // A thread sums in Compute<T>::type, threads are summed in double, always in one order, never by atomics:
 // two runs give the same bits.
-#include "../batch_norm_act.h"
-
 #include <cooperative_groups.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <mutex>
-#include <type_traits>
 #include <utility>
 
-#include "../tensor.h"
+#include "batch_norm.cuh"
 
 namespace auglocal {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kMaxChannels = 64;    // of a group
 constexpr int kMaxColumns = kWarp;  // of a channels_last group: its columns repeat within a warp
-
-// V neighbouring values, moved by one instruction.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Vector {
-  T values[V];
-  HD T get(int i) const { return values[i]; }
-  HD void set(int i, T value) { values[i] = value; }
-};
-
-// bf16 stay in pairs until they are computed with: single ones would take a register each.
-template <int V>
-struct Pairs {
-  uint32_t pairs[V / 2];
-  HD bf16 get(int i) const { return {uint16_t(pairs[i / 2] >> (i % 2 * 16))}; }
-  HD void set(int i, bf16 value) {
-    const uint32_t other = pairs[i / 2] & (i % 2 ? 0xffffu : 0xffff0000u);
-    pairs[i / 2] = other | uint32_t(value.bits) << (i % 2 * 16);
-  }
-};
-template <>
-struct alignas(8) Vector<bf16, 4> : Pairs<4> {};
-template <>
-struct alignas(16) Vector<bf16, 8> : Pairs<8> {};
-
-template <class A, class T, int V>
-__device__ __forceinline__ A get(const Vector<T, V>& vector, int i) {
-  return load(vector.get(i));
-}
-template <class A, class T, int V>
-__device__ __forceinline__ void set(Vector<T, V>& vector, int i, A value) {
-  T rounded;
-  store(&rounded, value);
-  vector.set(i, rounded);
-}
 
 // ---- the plan: which block does what ---------------------------------------------------------------
 
@@ -89,8 +49,6 @@ struct Plan {
 // block could have moved meanwhile.
 constexpr int64_t kRoundCost = 16 << 10, kTeamCost = 32 << 10;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Groups and how to walk them; `columns` is for channels_last.
 Plan make_groups(const Layout& layout, int vector, bool channels_last, int64_t columns) {
   Plan plan{};
@@ -113,13 +71,14 @@ Plan make_groups(const Layout& layout, int vector, bool channels_last, int64_t c
   return plan;
 }
 
-// Cuts groups into shares: as few rounds, waits and second reads as they cost time. `operands` are kept.
+// Cuts groups into shares: as few rounds, waits and second reads as they cost time. `operands` tensors are kept
+// between the kernel's two passes; 0: it makes one pass.
 Plan make_plan(const Layout& layout, int vector, int64_t value_bytes, bool channels_last, int operands, int blocks,
                int64_t kept_bytes, bool teams_can_wait) {
   Plan best{};
   int64_t best_cost = -1;
-  const int64_t vector_bytes = vector * value_bytes, slot_bytes = kThreads * vector_bytes * operands;
-  const int kept = int(kept_bytes / slot_bytes);
+  const int64_t vector_bytes = vector * value_bytes;
+  const int kept = operands ? int(kept_bytes / (kThreads * vector_bytes * operands)) : 0;
   // Rows of 128 bytes of a channels_last group use memory best, narrower ones fit more of them on the chip.
   for (const int64_t row_bytes : {128, 64}) {
     int64_t columns = std::min<int64_t>(row_bytes / vector_bytes, kMaxColumns);
@@ -207,21 +166,7 @@ __device__ __forceinline__ void for_each_vector(const Plan& plan, const Share<V,
   }
 }
 
-template <int V, class T>
-__device__ __forceinline__ Vector<T, V> read(const T* from) {
-  return *reinterpret_cast<const Vector<T, V>*>(from);
-}
-template <int V, class T>
-__device__ __forceinline__ void write(T* to, const Vector<T, V>& vector) {
-  *reinterpret_cast<Vector<T, V>*>(to) = vector;
-}
-
 // ---- sums over a block and over a team -------------------------------------------------------------
-
-__device__ __forceinline__ void add(double2& to, const double2& value) {
-  to.x += value.x;
-  to.y += value.y;
-}
 
 // For block_sum(), which exists for several widths.
 __device__ __forceinline__ double2* warp_sums() {
@@ -302,13 +247,6 @@ class Team {
 };
 
 // ---- the kernels -----------------------------------------------------------------------------------
-
-// The forward and the backward call this one function with the stored mean and variance, so that the
-// backward finds the forward's ReLU mask to the bit.
-template <class A>
-__device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
-  return {mean, A(weight / sqrt(double(var) + eps)), bias};
-}
 
 // A thread's own part of the block's shared memory, which no other thread touches: the vectors it keeps.
 template <class Vec>
@@ -439,9 +377,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 template <class A, class T>
 struct BackwardArgs {
-  const T *grad, *x, *y;  // y, dresidual: only for Mask::from_output
+  const T *grad, *x, *y;  // y, dresidual, masked: only for Mask::from_output
   const A *weight, *bias, *mean, *var;
-  T *dx, *dresidual;  // may be grad or x themselves: each value is written by the thread that read it
+  T *dx, *dresidual;  // may be grad, x or y themselves: each value is written by the thread that read it
+  T* masked;          // where the masked gradient waits for the second pass: dresidual, or dx where dresidual is x
   A *dweight, *dbias;
   double eps;
 };
@@ -498,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             sum[i] += g;
             dot[i] = mul_add(g, x - at.mean, dot[i]);
           }
-          if (kFromOutput) write<V>(args.dresidual + offset, loaded.grad);
+          if (kFromOutput) write<V>(args.masked + offset, loaded.grad);
           if (index >= plan.kept) return;
           slot<Vec>(2 * index) = loaded.grad;
           slot<Vec>(2 * index + 1) = loaded.x;
@@ -527,7 +466,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         [&](int64_t offset, int index) {
           Loaded loaded;
           const bool kept = index < plan.kept;
-          loaded.grad = kept ? slot<Vec>(2 * index) : read<V>((kFromOutput ? args.dresidual : args.grad) + offset);
+          loaded.grad = kept ? slot<Vec>(2 * index) : read<V>((kFromOutput ? args.masked : args.grad) + offset);
           loaded.x = kept ? slot<Vec>(2 * index + 1) : read<V>(args.x + offset);
           return loaded;
         },
@@ -541,6 +480,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             set<A>(dx, i, input_grad(g, x - affine[lane].mean, back[lane]));
           }
           write<V>(args.dx + offset, dx);
+          if (kFromOutput && args.dresidual != args.masked) write<V>(args.dresidual + offset, loaded.grad);
         });
   }
 }
@@ -589,20 +529,17 @@ const Residency& residency(int device) {
   return known[device];
 }
 
-// operands: how many tensors the kernel keeps on the chip between its two passes; 0: it makes one pass.
 template <auto kKernel, int V, bool kChannelsLast, class T, class Args>
 void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args) {
   const int device = x.get_device_index();
   const Residency& held = residency<kKernel>(device);
-  const Plan plan = make_plan(layout, V, sizeof(T), kChannelsLast, std::max(operands, 1), held.blocks,
-                              operands ? held.kept_bytes : 0, held.cooperative);
+  const Plan plan = make_plan(layout, V, sizeof(T), kChannelsLast, operands, held.blocks, held.kept_bytes,
+                              held.cooperative);
   const int64_t partials = plan.parts == 1 ? 0 : plan.groups * plan.group_channels * plan.parts;
   const int64_t bytes = partials * sizeof(double2) + plan.teams * sizeof(unsigned);
   const Tensor workspace = empty(weight, {ceil_div(bytes, sizeof(float))});
   auto partial = static_cast<double2*>(workspace.mutable_data_ptr());
   auto arrivals = reinterpret_cast<unsigned*>(partial + partials);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   cudaLaunchAttribute together;  // only blocks that wait for one another must be resident together
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = plan.parts > 1;
@@ -610,28 +547,19 @@ void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& w
   config.gridDim = dim3(plan.teams * plan.parts);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = size_t(plan.kept) * kThreads * sizeof(Vector<T, V>) * operands;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = current_stream(device);
   config.attrs = &together;
   config.numAttrs = 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, plan, args, partial, arrivals));
 }
 
-// Calls run(vector width, channels_last) as constants: the widest vector that divides the rows and at whose
-// multiples all tensors begin. float64 is there for checking and does without.
+// Calls run(vector width, channels_last) as constants.
 template <class T, class Run>
 void with_shape(const Layout& layout, std::initializer_list<const void*> tensors, const Run& run) {
-  const auto with_width = [&](auto channels_last) {
-    const auto fits = [&](int width) {
-      bool aligned = (channels_last ? layout.channels : layout.inner) % width == 0;
-      for (const void* tensor : tensors) aligned &= reinterpret_cast<uintptr_t>(tensor) % (width * sizeof(T)) == 0;
-      return aligned;
-    };
-    constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T), kHalf = kWide == 8 ? 4 : 1;
-    if (fits(kWide)) return run(std::integral_constant<int, kWide>{}, channels_last);
-    if (fits(kHalf)) return run(std::integral_constant<int, kHalf>{}, channels_last);
-    run(std::integral_constant<int, 1>{}, channels_last);
-  };
-  layout.inner == 1 ? with_width(std::true_type{}) : with_width(std::false_type{});
+  if (layout.inner == 1)
+    with_width<T>(layout.channels, tensors, [&](auto width) { run(width, std::true_type{}); });
+  else
+    with_width<T>(layout.inner, tensors, [&](auto width) { run(width, std::false_type{}); });
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
@@ -701,10 +629,11 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
   if (at.channels == 0) return {dweight, dbias};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
+    T *const into_dx = mutable_data<T>(dx), *const into_dresidual = dresidual ? mutable_data<T>(*dresidual) : nullptr;
     const BackwardArgs<A, T> args{data<T>(grad), data<T>(x), data<T>(y), data<A>(weight), data<A>(bias),
-                                  data<A>(mean), data<A>(var), mutable_data<T>(dx),
-                                  dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
-                                  mutable_data<A>(dbias), eps};
+                                  data<A>(mean), data<A>(var), into_dx, into_dresidual,
+                                  into_dresidual == data<T>(x) ? into_dx : into_dresidual,
+                                  mutable_data<A>(dweight), mutable_data<A>(dbias), eps};
     with_shape<T>(at, {args.grad, args.x, args.y, args.dx, args.dresidual}, [&](auto width, auto channels_last) {
       const auto run = [&](auto mask) {
         launch<backward_kernel<T, width, channels_last, mask>, width, channels_last, T>(at, 2, x, weight, args);

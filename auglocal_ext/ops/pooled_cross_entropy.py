@@ -1,0 +1,339 @@
+"""pooled_cross_entropy: the head of a network, from its last feature map to loss and logits, as two ops.
+
+`batch_norm_act_mean` takes BatchNorm [+ residual] [+ ReLU] and the global average pool in one; `linear_cross_entropy`
+the linear layer and the loss, with their gradients. So neither the last activation nor its gradient is ever stored:
+the one is averaged as it is computed, the other is an (N, C) matrix behind the ReLU's mask.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import _fallbacks
+from ._library import LIBRARY, _say_once_what_is_slower, define, define_composite, not_differentiable
+from .batch_norm_act import batch_norm_act_reference, check, memory_format
+
+__all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_reference"]
+
+
+class PooledCrossEntropy(NamedTuple):
+    """What `pooled_cross_entropy` returns; None for what was not asked for. Only the loss is differentiable."""
+
+    loss: torch.Tensor  # ()
+    logits: torch.Tensor  # (N, K)
+    mean: torch.Tensor | None  # (C,), of x over (N, H, W)
+    var: torch.Tensor | None  # biased, as torch's BatchNorm normalises by
+    head_mean: torch.Tensor | None  # (C,), of the pooled features over N
+    head_var: torch.Tensor | None  # biased
+
+
+def pooled_cross_entropy(
+    x,
+    linear_weight,
+    linear_bias,
+    labels,
+    *,
+    bn=None,
+    residual=None,
+    relu=True,
+    eps=1e-5,
+    head_bn=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+):
+    """Loss and logits of [relu(batch_norm(x) + residual) ->] average pool -> [batch_norm ->] linear -> cross-entropy.
+
+    In training mode: both BatchNorms use the batch's own statistics; running statistics are the caller's, to update
+    from what is returned. For the backward pass it keeps x, with both a residual and a ReLU the residual (a block's
+    input or its downsampling convolution's output, alive anyway), and (N, C) and (K, C) matrices: the gradients of the
+    linear layer, computed in the forward pass. Eager torch keeps the last activation, and stores its gradient. (With
+    bn=None the gradient of x is an expanded (N, C) matrix; only for bfloat16 torch makes it a map of its own.)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
+        linear_weight, linear_bias: (K, C), and (K,) or None; float32, or float64 where x is float64. Products are not
+            rounded to TF32 in the kernels.
+        labels: (N,), int64, 0 to K - 1 or ignore_index.
+        bn: None where x is an activation already, or (weight, bias), each (C,), in linear_weight's dtype.
+        residual: None, or with bn a tensor of x's shape and dtype, added before the ReLU.
+        relu: with bn, False for no ReLU.
+        eps: of bn, added to the variance, at least 0.
+        head_bn: None, or (weight, bias, eps) of the BatchNorm1d between the pool and the linear layer.
+        label_smoothing: from 0 to 1, as in torch.nn.functional.cross_entropy.
+        ignore_index: rows with this label add nothing to the loss, its mean, or any gradient of it.
+
+    Returns:
+        PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var): the loss is the mean over the rows that are
+        not ignored: NaN with gradients of zero where all are, as in torch. Only it is differentiable, and only once.
+        Two calls on the same input give the same bits.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit. On the CPU also a label out of
+        range. On CUDA, where reading labels would stall the host and torch's own assertion would kill the context,
+        such a label makes the loss NaN; its row is ignored otherwise.
+
+    Equivalent to `pooled_cross_entropy_reference`. Formulas: Lin et al. 2013 (arXiv:1312.4400), section 3.2 (the
+    pool); Szegedy et al. 2015 (arXiv:1512.00567), section 7 (label smoothing: the target is
+    (1 - label_smoothing) one_hot + label_smoothing / K, so dlogits = (softmax(logits) - target) / rows not ignored).
+    """
+    op = "pooled_cross_entropy"
+    channels = {} if bn is None else {"the weight of bn": bn[0], "the bias of bn": bn[1]}
+    if head_bn is not None:
+        channels |= {"the weight of head_bn": head_bn[0], "the bias of head_bn": head_bn[1]}
+    check(op, x, channels, {"residual": residual}, eps)
+    _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing)
+    n, _, height, width = x.shape
+    if height * width == 0:
+        raise ValueError(f"{op}: x must have values to average over, given shape {tuple(x.shape)}")
+    if bn is None and residual is not None:
+        raise ValueError(f"{op}: residual must be None where bn is None, given a tensor")
+    if bn is not None and n * height * width == 1:
+        raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
+    if head_bn is not None and n == 1:
+        raise ValueError(f"{op}: head_bn needs more than one sample, given shape {tuple(x.shape)}")
+    if head_bn is not None and head_bn[2] < 0:
+        raise ValueError(f"{op}: the eps of head_bn must be at least 0, given {head_bn[2]}")
+
+    mean = var = head_mean = head_var = None
+    if bn is None:
+        pooled = x.sum((2, 3), dtype=linear_weight.dtype) / (height * width)
+    else:
+        pooled, mean, var = torch.ops.auglocal_ext.batch_norm_act_mean(x, *bn, residual, eps, relu)
+    if head_bn is not None:
+        pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)
+    loss, logits, *_ = torch.ops.auglocal_ext.linear_cross_entropy(
+        pooled, linear_weight, linear_bias, labels, label_smoothing, ignore_index
+    )
+    return PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var)
+
+
+def pooled_cross_entropy_reference(
+    x,
+    linear_weight,
+    linear_bias,
+    labels,
+    *,
+    bn=None,
+    residual=None,
+    relu=True,
+    eps=1e-5,
+    head_bn=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+):
+    """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
+    mean = var = head_mean = head_var = None
+    if bn is not None:
+        x, mean, var = batch_norm_act_reference(x, *bn, residual, eps=eps, relu=relu)
+    pooled = x.mean((2, 3)).to(linear_weight.dtype)
+    if head_bn is not None:
+        pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)
+    logits = F.linear(pooled, linear_weight, linear_bias)
+    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var)
+
+
+def _head_batch_norm(pooled, weight, bias, eps):
+    """The BatchNorm1d of an (N, C) matrix, in plain torch: it is too small for a kernel of its own."""
+    if len(pooled):
+        var, mean = torch.var_mean(pooled.detach(), 0, correction=0)
+    else:
+        mean = var = torch.zeros_like(weight)
+    return F.batch_norm(pooled, None, None, weight, bias, training=True, eps=eps), mean, var
+
+
+def _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing):
+    """One sentence for what does not fit between x, the linear layer and the labels."""
+    n, c = x.shape[:2]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != c or not len(linear_weight):
+        raise ValueError(f"{op}: linear_weight must be (K, {c}), given shape {tuple(linear_weight.shape)}")
+    k = len(linear_weight)
+    shapes = {"linear_weight": (linear_weight, (k, c)), "linear_bias": (linear_bias, (k,)), "labels": (labels, (n,))}
+    for name, (given, shape) in shapes.items():
+        if given is None:
+            continue
+        if given.shape != shape:
+            raise ValueError(f"{op}: {name} must be {shape}, given shape {tuple(given.shape)}")
+        expected = torch.int64 if name == "labels" else dtype
+        if given.dtype != expected:
+            raise TypeError(f"{op}: {name} must be {expected} for {x.dtype} x, given {given.dtype}")
+        if given.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like x, given {given.device}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, given {label_smoothing}")
+
+
+# ---- batch_norm_act_mean: (pooled (N, C) in weight's dtype, mean (C,), var (C,)) -----------------------------
+# The residual is kept, and taken by the backward, for the ReLU's mask alone: without a ReLU it is None there.
+
+define(
+    "batch_norm_act_mean_apply(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? residual,"
+    " float eps, bool relu) -> Tensor pooled",
+    _fallbacks.batch_norm_act_mean_apply,
+)
+define(
+    "batch_norm_act_mean_backward_out(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var,"
+    " Tensor? residual, float eps, bool relu, Tensor(a!) dx, Tensor(b!)? dresidual) -> (Tensor dweight, Tensor dbias)",
+    _fallbacks.batch_norm_act_mean_backward_out,
+)
+
+
+@define_composite(
+    "batch_norm_act_mean(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu)"
+    " -> (Tensor pooled, Tensor mean, Tensor var)"
+)
+def _mean(x, weight, bias, residual, eps, relu):
+    layout = memory_format(x)
+    x = x.contiguous(memory_format=layout)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    mean, var = torch.ops.auglocal_ext.batch_norm_statistics(x)
+    arguments = (x, weight, bias, mean, var, residual, eps, relu)
+    return torch.ops.auglocal_ext.batch_norm_act_mean_apply(*arguments), mean, var
+
+
+# dresidual is empty where residual_grad does not ask for it.
+@define_composite(
+    "batch_norm_act_mean_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var,"
+    " Tensor? residual, float eps, bool relu, bool residual_grad)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+def _mean_backward(grad, x, weight, bias, mean, var, residual, eps, relu, residual_grad):
+    layout = memory_format(x)
+    grad, x = grad.contiguous(), x.contiguous(memory_format=layout)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    dx = torch.empty_like(x, memory_format=layout)
+    dresidual = torch.empty_like(dx) if residual_grad else None
+    arguments = (grad, x, weight, bias, mean, var, residual, eps, relu, dx, dresidual)
+    dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_mean_backward_out(*arguments)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_mean_apply")
+def _(x, weight, bias, mean, var, residual, eps, relu):
+    return weight.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_mean_backward_out")
+def _(grad, x, weight, bias, mean, var, residual, eps, relu, dx, dresidual):
+    return torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_mean")
+def _(x, weight, bias, residual, eps, relu):
+    return weight.new_empty(x.shape[:2]), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_mean_backward")
+def _(grad, x, weight, bias, mean, var, residual, eps, relu, residual_grad):
+    dx = torch.empty_like(x, memory_format=memory_format(x))
+    dresidual = torch.empty_like(dx) if residual_grad else x.new_empty(0)
+    return dx, dresidual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_mean(ctx, inputs, output):
+    x, weight, bias, residual, ctx.eps, ctx.relu = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, var, residual if ctx.relu else None)
+
+
+def _mean_autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    x, residual = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    wanted = ctx.needs_input_grad[3]
+    dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_mean_backward(
+        grad, *ctx.saved_tensors, ctx.eps, ctx.relu, wanted and residual is not None
+    )
+    if not wanted:
+        dresidual = None
+    elif residual is None:
+        dresidual = (grad / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None].expand(x.shape)
+    return dx, dweight, dbias, dresidual, None, None
+
+
+torch.library.register_autograd("auglocal_ext::batch_norm_act_mean", _mean_autograd, setup_context=_setup_mean)
+not_differentiable("batch_norm_act_mean_apply", "batch_norm_act_mean_backward")
+
+
+# ---- linear_cross_entropy: (loss (), logits (N, K), and the loss's gradients dpooled, dweight, dbias) ---------
+# Kernels in Triton for CUDA; plain torch elsewhere. On the CPU these are three small matrix products and a softmax
+# over (N, K): a compiled kernel would gain nothing. No gradient passes through the logits.
+
+
+@define_composite(
+    "linear_cross_entropy(Tensor pooled, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
+    " int ignore_index) -> (Tensor loss, Tensor logits, Tensor dpooled, Tensor dweight, Tensor dbias)"
+)
+def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index):
+    if pooled.device.type == "cpu":
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= len(weight)))]
+        if len(wrong):
+            raise ValueError(
+                f"pooled_cross_entropy: labels must be 0 to {len(weight) - 1} or ignore_index {ignore_index},"
+                f" given {wrong[0].item()}"
+            )
+    else:
+        _say_once_what_is_slower(pooled.device.type)
+    return _fallbacks.linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index)
+
+
+def _triton(pooled, weight, bias, labels, label_smoothing, ignore_index):
+    arguments = (pooled, weight, bias, labels, label_smoothing, ignore_index)
+    if pooled.dtype != torch.float32 or not pooled.numel():  # float64 is for gradcheck
+        return _fallbacks.linear_cross_entropy(*arguments)
+    from ._triton_head import linear_cross_entropy
+
+    return linear_cross_entropy(*arguments)
+
+
+if find_spec("triton") and os.environ.get("AUGLOCAL_NATIVE") != "0":
+    LIBRARY.impl("linear_cross_entropy", _triton, "CUDA")
+
+
+# The loss is not used: it ties the gradients to what they are gradients of, so that differentiating them is an error.
+@define_composite(
+    "linear_cross_entropy_backward(Tensor grad, Tensor loss, Tensor dpooled, Tensor dweight, Tensor dbias)"
+    " -> (Tensor dpooled, Tensor dweight, Tensor dbias)"
+)
+def _scaled(grad, loss, dpooled, dweight, dbias):
+    return grad * dpooled, grad * dweight, grad * dbias
+
+
+@torch.library.register_fake("auglocal_ext::linear_cross_entropy")
+def _(pooled, weight, bias, labels, label_smoothing, ignore_index):
+    shapes = (), (pooled.shape[0], weight.shape[0]), pooled.shape, weight.shape, weight.shape[:1]
+    return tuple(pooled.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("auglocal_ext::linear_cross_entropy_backward")
+def _(grad, loss, dpooled, dweight, dbias):
+    return torch.empty_like(dpooled), torch.empty_like(dweight), torch.empty_like(dbias)
+
+
+def _setup_cross_entropy(ctx, inputs, output):
+    loss, logits, *gradients = output
+    ctx.has_bias = inputs[2] is not None
+    ctx.mark_non_differentiable(logits, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(loss, *gradients)
+
+
+def _cross_entropy_autograd(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    dpooled, dweight, dbias = torch.ops.auglocal_ext.linear_cross_entropy_backward(grad, *ctx.saved_tensors)
+    return dpooled, dweight, dbias if ctx.has_bias else None, None, None, None
+
+
+torch.library.register_autograd(
+    "auglocal_ext::linear_cross_entropy", _cross_entropy_autograd, setup_context=_setup_cross_entropy
+)
+not_differentiable("linear_cross_entropy_backward")

@@ -1,0 +1,106 @@
+// What the CUDA kernels around BatchNorm share: vectors of values, the formula of the scale, launches.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "../batch_norm_act.h"
+#include "../tensor.h"
+
+namespace auglocal {
+namespace {
+
+constexpr int kThreads = 256;  // of a block, in every kernel
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// V neighbouring values, moved by one instruction.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T values[V];
+  HD T get(int i) const { return values[i]; }
+  HD void set(int i, T value) { values[i] = value; }
+};
+
+// Narrow values stay in words until they are computed with: single ones would take a register each.
+template <class T, class Bits, int V>
+struct Words {
+  static constexpr int kBits = 8 * sizeof(T), kInWord = 32 / kBits;
+  uint32_t words[V / kInWord];
+  HD T get(int i) const { return {Bits(words[i / kInWord] >> (i % kInWord * kBits))}; }
+  HD void set(int i, T value) {
+    Bits bits;
+    memcpy(&bits, &value, sizeof(bits));
+    const int shift = i % kInWord * kBits;
+    const uint32_t others = words[i / kInWord] & ~(uint32_t(Bits(~0u)) << shift);
+    words[i / kInWord] = others | uint32_t(bits) << shift;
+  }
+};
+template <>
+struct alignas(8) Vector<bf16, 4> : Words<bf16, uint16_t, 4> {};
+template <>
+struct alignas(16) Vector<bf16, 8> : Words<bf16, uint16_t, 8> {};
+template <>
+struct alignas(4) Vector<uint8_t, 4> : Words<uint8_t, uint8_t, 4> {};
+template <>
+struct alignas(8) Vector<uint8_t, 8> : Words<uint8_t, uint8_t, 8> {};
+
+template <class A, class T, int V>
+__device__ __forceinline__ A get(const Vector<T, V>& vector, int i) {
+  return load(vector.get(i));
+}
+template <class A, class T, int V>
+__device__ __forceinline__ void set(Vector<T, V>& vector, int i, A value) {
+  T rounded;
+  store(&rounded, value);
+  vector.set(i, rounded);
+}
+
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> read(const T* from) {
+  return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+template <int V, class T>
+__device__ __forceinline__ void write(T* to, const Vector<T, V>& vector) {
+  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+__device__ __forceinline__ void add(double2& to, const double2& value) {
+  to.x += value.x;
+  to.y += value.y;
+}
+
+// Every kernel calls this one function with the stored mean and variance, so that a backward finds its
+// forward's ReLU mask to the bit.
+template <class A>
+__device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
+  return {mean, A(weight / sqrt(double(var) + eps)), bias};
+}
+
+// Calls run(vector width) as a constant: the widest vector that divides `extent` and at whose multiples all
+// tensors begin. float64 is there for checking and does without.
+template <class T, class Run>
+void with_width(int64_t extent, std::initializer_list<const void*> tensors, const Run& run) {
+  const auto fits = [&](int width) {
+    bool aligned = extent % width == 0;
+    for (const void* tensor : tensors) aligned &= reinterpret_cast<uintptr_t>(tensor) % (width * sizeof(T)) == 0;
+    return aligned;
+  };
+  constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T), kHalf = kWide == 8 ? 4 : 1;
+  if (fits(kWide)) return run(std::integral_constant<int, kWide>{});
+  if (fits(kHalf)) return run(std::integral_constant<int, kHalf>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+inline cudaStream_t current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace
+}  // namespace auglocal
