@@ -132,6 +132,7 @@ def train(
             val_loader = checked
         elif isinstance(val_loader, Iterator):
             raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
+        del checked  # with its first batch
 
     modes, history = _modes(model), []
     epoch_length = _length(loader)

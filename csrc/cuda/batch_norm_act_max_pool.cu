@@ -422,7 +422,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
       const int64_t columns = x.size(3) * kLanes / width;
       const Walk inputs = make_walk(at, kLanes, x.size(0), x.size(2), columns, kThreadValues / width);
       launch(input_grad_kernel<T, width, channels_last>, blocks_of(inputs), stream, inputs, map, data<T>(grad),
-             data<T>(x), data<uint8_t>(index), of_channels, data<A>(grad_means), data<A>(projections), mutable_data<T>(dx));
+             data<T>(x), data<uint8_t>(index), of_channels, data<A>(grad_means), data<A>(projections),
+             mutable_data<T>(dx));
     };
     if (at.format == MemoryFormat::ChannelsLast)
       with_width<T>(at.channels, tensors, [&](auto width) { run(width, std::true_type{}); });
