@@ -1,6 +1,6 @@
 """Microbenchmarks of the fused ops against eager torch and torch.compile.
 
-    python python/bench_kernels.py [--op batch_norm_act] [--device cpu|cuda] [--dtype fp32|bf16] [--json FILE]
+    python python/bench_kernels.py [--op batch_norm_act|max_pool|head] [--device cpu|cuda] [--dtype fp32|bf16]
 
 One table per op, headed by machine and versions. Times are medians of whole calls, forward, backward and both,
 in milliseconds; GB/s counts the passes over the feature map that the op itself must make, and the share is of a
@@ -89,8 +89,7 @@ def batch_norm_act_cases(device, dtype):
                 affine = [torch.rand(shape[1], device=device).requires_grad_() for _ in range(2)]
                 inputs = [x, *affine, *([residual] if with_residual else [])]
                 yield Case(
-                    f"{name}, {'channels_last' if layout == torch.channels_last else 'contiguous'}"
-                    f"{', residual' if with_residual else ''}",
+                    f"{name}, {_layout_name(layout)}{', residual' if with_residual else ''}",
                     {provider: _call(function, inputs) for provider, function in providers.items()},
                     inputs,
                     features[2:],
@@ -99,7 +98,84 @@ def batch_norm_act_cases(device, dtype):
                 )
 
 
-OPS = {"batch_norm_act": batch_norm_act_cases}
+STEMS = {
+    "cpu": {"ResNet stem at 224, batch 8": (8, 64, 112, 112)},
+    "cuda": {"ResNet stem at 224, batch 256": (256, 64, 112, 112)},
+}
+
+
+def max_pool_cases(device, dtype):
+    """The stem behind its convolution: max_pool2d(relu(BN(x)), 3, 2, 1). Passes: x read once and a quarter written
+    forward, with a byte per output; x, the quarter and the bytes read and dx written backward."""
+
+    def eager(x, weight, bias):
+        return F.max_pool2d(F.relu(F.batch_norm(x, None, None, weight, bias, training=True)), 3, 2, 1)
+
+    def fused(x, weight, bias):
+        return ops.batch_norm_act_max_pool(x, weight, bias, 3, 2, 1)[0]
+
+    providers = {"auglocal_ext": fused, "eager": eager, **_compiled(eager, device)}
+    for name, shape in STEMS[device].items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape, device=device).to(dtype, memory_format=layout).requires_grad_()
+            inputs = [x, *(torch.rand(shape[1], device=device).requires_grad_() for _ in range(2))]
+            grad = torch.randn_like(eager(*inputs).detach())
+            index = 1 / 4 / x.itemsize
+            yield Case(
+                f"{name}, {_layout_name(layout)}",
+                {provider: _call(function, inputs) for provider, function in providers.items()},
+                inputs,
+                [grad],
+                (1.25 + index, 2.25 + index),
+                x.nbytes,
+            )
+
+
+HEADS = {
+    "cpu": {"ResNet-32, batch 128, 10 classes": ((128, 64, 8, 8), 10)},
+    "cuda": {
+        "ResNet-32, batch 1024, 10 classes": ((1024, 64, 8, 8), 10),
+        "ResNet-34, batch 256, 10 classes": ((256, 512, 7, 7), 10),
+        "ResNet-34, batch 256, 1000 classes": ((256, 512, 7, 7), 1000),
+        "ResNet-101, batch 256, 1000 classes": ((256, 2048, 7, 7), 1000),
+    },
+}
+
+
+def head_cases(device, dtype):
+    """The head behind the last block: relu(BN(x) + residual), average pool, linear, cross-entropy. Passes: x and the
+    residual read forward; both read and both gradients written backward."""
+
+    def eager(x, weight, bias, residual, linear, labels):
+        y = F.relu(F.batch_norm(x, None, None, weight, bias, training=True) + residual)
+        return F.cross_entropy(F.linear(y.mean((2, 3)).to(linear.dtype), linear), labels)
+
+    def fused(x, weight, bias, residual, linear, labels):
+        return ops.pooled_cross_entropy(x, linear, None, labels, bn=(weight, bias), residual=residual).loss
+
+    providers = {"auglocal_ext": fused, "eager": eager, **_compiled(eager, device)}
+    for name, (shape, classes) in HEADS[device].items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            features = [torch.randn(shape, device=device).to(dtype, memory_format=layout) for _ in range(2)]
+            affine = [torch.rand(shape[1], device=device) for _ in range(2)]
+            linear = torch.randn(classes, shape[1], device=device) / shape[1] ** 0.5
+            inputs = [t.requires_grad_() for t in (features[0], *affine, features[1], linear)]
+            labels = torch.arange(shape[0], device=device) % classes
+            yield Case(
+                f"{name}, {_layout_name(layout)}",
+                {provider: _call(function, [*inputs, labels]) for provider, function in providers.items()},
+                inputs,
+                [torch.ones((), device=device)],
+                (2, 4),
+                features[0].nbytes,
+            )
+
+
+OPS = {"batch_norm_act": batch_norm_act_cases, "max_pool": max_pool_cases, "head": head_cases}
+
+
+def _layout_name(layout):
+    return "channels_last" if layout == torch.channels_last else "contiguous"
 
 
 def _call(function, inputs):

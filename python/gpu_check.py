@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = [("batch_norm_act", dtype) for dtype in ("fp32", "bf16")]
+BENCHMARKS = [(op, dtype) for op in ("batch_norm_act", "max_pool", "head") for dtype in ("fp32", "bf16")]
 TESTS = [*ROOT.glob("tests/test_*batch_norm_act*.py"), ROOT / "tests" / "test_pooled_cross_entropy.py"]
 # Small, so that the sanitizer, which slows a kernel down a hundredfold, sees every kernel.
 SANITIZED = "opcheck or equals_the_reference or in_place or rebuilds"

@@ -20,98 +20,181 @@ Map make_map(const Tensor& x, const Layout& at, const Pool& pool, const Tensor& 
           x.size(3), pooled.size(2), pooled.size(3)};
 }
 
-// Calls f(channel, row offset) for rows of `width` neighbouring values of a map, in memory order and in parallel,
-// where f walks the row: along w in the contiguous layout, along the channels in channels_last.
+// A row is what the inner loops walk: one row of a plane in the contiguous layout, all channels of a pixel in
+// channels_last. Calls f(n, first channel, y, x) for every row of a map `height` high and `width` wide, in parallel;
+// x is 0 where a row has all of them.
 template <class F>
-void over_rows_of(const Map& map, int64_t height, const F& f) {
+void over_rows_of(const Map& map, int64_t height, int64_t width, const F& f) {
   const bool channels_last = map.at.format == MemoryFormat::ChannelsLast;
-  const int64_t rows = map.n * height * (channels_last ? 1 : map.c);
-  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t y = row % height, plane = row / height;
-      if (channels_last)
-        f(plane, int64_t(0), map.c, y);
-      else
-        f(plane / map.c, plane % map.c, plane % map.c + 1, y);
-    }
-  });
-}
-
-template <class T, class A>
-void forward(const Map& map, const T* x, const Channels<A>& channels, T* y, uint8_t* index) {
-  const Pool& pool = map.pool;
-  over_rows_of(map, map.out_h, [&](int64_t n, int64_t first_channel, int64_t end_channel, int64_t oh) {
-    for (int64_t ow = 0; ow < map.out_w; ++ow)
-      for (int64_t c = first_channel; c < end_channel; ++c) {
-        const Affine<A> channel = channels[c];
-        A best = -std::numeric_limits<A>::infinity();
-        int64_t tap = 0;
-        for (int64_t i = 0; i < pool.kernel_h; ++i)
-          for (int64_t j = 0; j < pool.kernel_w; ++j) {
-            const int64_t h = oh * pool.stride_h - pool.padding_h + i, w = ow * pool.stride_w - pool.padding_w + j;
-            if (h < 0 || h >= map.h || w < 0 || w >= map.w) continue;
-            const A value = normalize(A(load(x[n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w])), channel);
-            if (value > best || value != value) best = value, tap = i * pool.kernel_w + j;  // NaN wins, as in torch
-          }
-        const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-        store(&y[o], relu(best));
-        index[o] = uint8_t(tap);
+  const int64_t planes = map.n * (channels_last ? 1 : map.c), columns = channels_last ? width : 1;
+  torch::stable::parallel_for(0, planes * height, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t x = 0; x < columns; ++x) {
+        const int64_t plane = row / height;
+        f(channels_last ? plane : plane / map.c, channels_last ? 0 : plane % map.c, row % height, x);
       }
   });
 }
 
-// The sum of the gradients of the windows that took their maximum from one input value.
-template <class T, class A>
-A gathered(const Map& map, const T* grad, const uint8_t* index, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const Pool& pool = map.pool;
-  const Windows rows = windows_of(h, pool.kernel_h, pool.stride_h, pool.padding_h, map.out_h);
-  const Windows columns = windows_of(w, pool.kernel_w, pool.stride_w, pool.padding_w, map.out_w);
-  A sum = 0;
-  for (int64_t oh = rows.first; oh <= rows.last; ++oh)
-    for (int64_t ow = columns.first; ow <= columns.last; ++ow) {
-      const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-      const int64_t i = h - (oh * pool.stride_h - pool.padding_h), j = w - (ow * pool.stride_w - pool.padding_w);
-      if (index[o] == i * pool.kernel_w + j) sum += load(grad[o]);
-    }
-  return sum;
+// One tap of a row of windows: takes x where it is larger than the best so far. NaN wins, as in torch.
+template <bool kOfEach, class T, class A>
+VECTORISED void take_larger(const T* x, int64_t step, int64_t count, const A* mean, const A* scale, const A* bias,
+                            int32_t tap, A* best, int32_t* taps) {
+#pragma omp simd
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t c = kOfEach ? l : 0;
+    const A value = normalize(A(load(x[l * step])), Affine<A>{mean[c], scale[c], bias[c]});
+    const bool larger = value > best[l] || value != value;
+    best[l] = larger ? value : best[l];
+    taps[l] = larger ? tap : taps[l];
+  }
 }
 
 template <class T, class A>
+VECTORISED void store_row(const A* best, const int32_t* taps, int64_t count, T* y, uint8_t* index) {
+#pragma omp simd
+  for (int64_t l = 0; l < count; ++l) {
+    store(&y[l], relu(best[l]));
+    index[l] = uint8_t(taps[l]);
+  }
+}
+
+// The outputs ow whose tap j lies inside a row of `width` values.
+struct Range {
+  int64_t begin, end;
+};
+HD Range inside(int64_t j, int64_t stride, int64_t padding, int64_t width, int64_t out) {
+  const int64_t first = padding > j ? (padding - j + stride - 1) / stride : 0;
+  const int64_t last = width - 1 + padding - j < 0 ? -1 : (width - 1 + padding - j) / stride;
+  return {first, std::min(last + 1, out)};
+}
+
+template <bool kChannelsLast, class T, class A>
+void forward(const Map& map, const T* x, const Channels<A>& channels, T* y, uint8_t* index) {
+  const Pool& pool = map.pool;
+  const int64_t lanes = kChannelsLast ? map.c : map.out_w;
+  over_rows_of(map, map.out_h, map.out_w, [&](int64_t n, int64_t c, int64_t oh, int64_t ow) {
+    std::vector<A> best(lanes, -std::numeric_limits<A>::infinity());
+    std::vector<int32_t> taps(lanes, 0);
+    const A *mean = &channels.mean[c], *scale = &channels.scale[c], *bias = &channels.bias[c];
+    for (int64_t i = 0; i < pool.kernel_h; ++i) {
+      const int64_t h = oh * pool.stride_h - pool.padding_h + i;
+      if (h < 0 || h >= map.h) continue;
+      const T* row = x + n * map.in.n + c * map.in.c + h * map.in.h;
+      for (int64_t j = 0; j < pool.kernel_w; ++j) {
+        const int32_t tap = int32_t(i * pool.kernel_w + j);
+        if (kChannelsLast) {
+          const int64_t w = ow * pool.stride_w - pool.padding_w + j;
+          if (w < 0 || w >= map.w) continue;
+          take_larger<true>(row + w * map.c, 1, lanes, mean, scale, bias, tap, best.data(), taps.data());
+        } else {
+          const Range at = inside(j, pool.stride_w, pool.padding_w, map.w, map.out_w);
+          if (at.begin >= at.end) continue;
+          take_larger<false>(row + at.begin * pool.stride_w - pool.padding_w + j, pool.stride_w, at.end - at.begin, mean,
+                             scale, bias, tap, best.data() + at.begin, taps.data() + at.begin);
+        }
+      }
+    }
+    const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
+    store_row(best.data(), taps.data(), lanes, y + o, index + o);
+  });
+}
+
+// Adds to g the gradients of a row of windows that took their maximum from one tap.
+template <class T, class A>
+VECTORISED void add_taken(const T* grad, const uint8_t* index, int64_t count, int64_t step, int32_t tap, A* g) {
+#pragma omp simd
+  for (int64_t l = 0; l < count; ++l) g[l * step] += index[l] == tap ? A(load(grad[l])) : A(0);
+}
+
+template <bool kOfEach, class T, class A>
+VECTORISED void row_input_grad(const A* g, const T* x, T* dx, int64_t count, const A* mean, const A* scale,
+                               const A* bias, const A* grad_mean, const A* projection) {
+#pragma omp simd
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t c = kOfEach ? l : 0;
+    const A value = load(x[l]);
+    const A masked = relu_backward(g[l], normalize(value, Affine<A>{mean[c], scale[c], bias[c]}));
+    store(&dx[l], input_grad(masked, value - mean[c], InputGrad<A>{scale[c], grad_mean[c], projection[c]}));
+  }
+}
+
+// The sums over a row of outputs of g and g (x - mean), at the inputs that they took; `offsets`: of each tap.
+template <bool kOfEach, class T, class A>
+VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, const int64_t* offsets, int64_t count,
+                             int64_t step, const A* mean, const A* scale, const A* bias, double* sums, double* dots) {
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t c = kOfEach ? l : 0;
+    const A value = load(x[l * step + offsets[index[l]]]);
+    const A g = relu_backward(A(load(grad[l])), normalize(value, Affine<A>{mean[c], scale[c], bias[c]}));
+    sums[c] += g;
+    dots[c] += double(g) * (value - mean[c]);
+  }
+}
+
+template <bool kChannelsLast, class T, class A>
 void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, const A* weight, const A* bias,
               const A* mean, const A* var, double eps, T* dx, A* dweight, A* dbias) {
   const Channels<A> channels(map.c, mean, var, weight, bias, eps);
-  std::vector<InputGrad<A>> back(map.c);
-  const double count = double(std::max<int64_t>(map.at.count(), 1));
-  // One task a channel, over its outputs in one order: no sum depends on the number of threads.
-  torch::stable::parallel_for(0, map.c, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Affine<A> channel = channels[c];
-      double sum = 0, dot = 0;
-      for (int64_t n = 0; n < map.n; ++n)
+  const Pool& pool = map.pool;
+  std::vector<int64_t> offsets(pool.kernel_h * pool.kernel_w);
+  for (int64_t i = 0; i < pool.kernel_h; ++i)
+    for (int64_t j = 0; j < pool.kernel_w; ++j) offsets[i * pool.kernel_w + j] = i * map.in.h + j * map.in.w;
+
+  // One image after another, and images' sums in their order: no sum depends on the number of threads.
+  std::vector<double> sums(map.n * map.c), dots(map.n * map.c);
+  torch::stable::parallel_for(0, map.n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t c = 0; c < (kChannelsLast ? 1 : map.c); ++c)
         for (int64_t oh = 0; oh < map.out_h; ++oh)
-          for (int64_t ow = 0; ow < map.out_w; ++ow) {
+          for (int64_t ow = 0; ow < (kChannelsLast ? map.out_w : 1); ++ow) {
             const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-            const int64_t h = oh * map.pool.stride_h - map.pool.padding_h + index[o] / map.pool.kernel_w;
-            const int64_t w = ow * map.pool.stride_w - map.pool.padding_w + index[o] % map.pool.kernel_w;
-            const A value = load(x[n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w]);
-            const A g = relu_backward(A(load(grad[o])), normalize(value, channel));
-            sum += g;
-            dot += double(g) * (value - channel.mean);
+            // The window's first tap may lie in the padding; the one that was taken does not.
+            const int64_t from = n * map.in.n + c * map.in.c + (oh * pool.stride_h - pool.padding_h) * map.in.h +
+                                 (ow * pool.stride_w - pool.padding_w) * map.in.w;
+            add_row_sums<kChannelsLast>(grad + o, index + o, x + from, offsets.data(),
+                                        kChannelsLast ? map.c : map.out_w, kChannelsLast ? 1 : pool.stride_w,
+                                        &channels.mean[c], &channels.scale[c], &channels.bias[c], &sums[n * map.c + c],
+                                        &dots[n * map.c + c]);
           }
-      const double invstd = 1 / std::sqrt(double(var[c]) + eps);
-      dbias[c] = A(sum);
-      dweight[c] = A(dot * invstd);
-      back[c] = {channel.scale, A(sum / count), A(dot * invstd * invstd / count)};
-    }
   });
-  over_rows_of(map, map.h, [&](int64_t n, int64_t first_channel, int64_t end_channel, int64_t h) {
-    for (int64_t w = 0; w < map.w; ++w)
-      for (int64_t c = first_channel; c < end_channel; ++c) {
-        const int64_t i = n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w;
-        const A value = load(x[i]);
-        const A g = relu_backward(gathered<T, A>(map, grad, index, n, c, h, w), normalize(value, channels[c]));
-        store(&dx[i], input_grad(g, value - channels.mean[c], back[c]));
+  std::vector<A> grad_mean(map.c), projection(map.c);
+  const double count = double(std::max<int64_t>(map.at.count(), 1));
+  for (int64_t c = 0; c < map.c; ++c) {
+    double sum = 0, dot = 0;
+    for (int64_t n = 0; n < map.n; ++n) sum += sums[n * map.c + c], dot += dots[n * map.c + c];
+    const double invstd = 1 / std::sqrt(double(var[c]) + eps);
+    dbias[c] = A(sum);
+    dweight[c] = A(dot * invstd);
+    grad_mean[c] = A(sum / count);
+    projection[c] = A(dot * invstd * invstd / count);
+  }
+
+  const int64_t lanes = kChannelsLast ? map.c : map.w;
+  over_rows_of(map, map.h, map.w, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
+    std::vector<A> g(lanes, A(0));
+    const Windows rows = windows_of(h, pool.kernel_h, pool.stride_h, pool.padding_h, map.out_h);
+    const Windows columns = windows_of(w, pool.kernel_w, pool.stride_w, pool.padding_w, map.out_w);
+    for (int64_t oh = rows.first; oh <= rows.last; ++oh) {
+      const int64_t i = h - (oh * pool.stride_h - pool.padding_h);
+      const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h;
+      if (kChannelsLast) {
+        for (int64_t ow = columns.first; ow <= columns.last; ++ow) {
+          const int64_t at = o + ow * map.out.w, j = w - (ow * pool.stride_w - pool.padding_w);
+          add_taken(grad + at, index + at, lanes, 1, int32_t(i * pool.kernel_w + j), g.data());
+        }
+      } else {
+        for (int64_t j = 0; j < pool.kernel_w; ++j) {
+          const Range at = inside(j, pool.stride_w, pool.padding_w, map.w, map.out_w);
+          if (at.begin >= at.end) continue;
+          add_taken(grad + o + at.begin, index + o + at.begin, at.end - at.begin, pool.stride_w,
+                    int32_t(i * pool.kernel_w + j), g.data() + at.begin * pool.stride_w - pool.padding_w + j);
+        }
       }
+    }
+    const int64_t at = n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w;
+    row_input_grad<kChannelsLast>(g.data(), x + at, dx + at, lanes, &channels.mean[c], &channels.scale[c],
+                                  &channels.bias[c], &grad_mean[c], &projection[c]);
   });
 }
 
@@ -129,7 +212,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_apply(const Tensor& given, co
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const Channels<A> channels(at.channels, data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps);
-    forward(make_map(x, at, pool, y), data<T>(x), channels, mutable_data<T>(y), mutable_data<uint8_t>(index));
+    const auto run = at.format == MemoryFormat::ChannelsLast ? forward<true, T, A> : forward<false, T, A>;
+    run(make_map(x, at, pool, y), data<T>(x), channels, mutable_data<T>(y), mutable_data<uint8_t>(index));
   });
   return {y, index};
 }
@@ -144,9 +228,9 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
-    backward(make_map(x, at, pool, grad), data<T>(grad), data<T>(x), data<uint8_t>(index), data<A>(weight),
-             data<A>(bias), data<A>(mean), data<A>(var), eps, mutable_data<T>(dx), mutable_data<A>(dweight),
-             mutable_data<A>(dbias));
+    const auto run = at.format == MemoryFormat::ChannelsLast ? backward<true, T, A> : backward<false, T, A>;
+    run(make_map(x, at, pool, grad), data<T>(grad), data<T>(x), data<uint8_t>(index), data<A>(weight), data<A>(bias),
+        data<A>(mean), data<A>(var), eps, mutable_data<T>(dx), mutable_data<A>(dweight), mutable_data<A>(dbias));
   });
   return {dweight, dbias};
 }
