@@ -236,6 +236,8 @@ def test_in_place_backwards_equal_the_functional_one_to_the_bit(shape, layout, d
         ("x", "grad"),
         ("x", "buffer"),
         ("buffer", "y"),
+        ("buffer", "x"),
+        ("grad", "x"),
         ("buffer", "grad"),
     ]:
         copies = [None if t is None else t.clone() for t in arguments]
