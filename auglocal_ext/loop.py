@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .memory import LiveBytes
-from .optim import cosine, sgd
+from .optim import constant, cosine, sgd
 from .plan import Plan
 from .trainer import LocalTrainer
 
@@ -147,7 +147,7 @@ def train(
             for epoch in range(epochs):
                 bar = tqdm(unit="batch", total=epoch_length, leave=False, disable=_no_bar(progress), mininterval=0.5)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
-                factor = _factor(schedule, epoch, epochs, epoch_length)
+                factor = _factor(schedule or constant, epoch, epochs, epoch_length)
                 with bar:
                     entry, epoch_length = _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
                 if val_loader is not None:
@@ -216,8 +216,6 @@ def _no_bar(progress):
 
 def _factor(schedule, epoch, epochs, length):
     """Step -> the schedule's factor; in the middle of the epoch where its length is not known yet."""
-    if schedule is None:
-        return lambda step: 1.0
     return lambda step: schedule(epoch + (step / length if length else 0.5), epochs)
 
 
