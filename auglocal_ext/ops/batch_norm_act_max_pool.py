@@ -68,6 +68,13 @@ def _windows(size, kernel, stride, padding, ceil_mode):
     return count + 1
 
 
+def pool_window(x, pool):
+    """An nn.MaxPool2d's window on x as the ops take it: kernel, stride, padding and output, each (h, w)."""
+    kernel, stride, padding = _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+    out = (_windows(*axis, pool.ceil_mode) for axis in zip(x.shape[2:], kernel, stride, padding, strict=True))
+    return (*kernel, *stride, *padding, *out)
+
+
 _WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
 define(
     "batch_norm_act_max_pool_apply(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps,"

@@ -1,0 +1,281 @@
+"""A module as a short list of nodes: convolutions, BatchNorm chains, heads, and islands of everything else.
+
+The nodes hold the module's own submodules, so running them trains the module; the module itself is left as it was.
+Nothing here runs: `program` makes a training step of such a list.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.utils import _pair
+
+from ._meta import meta_copy
+
+__all__ = ["Conv", "Head", "Island", "Loss", "Norm", "Pool", "join", "trace"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """out: the name of its value; part: the unit or aux block it belongs to."""
+
+    out: str
+    part: str
+
+
+@dataclass(frozen=True)
+class OneSource(Node):
+    source: str
+
+    @property
+    def sources(self):
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class Conv(OneSource):
+    """out = conv(source)"""
+
+    conv: nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Norm(OneSource):
+    """out = [relu](bn(source) [+ residual]), bn in training mode."""
+
+    bn: nn.BatchNorm2d
+    relu: bool
+    residual: str | None = None
+
+    @property
+    def sources(self):
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+
+@dataclass(frozen=True)
+class Pool(OneSource):
+    """out = max_pool(relu(bn(source)))"""
+
+    bn: nn.BatchNorm2d
+    pool: nn.MaxPool2d
+
+
+@dataclass(frozen=True)
+class Head(Node):
+    """Global average pool, [BatchNorm1d,] linear, cross-entropy of `norm`, whose output is never stored."""
+
+    norm: Norm
+    head_bn: nn.BatchNorm1d | None
+    linear: nn.Linear
+
+    @property
+    def sources(self):
+        return self.norm.sources
+
+
+@dataclass(frozen=True)
+class Island(Node):
+    """out = call(*sources), differentiated by autograd: what no other node describes."""
+
+    sources: tuple[str, ...]
+    call: Callable
+    what: str  # for people: the name and kind of what runs
+    parameters: tuple[nn.Parameter, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss(OneSource):
+    """The cross-entropy of logits that an island computed."""
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into modules of the types named, not of their subclasses; everything else stays one call."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def is_leaf_module(self, module, qualified_name):
+        return type(module) not in self.inside
+
+
+def trace(module, inside, part, source="x"):
+    """The nodes of one part of a network, a unit or a head.
+
+    Args:
+        module: what to read, of one input and one output.
+        inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these, and on the
+            modules that nodes hold, do not run.
+        part: its name, the beginning of its values' names.
+        source: the name of its input.
+
+    Returns:
+        (nodes, out): list of Node in the order of execution, and the name of the part's output.
+    """
+    root = nn.Sequential(module)
+    # The copy is traced, so that no hook of the user's sees what tracing passes around.
+    graph = _Tracer({nn.Sequential, *inside}).trace(meta_copy(root))
+    parts, values, nodes, done = dict(root.named_modules()), {}, [], set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = source
+        elif node.op == "output":
+            return _beside(nodes), values[node.args[0]]
+        elif node not in done:
+            made, last = _match(node, parts, values, f"{part}/{node.name}", part)
+            done.update(_chain(node, last))
+            values[last] = made.out
+            nodes.append(made)
+
+
+def join(units, head, features):
+    """The nodes of a local module from its units' and its head's, with a loss at the end: one Head that takes in the
+    last BatchNorm chain where that is how it ends and nothing else reads the chain, else a Loss of the logits.
+
+    Args:
+        units, head: lists of Node in the order of execution. The head's output is the logits.
+        features: the name of the value that is handed on to the next module, or None.
+    """
+    nodes = [*units, *head]
+    linear = nodes[-1]
+    names = {node.out: node for node in nodes}
+    readers = [features, *(source for node in nodes for source in node.sources)]
+    # pool, flatten, [BatchNorm1d,] linear, each an island whose call is the module itself
+    tail = [linear]
+    while isinstance(tail[0], Island) and len(tail[0].sources) == 1 and readers.count(tail[0].sources[0]) == 1:
+        before = names.get(tail[0].sources[0])
+        if before is None:
+            break
+        tail.insert(0, before)
+        if isinstance(before, Norm):
+            break
+    match [getattr(node, "call", node) for node in tail]:
+        case [Norm() as norm, pool, flatten, *middle, nn.Linear() as linear_module] if (
+            _is_global_pool(pool) and _is_flatten(flatten) and (not middle or _is_head_norm(middle))
+        ):
+            head_node = Head(linear.out, linear.part, norm, middle[0] if middle else None, linear_module)
+            return [node for node in nodes if node not in tail] + [head_node]
+    return [*nodes, Loss("loss", linear.part, linear.out)]
+
+
+def _is_global_pool(call):
+    return type(call) is nn.AdaptiveAvgPool2d and _pair(call.output_size) == (1, 1)
+
+
+def _is_flatten(call):
+    return type(call) is nn.Flatten and (call.start_dim, call.end_dim) == (1, -1)
+
+
+def _is_head_norm(middle):
+    return len(middle) == 1 and type(middle[0]) is nn.BatchNorm1d and _is_plain_norm(middle[0])
+
+
+def _match(node, parts, values, name, part):
+    """The Node that begins at an fx node, and the last fx node that it takes in."""
+    module = parts.get(node.target) if node.op == "call_module" else None
+    if _is_plain_conv(module) and not node.kwargs:
+        return Conv(name, part, values[node.args[0]], module), node
+    if type(module) is nn.BatchNorm2d and _is_plain_norm(module) and not node.kwargs:
+        return _match_norm(node, module, parts, values, name, part)
+    return _island(node, module, values, name, part), node
+
+
+def _match_norm(node, bn, parts, values, name, part):
+    source, last = values[node.args[0]], node
+    add = _only_reader(node)
+    if add is not None and _is_add(add):
+        others = [argument for argument in add.args if argument is not node]
+        relu = _only_reader(add)
+        # Without a ReLU behind it an add keeps nothing. The other side must have been computed by then.
+        if len(others) == 1 and others[0] in values and relu is not None and _is_relu(relu, parts):
+            return Norm(name, part, source, bn, True, values[others[0]]), relu
+    relu = _only_reader(last)
+    if relu is None or not _is_relu(relu, parts):
+        return Norm(name, part, source, bn, False), last
+    pool = _only_reader(relu)
+    behind = parts.get(pool.target) if pool is not None and pool.op == "call_module" else None
+    if _is_plain_pool(behind):
+        return Pool(name, part, source, bn, behind), pool
+    return Norm(name, part, source, bn, True), relu
+
+
+def _chain(first, last):
+    """The fx nodes from first to last, each the only reader of the one before."""
+    chain = [first]
+    while chain[-1] is not last:
+        chain.append(_only_reader(chain[-1]))
+    return chain
+
+
+def _island(node, module, values, name, part):
+    tensors = [argument for argument in node.all_input_nodes]
+    sources = tuple(values[argument] for argument in tensors)
+    if module is not None and len(tensors) == 1 and node.args == (tensors[0],) and not node.kwargs:
+        call, what = module, f"{node.target.partition('.')[2] or part} ({type(module).__name__})"
+    else:
+        function = node.target if module is None else module
+        what = f"{part}: {getattr(node.target, '__name__', node.target)}"
+
+        def call(*given):
+            at = dict(zip(tensors, given, strict=True))
+            args = torch.fx.map_arg(node.args, at.__getitem__)
+            kwargs = torch.fx.map_arg(node.kwargs, at.__getitem__)
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return function(*args, **kwargs)
+
+    return Island(name, part, sources, call, what, () if module is None else tuple(module.parameters()))
+
+
+def _beside(nodes):
+    """The nodes with each convolution moved up beside the first one that reads the same map: the map can go after
+    both, and their weight gradients share one rebuild of it."""
+    ordered = []
+    for node in nodes:
+        if isinstance(node, Conv):
+            same = [i for i, other in enumerate(ordered) if isinstance(other, Conv) and other.source == node.source]
+            if same:
+                ordered.insert(same[-1] + 1, node)
+                continue
+        ordered.append(node)
+    return ordered
+
+
+def _is_plain_conv(module):
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _is_plain_norm(bn):
+    return bn.affine and bn.training and bn.track_running_stats
+
+
+def _is_plain_pool(module):
+    return (
+        type(module) is nn.MaxPool2d
+        and module.dilation in (1, (1, 1))
+        and not module.return_indices
+        and max(_pair(module.kernel_size)) <= 16
+    )
+
+
+def _only_reader(node):
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_add(node):
+    return (
+        node.op == "call_function"
+        and node.target in (operator.add, operator.iadd, torch.add)
+        and len(node.args) == 2
+        and not node.kwargs
+    )
+
+
+def _is_relu(node, parts):
+    if node.op == "call_module":
+        return type(parts.get(node.target)) is nn.ReLU
+    return node.op == "call_function" and node.target in (F.relu, torch.relu)

@@ -1,0 +1,548 @@
+"""A local module's training step as a straight-line program: forward, loss, backward, rebuilds and frees in one list.
+
+Running the step, predicting its memory and drawing it are three readings of that list (`Program.run`, and `timeline`).
+
+The schedule. Of the forward pass only convolution outputs, batch statistics and the module's input are kept. What is
+elementwise in them, every activation and block output, is *derived*: dropped after its last forward reader, and rebuilt
+where the backward needs it. A backward takes the weight gradient first and the data gradient second, so that the
+rebuilt activation is gone before the data gradient is born; BatchNorm's backward writes over the incoming gradient or
+over its own input; the module's input gets no gradient; the head's feature-map gradient is an (N, C) matrix. The
+module's output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .graph import Conv, Head, Island, Loss, Norm, Pool, join, trace
+from .ops.batch_norm_act import memory_format
+from .ops.batch_norm_act_max_pool import pool_window
+
+__all__ = ["Program", "Step", "build", "programs"]
+
+# How many elementwise passes a rebuild may walk before a block output on its way is kept instead.
+LONGEST_REBUILD = 4
+
+
+@dataclass
+class Step:
+    """One instruction. run(*reads) -> the writes, one tensor or a tuple; in order."""
+
+    name: str
+    part: str  # the unit or aux net it belongs to
+    run: Callable
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    macs: Callable | None = None  # the first tensor written forward, read backward -> multiply-accumulates
+    frees: tuple[str, ...] = ()  # values that nothing reads after it
+
+
+@dataclass
+class Program:
+    """The steps of one local module.
+
+    Attributes:
+        input, labels, features, logits, loss: names of values; features is None for the last module.
+        gradients: name of a gradient's value -> the parameter it is of.
+        islands: what runs by autograd, for people.
+    """
+
+    steps: list[Step]
+    input: str
+    features: str | None
+    logits: str
+    gradients: dict[str, nn.Parameter]
+    islands: list[str]
+    loss: str = "loss"
+    labels: str = "labels"
+
+    @torch.no_grad()
+    def run(self, inputs, labels):
+        """Forward and backward; leaves the gradients in the parameters.
+
+        Args:
+            inputs: a list that holds the module's input alone. It is emptied, so that the input can go as soon as
+                nothing needs it.
+            labels: (N,), int64.
+
+        Returns:
+            (features or None, logits, loss)
+        """
+        values = {self.input: inputs.pop(), self.labels: labels}
+        try:
+            # An autocast of the caller's would change the dtype of what the steps make.
+            with torch.autocast(labels.device.type, enabled=False):
+                for step in self.steps:
+                    self.execute(step, values)
+            for name, parameter in self.gradients.items():
+                parameter.grad = values.pop(name)
+            return values.get(self.features), values[self.logits], values[self.loss]
+        finally:
+            values.clear()  # a traceback would keep them
+
+    @staticmethod
+    def execute(step, values):
+        """Runs one step on the values that live."""
+        made = step.run(*[values[name] for name in step.reads])
+        if len(step.writes) == 1:
+            values[step.writes[0]] = made
+        else:
+            values.update(zip(step.writes, made, strict=True))
+        for name in step.frees:
+            del values[name]
+
+
+def programs(backbone, cuts, heads, autocast=None):
+    """The programs of a backbone's local modules, in order.
+
+    Args:
+        backbone, cuts: see `rules.cut`.
+        heads: each module's head, the classifier last.
+        autocast: None, or the dtype that features have beside parameters of float32.
+    """
+    inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
+    made, source = [], "images"
+    for part, head in zip(cuts, heads, strict=True):
+        nodes, out = [], source
+        for unit in backbone.units[part.first : part.last + 1]:
+            unit_nodes, out = trace(unit.module, inside, unit.name, out)
+            nodes += unit_nodes
+        features = out if part.sample is not None else None
+        head_nodes, _ = trace(head, inside, "head", out)
+        made.append(build(join(nodes, head_nodes, features), source, features, autocast=autocast))
+        source = out
+    return made
+
+
+def build(nodes, source, features, *, autocast=None):
+    """The program of one local module.
+
+    Args:
+        nodes: from `graph.join`.
+        source: the name of the module's input.
+        features: the name of the value to hand on, or None.
+        autocast: None, or the dtype that features have beside parameters of float32.
+    """
+    emit = _Emitter(nodes, source, features, autocast)
+    for node in nodes:
+        emit.forward(node)
+    emit.begin_backward()
+    for node in reversed(nodes):
+        emit.backward(node)
+    steps = _with_rebuilds(emit)
+    logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
+    kept = {features, logits, "loss", *emit.gradients} - {None}
+    _add_frees(steps, {source, "labels"}, kept)
+    return Program(steps, source, features, logits, emit.gradients, [n.what for n in nodes if isinstance(n, Island)])
+
+
+# ---- steps in the order of the schedule, as if derived values were always there -----------------------------
+
+
+class _Emitter:
+    def __init__(self, nodes, source, features, autocast):
+        self.steps, self.gradients = [], {}
+        self.derived = {}  # a value that can be rebuilt -> the Step that does it
+        self.pinned = set()  # derived values that stay from their birth to their last reader
+        self.source, self.features, self.autocast = source, features, autocast
+        self.gradient_of = {}  # a value -> the name of its gradient so far
+        self.shape_of = {}  # a derived value -> a stored one of its shape and layout
+        self.waiting = []  # data gradients of convolutions that read one map, after all their weight gradients
+        self.first_backward = None
+        self.given = 0
+        self.conv_outputs = {node.out for node in nodes if isinstance(node, Conv)}
+        self.readers = {}
+        for node in nodes:
+            for name in node.sources:
+                self.readers[name] = self.readers.get(name, 0) + 1
+
+    def add(self, node, name, run, reads, writes, macs=None):
+        self.steps.append(Step(name, node.part, run, tuple(reads), tuple(writes), macs))
+
+    def begin_backward(self):
+        self.first_backward = len(self.steps)
+
+    def forward(self, node):
+        match node:
+            case Conv():
+                run = partial(_conv, node.conv, self.autocast)
+                self.add(node, "conv", run, [node.source], [node.out], _conv_macs(node.conv))
+            case Norm():
+                statistics = _statistics(node)
+                self.add(node, "norm", partial(_norm, node.bn, node.relu), node.sources, [node.out, *statistics])
+                self._derive(node, partial(_rebuild_norm, node.bn, node.relu), [node.source, *statistics], [node.out])
+                self.shape_of[node.out] = node.source
+            case Pool():
+                made, statistics = [node.out, f"{node.out}.index"], _statistics(node)
+                self.add(node, "statistics", partial(_batch_statistics, node.bn), [node.source], statistics)
+                self.add(node, "pool", partial(_pool, node), [node.source, *statistics], made)
+                self._derive(node, partial(_rebuild_pool, node), [node.source, *statistics], made)
+            case Head():
+                self._head_forward(node)
+            case Island():
+                self.pinned.update(node.sources)
+                run = partial(_island, node, self.autocast, [name != self.source for name in node.sources])
+                self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"])
+            case Loss():
+                self.add(node, "loss", _loss, [node.source, "labels"], ["loss", "logits gradient"])
+                self.gradient_of[node.source] = "logits gradient"
+
+    def _derive(self, node, run, reads, made):
+        if isinstance(node, Norm) and node.residual is not None:
+            reads = [*reads, node.residual]
+        step = Step("rebuild", node.part, run, tuple(reads), tuple(made))
+        self.derived.update(dict.fromkeys(made, step))
+
+    def _head_forward(self, node):
+        norm, head_bn, linear = node.norm, node.head_bn, node.linear
+        statistics, pooled = _statistics(norm), f"{node.out}.pooled"
+        reads = [norm.source, *statistics, *norm.sources[1:]]
+        self.add(node, "statistics", partial(_batch_statistics, norm.bn), [norm.source], statistics)
+        self.add(node, "pooled norm", partial(_pooled_norm, norm.bn, norm.relu), reads, [pooled])
+        if head_bn is not None:
+            made = [f"{pooled}.norm", f"{pooled}.mean", f"{pooled}.invstd"]
+            self.add(node, "head norm", partial(_head_norm, head_bn), [pooled], made)
+            pooled = made[0]
+        weight, bias = self._gradient(linear.weight), self._gradient(linear.bias)
+        writes = ["loss", node.out, f"{node.out}.gradient", *weight, *bias]
+        run = partial(_linear_cross_entropy, linear)
+        self.add(node, "linear and loss", run, [pooled, "labels"], writes, _linear_macs(linear))
+
+    def backward(self, node):
+        if not isinstance(node, Conv):
+            self._data_gradients()
+        match node:
+            case Conv():
+                self._conv_backward(node)
+            case Norm():
+                self._norm_backward(node)
+            case Pool():
+                reads = [self._take(node.out), node.source, f"{node.out}.index", *_statistics(node)]
+                writes = [self._give(node.source), *self._gradient(node.bn.weight), *self._gradient(node.bn.bias)]
+                reads += [node.out] if node.out == self.features else []
+                self.add(node, "pool backward", partial(_pool_backward, node, self._owns(node.source)), reads, writes)
+                self._accumulate(node)
+            case Head():
+                self._head_backward(node)
+            case Island():
+                self._island_backward(node)
+        if node.sources[0] == self.source:
+            self._data_gradients()
+
+    def _conv_backward(self, node):
+        if self.waiting and self.waiting[0].source != node.source:
+            self._data_gradients()
+        gradient = self.gradient_of[node.out]
+        writes = [*self._gradient(node.conv.weight), *self._gradient(node.conv.bias)]
+        run = partial(_weight_gradient, node.conv, self.autocast)
+        self.add(node, "weight gradient", run, [gradient, node.source], writes, _conv_macs(node.conv))
+        if node.source == self.source:
+            self._take(node.out)
+        else:
+            self.waiting.append(node)
+
+    def _data_gradients(self):
+        for node in self.waiting:
+            like = self.shape_of.get(node.source, node.source)
+            run, reads = partial(_data_gradient, node.conv), [self._take(node.out), like]
+            self.add(node, "data gradient", run, reads, [self._give(node.source)], _conv_macs(node.conv))
+            self._accumulate(node)
+        self.waiting = []
+
+    def _norm_backward(self, node):
+        reads = [self._take(node.out), node.source, *_statistics(node)]
+        parameters = [*self._gradient(node.bn.weight), *self._gradient(node.bn.bias)]
+        gives = [self._give(node.source)]
+        if node.residual is not None:
+            run, reads = partial(_norm_residual_backward, node.bn, self._owns(node.source)), [*reads, node.out]
+            gives.append(self._give(node.residual) if node.residual != self.source else f"{node.out}.masked")
+        else:
+            run = partial(_norm_backward, node.bn, node.relu)
+            reads += [node.out] if node.out == self.features else []
+        self.add(node, "norm backward", run, reads, [*gives, *parameters])
+        self._accumulate(node)
+
+    def _head_backward(self, node):
+        norm, gradient = node.norm, f"{node.out}.gradient"
+        if node.head_bn is not None:
+            pooled = f"{node.out}.pooled"
+            parameters = [*self._gradient(node.head_bn.weight), *self._gradient(node.head_bn.bias)]
+            reads, made = [gradient, pooled, f"{pooled}.mean", f"{pooled}.invstd"], f"{pooled}.gradient"
+            self.add(node, "head norm backward", partial(_head_norm_backward, node.head_bn), reads, [made, *parameters])
+            gradient = made
+        gives = [self._give(norm.source)]
+        if norm.residual is not None and norm.residual != self.source:
+            gives.append(self._give(norm.residual))
+        run = partial(_pooled_norm_backward, norm.bn, norm.relu, len(gives) == 2, self._owns(norm.source))
+        reads = [gradient, norm.source, *_statistics(norm), *norm.sources[1:]]
+        parameters = [*self._gradient(norm.bn.weight), *self._gradient(norm.bn.bias)]
+        self.add(node, "pooled norm backward", run, reads, [*gives, *parameters])
+        self._accumulate(norm)
+
+    def _island_backward(self, node):
+        wanted = [name for name in node.sources if name != self.source]
+        reads = [f"{node.out}.graph", self._take(node.out), *node.sources]
+        gives = [self._give(name) for name in wanted]
+        parameters = [name for parameter in node.parameters for name in self._gradient(parameter)]
+        self.add(node, "island backward", _island_backward, reads, [*gives, *parameters])
+        self._accumulate(node)
+
+    def _gradient(self, parameter):
+        """The name of a parameter's gradient, as a list of one, or of none for None."""
+        if parameter is None:
+            return []
+        name = f"gradient {len(self.gradients)}"
+        self.gradients[name] = parameter
+        return [name]
+
+    def _take(self, value):
+        return self.gradient_of.pop(value)
+
+    def _give(self, value):
+        """A name for one contribution to a value's gradient."""
+        self.given += 1
+        return f"{value}.grad {self.given}"
+
+    def _owns(self, value):
+        """Whether BatchNorm's backward may write over the value that BatchNorm read."""
+        return value in self.conv_outputs and self.readers[value] == 1
+
+    def _accumulate(self, node):
+        """Adds what the last step contributed to what was there."""
+        for name in self.steps[-1].writes:
+            value = name.rpartition(".grad ")[0]
+            if not value:
+                continue
+            if value in self.gradient_of:
+                total = self._give(value)
+                self.add(node, "add", torch.Tensor.add_, [self.gradient_of[value], name], [total])
+                name = total
+            self.gradient_of[value] = name
+
+
+# ---- rebuilds and frees -------------------------------------------------------------------------------------
+
+
+def _with_rebuilds(emit):
+    """The steps with each derived value rebuilt where it is read and not there."""
+    steps, live = [], set()  # live: derived values only
+    stay = emit.pinned | _kept(emit.derived)
+    reads_of = {name: [] for name in emit.derived}
+    for index, step in enumerate(emit.steps):
+        for name in step.reads:
+            if name in reads_of:
+                reads_of[name].append(index)
+
+    def rebuild(name, part, needed):
+        recipe = emit.derived[name]
+        missing = [read for read in recipe.reads if read in emit.derived and read not in live]
+        for read in missing:
+            rebuild(read, part, needed)
+        over = [read for read in missing if read not in needed]  # made for this rebuild alone: it may write there
+        live.difference_update(over)
+        live.update(recipe.writes)
+        steps.append(Step(recipe.name, part, partial(recipe.run, bool(over)), recipe.reads, recipe.writes))
+
+    def stays(name, index):
+        later = next((at for at in reads_of[name] if at > index), None)
+        if later is None:
+            return name == emit.features
+        return later < emit.first_backward or later == index + 1 or name in stay
+
+    for index, step in enumerate(emit.steps):
+        for name in step.reads:
+            if name in emit.derived and name not in live:
+                rebuild(name, step.part, step.reads)
+        steps.append(step)
+        live.update(name for name in step.writes if name in emit.derived)
+        live = {name for name in live if stays(name, index)}
+    return steps
+
+
+def _kept(derived):
+    """The derived values that are kept after all, so that no rebuild walks further than LONGEST_REBUILD."""
+    kept, length = set(), {}
+    for name, recipe in derived.items():
+        walked = [length[read] for read in recipe.reads if read in derived and read not in kept]
+        length[name] = 1 + max(walked, default=0)
+        if length[name] > LONGEST_REBUILD:
+            kept.add(name)
+    return kept
+
+
+def _add_frees(steps, given, outputs):
+    """Frees each value after the last step that reads it before it is written again, if it ever is."""
+    needed = set(outputs)
+    for step in reversed(steps):
+        touched = dict.fromkeys((*step.reads, *step.writes))
+        step.frees = tuple(name for name in touched if name not in needed)
+        needed.difference_update(step.writes)
+        needed.update(step.reads)
+    assert needed <= given, f"read before written: {needed - given}"
+
+
+# ---- what the steps run ---------------------------------------------------------------------------------------
+
+_aten, _ops = torch.ops.aten, torch.ops.auglocal_ext
+
+
+def _statistics(node):
+    return [f"{node.out}.mean", f"{node.out}.var"]
+
+
+def _affine(bn):
+    return bn.weight, bn.bias
+
+
+def _geometry(conv):
+    return conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+
+
+def _conv_macs(conv):
+    """Multiply-accumulates of one pass; the convolution's output, or its gradient, comes first."""
+    return lambda output: output.numel() * conv.weight[0].numel()
+
+
+def _like(grad, x):
+    """A gradient in x's layout, which in-place kernels need; nearly always it is in it."""
+    return grad.contiguous(memory_format=memory_format(x))
+
+
+def _conv(conv, autocast, x):
+    x = x if autocast is None else x.to(autocast)
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return _aten.convolution(x, conv.weight.to(x.dtype), bias, *_geometry(conv))
+
+
+def _weight_gradient(conv, autocast, grad, x):
+    x = x if autocast is None else x.to(autocast)
+    sizes, mask = (None, (False, True, False)) if conv.bias is None else (conv.bias.shape, (False, True, True))
+    weight = conv.weight.to(x.dtype)
+    _, dweight, dbias = _aten.convolution_backward(grad, x, weight, sizes, *_geometry(conv), mask)
+    dweight = dweight.to(conv.weight.dtype)
+    return dweight if dbias is None else (dweight, dbias.to(conv.bias.dtype))
+
+
+def _data_gradient(conv, grad, like):
+    weight = conv.weight.to(grad.dtype)
+    return _aten.convolution_backward(grad, like, weight, None, *_geometry(conv), (True, False, False))[0]
+
+
+def _norm(bn, relu, x, residual=None):
+    y, mean, var = _ops.batch_norm_act(x, *_affine(bn), residual, bn.eps, relu)
+    _update_running_statistics(bn, mean, var, x)
+    return y, mean, var
+
+
+def _rebuild_norm(bn, relu, over, x, mean, var, residual=None):
+    if residual is not None:
+        residual = _like(residual, x)
+    out = residual if over else torch.empty_like(x)
+    _ops.batch_norm_act_apply_out(x, *_affine(bn), mean, var, residual, bn.eps, relu, out)
+    return out
+
+
+def _norm_backward(bn, relu, grad, x, mean, var, _output=None):
+    dx = _like(grad, x)
+    return dx, *_ops.batch_norm_act_backward_out(dx, x, *_affine(bn), mean, var, None, bn.eps, relu, dx, None)
+
+
+def _norm_residual_backward(bn, over, grad, x, mean, var, y):
+    dresidual, dx = _like(grad, x), x if over else torch.empty_like(x)
+    given = (dresidual, x, *_affine(bn), mean, var, _like(y, x), bn.eps, True, dx, dresidual)
+    return dx, dresidual, *_ops.batch_norm_act_backward_out(*given)
+
+
+def _batch_statistics(bn, x):
+    mean, var = _ops.batch_norm_statistics(x)
+    _update_running_statistics(bn, mean, var, x)
+    return mean, var
+
+
+def _update_running_statistics(bn, mean, var, x):
+    bn.num_batches_tracked += 1
+    dtype, count = bn.running_mean.dtype, x.numel() // x.shape[1]
+    # momentum None: the cumulative average
+    momentum = 1 / bn.num_batches_tracked.to(dtype) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(dtype), momentum)
+    bn.running_var.lerp_((var * (count / (count - 1))).to(dtype), momentum)
+
+
+def _pool(node, x, mean, var):
+    return _ops.batch_norm_act_max_pool_apply(x, *_affine(node.bn), mean, var, node.bn.eps, *pool_window(x, node.pool))
+
+
+def _rebuild_pool(node, over, *reads):
+    return _pool(node, *reads)
+
+
+def _pool_backward(node, over, grad, x, index, mean, var, _output=None):
+    dx, window = x if over else torch.empty_like(x), pool_window(x, node.pool)[:6]
+    given = (_like(grad, x), x, index, *_affine(node.bn), mean, var, node.bn.eps, *window, dx)
+    return dx, *_ops.batch_norm_act_max_pool_backward_out(*given)
+
+
+def _pooled_norm(bn, relu, x, mean, var, residual=None):
+    residual = None if residual is None else _like(residual, x)
+    return _ops.batch_norm_act_mean_apply(x, *_affine(bn), mean, var, residual, bn.eps, relu)
+
+
+def _pooled_norm_backward(bn, relu, residual_grad, over, grad, x, mean, var, residual=None):
+    dx = x if over else torch.empty_like(x)
+    residual = None if residual is None else _like(residual, x)
+    dresidual = torch.empty_like(dx) if residual_grad else None
+    given = (grad, x, *_affine(bn), mean, var, residual, bn.eps, relu, dx, dresidual)
+    parameters = _ops.batch_norm_act_mean_backward_out(*given)
+    return (dx, *parameters) if dresidual is None else (dx, dresidual, *parameters)
+
+
+def _head_norm(bn, x):
+    bn.num_batches_tracked += 1
+    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    running = bn.running_mean, bn.running_var
+    return _aten.native_batch_norm(x, *_affine(bn), *running, True, momentum, bn.eps)
+
+
+def _head_norm_backward(bn, grad, x, mean, invstd):
+    running = bn.running_mean, bn.running_var
+    mask = (True, True, True)
+    return _aten.native_batch_norm_backward(grad, x, bn.weight, *running, mean, invstd, True, bn.eps, mask)
+
+
+def _linear_macs(linear):
+    """Of the linear layer and both its gradients, which are computed together."""
+    return lambda pooled: 3 * pooled.numel() * linear.out_features
+
+
+def _linear_cross_entropy(linear, pooled, labels):
+    made = _ops.linear_cross_entropy(pooled, linear.weight, linear.bias, labels, 0.0, -100)
+    return made if linear.bias is not None else made[:-1]
+
+
+def _loss(logits, labels):
+    with torch.enable_grad():
+        given = logits.detach().requires_grad_()
+        loss = F.cross_entropy(given, labels)
+    return loss.detach(), *torch.autograd.grad(loss, given)
+
+
+def _island(node, autocast, wanted, *sources):
+    # A module that works in place must not change what others read: it gets a copy.
+    in_place = getattr(node.call, "inplace", False)
+    given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
+    bf16 = torch.autocast(given[0].device.type, autocast, autocast is not None, cache_enabled=False)
+    with torch.enable_grad(), bf16:
+        out = node.call(*(x.clone() for x in given) if in_place else given)
+    inputs = [x for x in given if x.requires_grad] + list(node.parameters)
+    return out.detach(), (out, inputs)
+
+
+def _island_backward(graph, grad, *_sources):
+    out, inputs = graph
+    given = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    given = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)]
+    return given[0] if len(given) == 1 else given
