@@ -21,12 +21,14 @@ class Sample:
     batch_norm_head: bool  # BatchNorm1d before the linear classifier
 
 
-def aux_depth(index, modules, blocks, pyramid):
-    """Blocks in the aux net of module `index` of `modules` (the last has none): `blocks` at the first,
-    fewer toward the output with `pyramid`. Python's round, half to even, as the authors'."""
-    if not pyramid or modules == 2:
+def aux_depth(last, units, blocks, pyramid):
+    """Blocks in the aux net behind unit `last` of `units` in all: `blocks`, or with `pyramid` fewer toward the output:
+    the authors' rule for one module per unit, by the unit's place, so that it holds for any other cut too.
+    Python's round, half to even, as theirs."""
+    borders = units - blocks - 1  # in the authors' cut; its last border is unit borders - 1
+    if not pyramid or borders < 2:
         return blocks
-    share = index * PYRAMID / (modules - 2)
+    share = min(last / (borders - 1), 1) * PYRAMID
     return max(1, round(blocks * (1 - share) + share))
 
 

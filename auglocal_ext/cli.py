@@ -13,9 +13,8 @@ from . import __version__, data, models, report
 from .loop import TrainingInterrupted, train
 from .memory import format_bytes
 from .optim import sgd
-from .plan import plan
+from .plan import PRECISIONS, plan
 from .rules import FORMS, RULES
-from .trainer import PRECISIONS
 
 __all__ = ["main"]
 

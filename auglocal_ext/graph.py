@@ -85,6 +85,7 @@ class Island(Node):
     call: Callable
     what: str  # for people: the name and kind of what runs
     parameters: tuple[nn.Parameter, ...] = ()
+    may_write: bool = False  # whether the call may write over what it is given
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,10 @@ def join(units, head, features):
             break
     match [getattr(node, "call", node) for node in tail]:
         case [Norm() as norm, pool, flatten, *middle, nn.Linear() as linear_module] if (
-            _is_global_pool(pool) and _is_flatten(flatten) and (not middle or _is_head_norm(middle))
+            _is_global_pool(pool)
+            and _is_flatten(flatten)
+            and (not middle or _is_head_norm(middle))
+            and _is_plain_linear(linear_module)
         ):
             head_node = Head(linear.out, linear.part, norm, middle[0] if middle else None, linear_module)
             return [node for node in nodes if node not in tail] + [head_node]
@@ -228,7 +232,16 @@ def _island(node, module, values, name, part):
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return function(*args, **kwargs)
 
-    return Island(name, part, sources, call, what, () if module is None else tuple(module.parameters()))
+    parameters = () if module is None else tuple(module.parameters())
+    return Island(name, part, sources, call, what, parameters, _may_write(node, module))
+
+
+def _may_write(node, module):
+    """Whether what runs may write over its input: in-place modules, and what torch did not define."""
+    if module is None:
+        return node.target not in (operator.add, torch.add, F.relu, torch.relu) or bool(node.kwargs)
+    own = (type(part).__module__.startswith("torch.nn.") for part in module.modules())
+    return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
 
 
 def _beside(nodes):
@@ -246,11 +259,25 @@ def _beside(nodes):
 
 
 def _is_plain_conv(module):
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return (
+        type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and _has_own_weight(module)
+    )
+
+
+def _is_plain_linear(module):
+    return type(module) is nn.Linear and _has_own_weight(module)
 
 
 def _is_plain_norm(bn):
-    return bn.affine and bn.training and bn.track_running_stats
+    return bn.affine and bn.training and bn.track_running_stats and _has_own_weight(bn)
+
+
+def _has_own_weight(module):
+    """False where a hook computes the weight from other parameters: torch.nn.utils.spectral_norm, for instance."""
+    return isinstance(module.weight, nn.Parameter)
 
 
 def _is_plain_pool(module):

@@ -1,19 +1,28 @@
-"""What a training will consist of, before it runs: modules, their units, their aux nets, their sizes."""
+"""What a training step will consist of and hold, before it runs: modules, units, aux nets, bytes, arithmetic."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from . import report
+from ._meta import meta_copy
 from .backbone import as_backbone
+from .liveness import Timeline, fill, timeline
+from .memory import LiveBytes, format_bytes
+from .optim import make_optimizer, sgd
+from .program import programs
 from .rules import build_head, cut
 
 __all__ = ["ModulePlan", "Plan", "plan"]
 
+PRECISIONS = ("fp32", "bf16")
+
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One local module."""
+    """One local module. Bytes are those of one training step, from the second step on."""
 
     index: int
     units: tuple[str, ...]  # names of its backbone units
@@ -25,17 +34,32 @@ class ModulePlan:
     aux_batch_norm: bool  # BatchNorm1d before the aux net's linear classifier
     parameters: int  # of its units, and of the classifier in the last module
     aux_parameters: int
+    state_bytes: int  # parameters and buffers, its own and its aux net's
+    gradient_bytes: int  # of the parameters
+    optimizer_bytes: int  # the optimizer's state
+    optimizer_scratch: int  # what the optimizer needs for a moment in its step
+    kept_bytes: int  # what the forward pass leaves for the backward, the input included
+    activation_bytes: int  # highest, without the parameters' gradients
+    peak_bytes: int  # highest of the whole step while this module runs: state, batch, activations, gradients
+    macs: int  # multiply-accumulates of forward and backward, convolutions and linear layers
+    rebuild_share: float  # of its memory traffic: what goes into rebuilding what was dropped
+    islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
+    timeline: Timeline = field(repr=False)
+    keep: frozenset = field(repr=False)  # see `program.build`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of one network; `print(plan)` shows it as a table."""
+    """The cut of one network, and what its step holds; `print(plan)` shows it as a table."""
 
     model: str
     rule: str
     depth: int
+    precision: str
     input_shape: tuple[int, ...]
     modules: tuple[ModulePlan, ...]
+    batch_bytes: int  # images and labels
+    bp_macs: int  # of backpropagation through the same network
 
     @property
     def parameters(self):
@@ -47,8 +71,33 @@ class Plan:
         """Parameters of the aux nets, which exist during training only."""
         return sum(module.aux_parameters for module in self.modules)
 
+    @property
+    def state_bytes(self):
+        """What lives between steps: parameters, buffers and optimizer state, of the model and the aux nets."""
+        return sum(module.state_bytes + module.optimizer_bytes for module in self.modules)
+
+    @property
+    def activation_bytes(self):
+        """The highest of what a step makes besides parameters' gradients."""
+        return max(module.activation_bytes for module in self.modules)
+
+    @property
+    def peak_bytes(self):
+        """Predicted peak of a step, everything in it: state, batch, activations, gradients, optimizer's scratch."""
+        return max(module.peak_bytes for module in self.modules)
+
+    @property
+    def macs(self):
+        return sum(module.macs for module in self.modules)
+
+    def save_picture(self, path):
+        """Draws live bytes over the time of one step, stacked by kind, and writes them as an image."""
+        report.memory_picture(self, path)
+
     def __str__(self):
-        rows = [("module", "units", "output", "aux net: unit (width, stride)", "parameters", "aux parameters")]
+        header = ("module", "units", "output", "aux net: unit (width, stride)", "parameters", "aux parameters")
+        header += ("kept", "activations", "step's peak", "MACs / BP")
+        rows = [header]
         for module in self.modules:
             copies = zip(module.aux_names, module.aux_channels, module.aux_strides, strict=True)
             aux = " ".join(f"{name} ({width}, /{stride})" for name, width, stride in copies)
@@ -60,9 +109,15 @@ class Plan:
                     aux + (" + BatchNorm1d" if module.aux_batch_norm else "") if aux else "none: the classifier",
                     f"{module.parameters:,}",
                     f"{module.aux_parameters:,}",
+                    format_bytes(module.kept_bytes),
+                    format_bytes(module.activation_bytes),
+                    format_bytes(module.peak_bytes),
+                    f"{module.macs / self.bp_macs:.3f}",
                 )
             )
-        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.aux_parameters:,}"))
+        total = ("total", "", "", "", f"{self.parameters:,}", f"{self.aux_parameters:,}", "")
+        total += (format_bytes(self.activation_bytes), format_bytes(self.peak_bytes), f"{self.macs / self.bp_macs:.3f}")
+        rows.append(total)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = []
         for row in rows:
@@ -70,23 +125,37 @@ class Plan:
             right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
             lines.append("  ".join(left + right).rstrip())
         rule_line = "-" * max(len(line) for line in lines)
-        lines = [lines[0], rule_line, *lines[1:-1], rule_line, lines[-1]]
+        lines = [lines[0], rule_line, *lines[1:-1], rule_line, lines[-1], "", self._peak_line()]
+        for module in self.modules:
+            if module.islands:
+                lines.append(f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}")
+        return "\n".join([self.title, *lines])
+
+    @property
+    def title(self):
         count = len(self.modules)
         what = f", depth {self.depth}" if self.rule != "bp" else ""
-        title = (
+        return (
             f"{self.model}, rule {self.rule}{what}: {count} local module{'s' * (count > 1)}, "
             f"input {'x'.join(str(size) for size in self.input_shape)}"
         )
-        return "\n".join([title, *lines])
+
+    def _peak_line(self):
+        top = max(self.modules, key=lambda module: module.peak_bytes)
+        return (
+            f"a step's peak, {format_bytes(self.peak_bytes)}, is in module {top.index}: state "
+            f"{format_bytes(self.state_bytes)}, batch {format_bytes(self.batch_bytes)}, the rest activations and "
+            f"gradients ({self.precision})"
+        )
 
 
-def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=None):
+def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=None, precision="fp32", optimizer=None):
     """Plans a training without running it; the model is not changed.
 
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, modules: see `auglocal_ext.train`.
+        depth, rule, form, modules, precision, optimizer: see `auglocal_ext.train`.
 
     Returns:
         Plan
@@ -95,44 +164,156 @@ def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=Non
         ValueError: the model cannot be cut, or an argument is out of the range that it allows.
     """
     backbone = as_backbone(model)
+    shape = check_shape(backbone, input_shape)
+    cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
+    return Planner(model, precision, optimizer).plan(cuts, shape, rule, depth)
+
+
+def check_shape(backbone, input_shape):
+    """The shape as a tuple, or one sentence about what is wrong with it."""
     expected = f"input_shape must be (N, {backbone.image_channels}, H, W) for this model"
     if isinstance(input_shape, torch.Tensor) or not isinstance(input_shape, Iterable):
         raise TypeError(f"{expected}, given {type(input_shape).__name__}")
     input_shape = tuple(input_shape)
     if len(input_shape) != 4 or input_shape[1] != backbone.image_channels or min(input_shape) < 1:
         raise ValueError(f"{expected}, given {input_shape}")
-    cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
-    return describe(model, backbone, cuts, input_shape, rule, depth)
+    return input_shape
 
 
-def describe(model, backbone, cuts, input_shape, rule, depth):
-    """The Plan of a backbone cut into `cuts`. Shapes are traced on meta tensors: nothing is computed."""
-    # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-    shapes, x = [], torch.empty((max(input_shape[0], 2), *input_shape[1:]), device="meta")
-    for unit in backbone.units:
-        x = unit.trace(x)
-        shapes.append((input_shape[0], *x.shape[1:]))
-    modules = []
-    for index, part in enumerate(cuts):
-        with torch.device("meta"):
-            head = _count(build_head(backbone, part))
-        units = backbone.units[part.first : part.last + 1]
-        body, sample = sum(_count(unit.module) for unit in units), part.sample
-        modules.append(
-            ModulePlan(
-                index=index,
-                units=tuple(unit.name for unit in units),
-                output_shape=shapes[part.last],
-                aux_units=sample.units if sample else (),
-                aux_names=tuple(backbone.units[unit].name for unit in sample.units) if sample else (),
-                aux_channels=tuple(backbone.units[unit].width for unit in sample.units) if sample else (),
-                aux_strides=sample.strides if sample else (),
-                aux_batch_norm=sample.batch_norm_head if sample else False,
-                parameters=body if sample else body + head,
-                aux_parameters=head if sample else 0,
+class Planner:
+    """Walks the programs of a model's cuts on meta tensors: nothing is computed, the model is not touched.
+
+    Args:
+        model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
+        precision, optimizer: see `auglocal_ext.train`.
+    """
+
+    def __init__(self, model, precision="fp32", optimizer=None):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
+        self.name, self.precision = type(model).__name__, precision
+        self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
+        self.model = meta_copy(model)
+        if not model.training:
+            self.model.train()
+        self.dtype = next(self.model.parameters()).dtype
+        self.backbone = as_backbone(self.model)
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+
+    def plan(self, cuts, shape, rule, depth, heads=None, image_dtype=None):
+        """The Plan of `cuts` of the backbone for batches of `shape`.
+
+        heads: the heads that the modules have already, or None to make them.
+        """
+        if heads is None:
+            with torch.device("meta"):
+                heads = [build_head(self.backbone, part).to(self.dtype) for part in cuts]
+        else:
+            heads = [*(meta_copy(head) for head in heads[:-1]), self.backbone.classifier]
+        bodies = [nn.ModuleList(u.module for u in self.backbone.units[part.first : part.last + 1]) for part in cuts]
+        # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
+        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=image_dtype or self.dtype, device="meta")
+        optimizers = [self._optimizer(nn.ModuleList(pair)) for pair in zip(bodies, heads, strict=True)]
+        states = [_bytes({*_tensors(body), *_tensors(head)}) for body, head in zip(bodies, heads, strict=True)]
+        batch_bytes = images.nbytes + 8 * len(images)  # labels are int64
+        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers)
+
+        def walk(keep=None):
+            made, x = [], images
+            for index, program in enumerate(programs(self.backbone, cuts, heads, self.autocast, keep)):
+                existing = [*_tensors(bodies[index]), *_tensors(heads[index])]
+                labels = torch.empty(len(images), dtype=torch.int64, device="meta")
+                given, (line, x) = x, timeline(program, x, labels, existing, count_input=index > 0)
+                made.append((program, line, line.output or self._output(bodies[index], given)))
+            return made
+
+        def highest(lines):
+            return [line.peak + index * self.dtype.itemsize for index, line in enumerate(lines)]
+
+        walked = walk()
+        lines = [line for _, line, _ in walked]
+        top, activations = max(highest(lines)), max(line.activations for line in lines)
+        keep = [
+            fill(program.gaps, line, top - index * self.dtype.itemsize, activations)
+            for index, (program, line, _) in enumerate(walked)
+        ]
+        walked = walk(keep)
+        modules = []
+        for index, (part, body, head, (program, line, output)) in enumerate(
+            zip(cuts, bodies, heads, walked, strict=True)
+        ):
+            sample, (state, scratch), units = part.sample, optimizers[index], self.backbone.units
+            carried = index * self.dtype.itemsize  # the losses of the modules before
+            modules.append(
+                ModulePlan(
+                    index=index,
+                    units=tuple(unit.name for unit in units[part.first : part.last + 1]),
+                    output_shape=(shape[0], *output[1:]),
+                    aux_units=sample.units if sample else (),
+                    aux_names=tuple(units[unit].name for unit in sample.units) if sample else (),
+                    aux_channels=tuple(units[unit].width for unit in sample.units) if sample else (),
+                    aux_strides=sample.strides if sample else (),
+                    aux_batch_norm=sample.batch_norm_head if sample else False,
+                    parameters=_count(body) if sample else _count(body) + _count(head),
+                    aux_parameters=_count(head) if sample else 0,
+                    state_bytes=states[index],
+                    gradient_bytes=_bytes({*body.parameters(), *head.parameters()}),
+                    optimizer_bytes=state,
+                    optimizer_scratch=scratch,
+                    kept_bytes=line.kept,
+                    activation_bytes=line.activations,
+                    peak_bytes=constant + carried + max(line.peak, line.end + scratch),
+                    macs=line.macs,
+                    rebuild_share=line.rebuild_share,
+                    islands=tuple(program.islands),
+                    timeline=line,
+                    keep=keep[index],
+                )
             )
-        )
-    return Plan(type(model).__name__, rule, depth, input_shape, tuple(modules))
+        bp_macs = _bp_macs([line for _, line, _ in walked])
+        return Plan(self.name, rule, depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _output(body, x):
+        """The shape of what the last module's units put out, which its program may never store."""
+        for unit in body:
+            x = unit(x.to(next(unit.parameters()).dtype))
+        return tuple(x.shape)
+
+    def _optimizer(self, module):
+        """(bytes of state, bytes that a step needs for a moment) of the optimizer of one module."""
+        parameters = [nn.Parameter(p.detach()) for p in module.parameters()]
+        optimizer = make_optimizer(self.factory, parameters)
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        state = [value for value in state if isinstance(value, torch.Tensor)]
+        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
+        if all(group.get("fused") for group in probe.param_groups):
+            return _bytes(state), 0
+        with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live:
+            before = live.now
+            optimizer.step()
+        return _bytes(state), live.peak - before
+
+
+def _bp_macs(lines):
+    """Multiply-accumulates of backpropagation: every convolution of the units forward and twice backward, the first
+    one's data gradient excepted, and the classifier's."""
+    moments = [moment for line in lines for moment in line.moments if moment.macs]
+    units = [moment.macs for moment in moments if moment.step == "conv" and moment.part != "head"]
+    classifier = [moment.macs for moment in lines[-1].moments if moment.part == "head"]
+    return 3 * sum(units) - sum(units[:1]) + sum(classifier)
+
+
+def _tensors(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _count(module):

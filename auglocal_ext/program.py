@@ -10,6 +10,7 @@ over its own input; the module's input gets no gradient; the head's feature-map 
 module's output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from .ops.batch_norm_act_max_pool import pool_window
 __all__ = ["Program", "Step", "build", "programs"]
 
 # How many elementwise passes a rebuild may walk before a block output on its way is kept instead.
-LONGEST_REBUILD = 4
+LONGEST_REBUILD = 6
 
 
 @dataclass
@@ -41,14 +42,30 @@ class Step:
     frees: tuple[str, ...] = ()  # values that nothing reads after it
 
 
+@dataclass(frozen=True)
+class Gap:
+    """A derived value that is dropped after step `start` and rebuilt by the steps from `end` on."""
+
+    name: str
+    reader: int  # which step of the schedule without rebuilds it is rebuilt for; with the name, the gap's identity
+    start: int
+    end: int
+
+    @property
+    def key(self):
+        return self.name, self.reader
+
+
 @dataclass
 class Program:
     """The steps of one local module.
 
     Attributes:
         input, labels, features, logits, loss: names of values; features is None for the last module.
-        gradients: name of a gradient's value -> the parameter it is of.
+        gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
+            an island has a parameter that it does not use.
         islands: what runs by autograd, for people.
+        gaps: where the schedule drops and rebuilds, for `build`'s `keep`.
     """
 
     steps: list[Step]
@@ -57,6 +74,7 @@ class Program:
     logits: str
     gradients: dict[str, nn.Parameter]
     islands: list[str]
+    gaps: list[Gap]
     loss: str = "loss"
     labels: str = "labels"
 
@@ -72,7 +90,7 @@ class Program:
         Returns:
             (features or None, logits, loss)
         """
-        values = {self.input: inputs.pop(), self.labels: labels}
+        values = {self.input: _dense(inputs.pop()), self.labels: labels}
         try:
             # An autocast of the caller's would change the dtype of what the steps make.
             with torch.autocast(labels.device.type, enabled=False):
@@ -96,29 +114,30 @@ class Program:
             del values[name]
 
 
-def programs(backbone, cuts, heads, autocast=None):
+def programs(backbone, cuts, heads, autocast=None, keep=None):
     """The programs of a backbone's local modules, in order.
 
     Args:
         backbone, cuts: see `rules.cut`.
         heads: each module's head, the classifier last.
         autocast: None, or the dtype that features have beside parameters of float32.
+        keep: for each module, the keys of gaps not to drop a value over; None: drop everywhere.
     """
     inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
     made, source = [], "images"
-    for part, head in zip(cuts, heads, strict=True):
+    for part, head, kept in zip(cuts, heads, keep or [()] * len(cuts), strict=True):
         nodes, out = [], source
         for unit in backbone.units[part.first : part.last + 1]:
             unit_nodes, out = trace(unit.module, inside, unit.name, out)
             nodes += unit_nodes
         features = out if part.sample is not None else None
         head_nodes, _ = trace(head, inside, "head", out)
-        made.append(build(join(nodes, head_nodes, features), source, features, autocast=autocast))
+        made.append(build(join(nodes, head_nodes, features), source, features, autocast=autocast, keep=kept))
         source = out
     return made
 
 
-def build(nodes, source, features, *, autocast=None):
+def build(nodes, source, features, *, autocast=None, keep=()):
     """The program of one local module.
 
     Args:
@@ -126,6 +145,7 @@ def build(nodes, source, features, *, autocast=None):
         source: the name of the module's input.
         features: the name of the value to hand on, or None.
         autocast: None, or the dtype that features have beside parameters of float32.
+        keep: keys of gaps not to drop a value over.
     """
     emit = _Emitter(nodes, source, features, autocast)
     for node in nodes:
@@ -133,11 +153,13 @@ def build(nodes, source, features, *, autocast=None):
     emit.begin_backward()
     for node in reversed(nodes):
         emit.backward(node)
-    steps = _with_rebuilds(emit)
+    _sum_shared(emit)
+    steps, gaps = _with_rebuilds(emit, keep)
     logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
     kept = {features, logits, "loss", *emit.gradients} - {None}
     _add_frees(steps, {source, "labels"}, kept)
-    return Program(steps, source, features, logits, emit.gradients, [n.what for n in nodes if isinstance(n, Island)])
+    islands = [node.what for node in nodes if isinstance(node, Island)]
+    return Program(steps, source, features, logits, emit.gradients, islands, gaps)
 
 
 # ---- steps in the order of the schedule, as if derived values were always there -----------------------------
@@ -155,8 +177,11 @@ class _Emitter:
         self.first_backward = None
         self.given = 0
         self.conv_outputs = {node.out for node in nodes if isinstance(node, Conv)}
+        self.constants = {source}  # values that need no gradient: the input, and what has no parameters behind it
         self.readers = {}
         for node in nodes:
+            if isinstance(node, Island) and not node.parameters and self.constants.issuperset(node.sources):
+                self.constants.add(node.out)
             for name in node.sources:
                 self.readers[name] = self.readers.get(name, 0) + 1
 
@@ -175,7 +200,7 @@ class _Emitter:
                 statistics = _statistics(node)
                 self.add(node, "norm", partial(_norm, node.bn, node.relu), node.sources, [node.out, *statistics])
                 self._derive(node, partial(_rebuild_norm, node.bn, node.relu), [node.source, *statistics], [node.out])
-                self.shape_of[node.out] = node.source
+                self.shape_of[node.out] = self.shape_of.get(node.source, node.source)
             case Pool():
                 made, statistics = [node.out, f"{node.out}.index"], _statistics(node)
                 self.add(node, "statistics", partial(_batch_statistics, node.bn), [node.source], statistics)
@@ -185,7 +210,7 @@ class _Emitter:
                 self._head_forward(node)
             case Island():
                 self.pinned.update(node.sources)
-                run = partial(_island, node, self.autocast, [name != self.source for name in node.sources])
+                run = partial(_island, node, self.autocast, [name not in self.constants for name in node.sources])
                 self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"])
             case Loss():
                 self.add(node, "loss", _loss, [node.source, "labels"], ["loss", "logits gradient"])
@@ -228,10 +253,8 @@ class _Emitter:
                 self._accumulate(node)
             case Head():
                 self._head_backward(node)
-            case Island():
+            case Island() if node.out not in self.constants:
                 self._island_backward(node)
-        if node.sources[0] == self.source:
-            self._data_gradients()
 
     def _conv_backward(self, node):
         if self.waiting and self.waiting[0].source != node.source:
@@ -240,7 +263,7 @@ class _Emitter:
         writes = [*self._gradient(node.conv.weight), *self._gradient(node.conv.bias)]
         run = partial(_weight_gradient, node.conv, self.autocast)
         self.add(node, "weight gradient", run, [gradient, node.source], writes, _conv_macs(node.conv))
-        if node.source == self.source:
+        if node.source in self.constants:
             self._take(node.out)
         else:
             self.waiting.append(node)
@@ -259,7 +282,7 @@ class _Emitter:
         gives = [self._give(node.source)]
         if node.residual is not None:
             run, reads = partial(_norm_residual_backward, node.bn, self._owns(node.source)), [*reads, node.out]
-            gives.append(self._give(node.residual) if node.residual != self.source else f"{node.out}.masked")
+            gives.append(self._give(node.residual) if node.residual not in self.constants else f"{node.out}.masked")
         else:
             run = partial(_norm_backward, node.bn, node.relu)
             reads += [node.out] if node.out == self.features else []
@@ -275,7 +298,7 @@ class _Emitter:
             self.add(node, "head norm backward", partial(_head_norm_backward, node.head_bn), reads, [made, *parameters])
             gradient = made
         gives = [self._give(norm.source)]
-        if norm.residual is not None and norm.residual != self.source:
+        if norm.residual is not None and norm.residual not in self.constants:
             gives.append(self._give(norm.residual))
         run = partial(_pooled_norm_backward, norm.bn, norm.relu, len(gives) == 2, self._owns(norm.source))
         reads = [gradient, norm.source, *_statistics(norm), *norm.sources[1:]]
@@ -284,7 +307,7 @@ class _Emitter:
         self._accumulate(norm)
 
     def _island_backward(self, node):
-        wanted = [name for name in node.sources if name != self.source]
+        wanted = [name for name in node.sources if name not in self.constants]
         reads = [f"{node.out}.graph", self._take(node.out), *node.sources]
         gives = [self._give(name) for name in wanted]
         parameters = [name for parameter in node.parameters for name in self._gradient(parameter)]
@@ -309,13 +332,13 @@ class _Emitter:
 
     def _owns(self, value):
         """Whether BatchNorm's backward may write over the value that BatchNorm read."""
-        return value in self.conv_outputs and self.readers[value] == 1
+        return value in self.conv_outputs and self.readers[value] == 1 and value != self.features
 
     def _accumulate(self, node):
         """Adds what the last step contributed to what was there."""
         for name in self.steps[-1].writes:
             value = name.rpartition(".grad ")[0]
-            if not value:
+            if not value or value in self.constants:
                 continue
             if value in self.gradient_of:
                 total = self._give(value)
@@ -324,12 +347,24 @@ class _Emitter:
             self.gradient_of[value] = name
 
 
+def _sum_shared(emit):
+    """Adds up the gradients of a parameter that several nodes use, each as soon as it is there."""
+    steps, first = [], {}
+    for step in emit.steps:
+        steps.append(step)
+        for name in step.writes:
+            if name in emit.gradients and first.setdefault(emit.gradients[name], name) != name:
+                total = first[emit.gradients.pop(name)]
+                steps.append(Step("add", step.part, _add, (total, name), (total,)))
+    emit.steps = steps
+
+
 # ---- rebuilds and frees -------------------------------------------------------------------------------------
 
 
-def _with_rebuilds(emit):
-    """The steps with each derived value rebuilt where it is read and not there."""
-    steps, live = [], set()  # live: derived values only
+def _with_rebuilds(emit, keep):
+    """The steps with each derived value rebuilt where it is read and not there, and the gaps between."""
+    steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: derived values only
     stay = emit.pinned | _kept(emit.derived)
     reads_of = {name: [] for name in emit.derived}
     for index, step in enumerate(emit.steps):
@@ -341,26 +376,31 @@ def _with_rebuilds(emit):
         recipe = emit.derived[name]
         missing = [read for read in recipe.reads if read in emit.derived and read not in live]
         for read in missing:
-            rebuild(read, part, needed)
-        over = [read for read in missing if read not in needed]  # made for this rebuild alone: it may write there
+            if read not in live:
+                rebuild(read, part, needed)
+        over = set(missing).difference(needed)  # made for this rebuild alone: it may write there
         live.difference_update(over)
         live.update(recipe.writes)
-        steps.append(Step(recipe.name, part, partial(recipe.run, bool(over)), recipe.reads, recipe.writes))
+        run = partial(recipe.run, [read in over for read in recipe.reads])
+        steps.append(Step(recipe.name, part, run, recipe.reads, recipe.writes))
 
     def stays(name, index):
         later = next((at for at in reads_of[name] if at > index), None)
         if later is None:
             return name == emit.features
-        return later < emit.first_backward or later == index + 1 or name in stay
+        return later < emit.first_backward or later == index + 1 or name in stay or (name, later) in keep
 
     for index, step in enumerate(emit.steps):
         for name in step.reads:
             if name in emit.derived and name not in live:
+                gaps.append(Gap(name, index, dropped[name], len(steps)))
                 rebuild(name, step.part, step.reads)
         steps.append(step)
         live.update(name for name in step.writes if name in emit.derived)
-        live = {name for name in live if stays(name, index)}
-    return steps
+        gone = {name for name in live if not stays(name, index)}
+        dropped.update(dict.fromkeys(gone, len(steps) - 1))
+        live -= gone
+    return steps, gaps
 
 
 def _kept(derived):
@@ -407,32 +447,58 @@ def _conv_macs(conv):
     return lambda output: output.numel() * conv.weight[0].numel()
 
 
-def _like(grad, x):
-    """A gradient in x's layout, which in-place kernels need; nearly always it is in it."""
-    return grad.contiguous(memory_format=memory_format(x))
+def _dense(x):
+    """x without gaps and overlaps, which in-place kernels need; nearly always it is x itself."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def _like(given, x):
+    """A gradient or a residual in x's layout and dtype, which in-place kernels need; nearly always it has them."""
+    return given.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def _lower(x, autocast):
+    """x as autocast hands it to a convolution; float64 stays."""
+    return x if autocast is None or x.dtype == torch.float64 else x.to(autocast)
+
+
+def _add(a, b):
+    """Sum of two gradients, written over the first; None: no gradient."""
+    return b if a is None else a if b is None else a.add_(b)
+
+
+def _as_gradient(grad, parameter):
+    """A gradient in its parameter's dtype and strides, as autograd leaves it: optimizers go over both side by side."""
+    if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
 
 
 def _conv(conv, autocast, x):
-    x = x if autocast is None else x.to(autocast)
+    x = _lower(x, autocast)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return _aten.convolution(x, conv.weight.to(x.dtype), bias, *_geometry(conv))
 
 
 def _weight_gradient(conv, autocast, grad, x):
-    x = x if autocast is None else x.to(autocast)
+    x = _lower(x, autocast)
+    grad = grad.to(x.dtype)
     sizes, mask = (None, (False, True, False)) if conv.bias is None else (conv.bias.shape, (False, True, True))
     weight = conv.weight.to(x.dtype)
     _, dweight, dbias = _aten.convolution_backward(grad, x, weight, sizes, *_geometry(conv), mask)
-    dweight = dweight.to(conv.weight.dtype)
-    return dweight if dbias is None else (dweight, dbias.to(conv.bias.dtype))
+    dweight = _as_gradient(dweight, conv.weight)
+    return dweight if dbias is None else (dweight, _as_gradient(dbias, conv.bias))
 
 
 def _data_gradient(conv, grad, like):
-    weight = conv.weight.to(grad.dtype)
-    return _aten.convolution_backward(grad, like, weight, None, *_geometry(conv), (True, False, False))[0]
+    weight, dtype = conv.weight.to(grad.dtype), like.dtype
+    like = like if dtype == grad.dtype else torch.empty_like(like, dtype=grad.dtype)
+    mask = (True, False, False)
+    return _aten.convolution_backward(grad, like, weight, None, *_geometry(conv), mask)[0].to(dtype)
 
 
 def _norm(bn, relu, x, residual=None):
+    residual = None if residual is None else _like(residual, x)
     y, mean, var = _ops.batch_norm_act(x, *_affine(bn), residual, bn.eps, relu)
     _update_running_statistics(bn, mean, var, x)
     return y, mean, var
@@ -441,7 +507,8 @@ def _norm(bn, relu, x, residual=None):
 def _rebuild_norm(bn, relu, over, x, mean, var, residual=None):
     if residual is not None:
         residual = _like(residual, x)
-    out = residual if over else torch.empty_like(x)
+    out = next((read for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
+    out = torch.empty_like(x) if out is None else out
     _ops.batch_norm_act_apply_out(x, *_affine(bn), mean, var, residual, bn.eps, relu, out)
     return out
 
@@ -526,23 +593,41 @@ def _linear_cross_entropy(linear, pooled, labels):
 def _loss(logits, labels):
     with torch.enable_grad():
         given = logits.detach().requires_grad_()
-        loss = F.cross_entropy(given, labels)
+        loss = F.cross_entropy(given if given.dtype == torch.float64 else given.float(), labels)
     return loss.detach(), *torch.autograd.grad(loss, given)
 
 
 def _island(node, autocast, wanted, *sources):
-    # A module that works in place must not change what others read: it gets a copy.
-    in_place = getattr(node.call, "inplace", False)
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
-    bf16 = torch.autocast(given[0].device.type, autocast, autocast is not None, cache_enabled=False)
+    device = given[0].device.type
+    if autocast is not None and device == "meta":  # which autocast does not know
+        with torch.enable_grad():
+            out = node.call(*(x.float() for x in given)).to(autocast)
+        return _dense(out.detach()), (out, [x for x in given if x.requires_grad], node.parameters)
+    bf16 = torch.autocast(device, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
     with torch.enable_grad(), bf16:
-        out = node.call(*(x.clone() for x in given) if in_place else given)
-    inputs = [x for x in given if x.requires_grad] + list(node.parameters)
-    return out.detach(), (out, inputs)
+        # What may write over its input must not change what others read: it gets a copy.
+        out = node.call(*(x.clone() for x in given) if node.may_write else given)
+    return _dense(out.detach()), (out, [x for x in given if x.requires_grad], node.parameters)
 
 
 def _island_backward(graph, grad, *_sources):
-    out, inputs = graph
-    given = torch.autograd.grad(out, inputs, grad, allow_unused=True)
-    given = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, given, strict=True)]
-    return given[0] if len(given) == 1 else given
+    out, given, parameters = graph
+    wanted = [*given, *parameters]
+    if out.requires_grad:
+        found = torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True)
+    else:
+        found = [None] * len(wanted)
+    # Autograd may hand out one tensor twice, for both sides of an add. Here gradients are written over: each gets
+    # memory of its own.
+    gradients, taken = [], set()
+    for gradient in found:
+        if gradient is not None:
+            gradient = _dense(gradient)
+            gradient = gradient.clone() if gradient.untyped_storage()._cdata in taken else gradient
+            taken.add(gradient.untyped_storage()._cdata)
+        gradients.append(gradient)
+    for index, x in enumerate(given):
+        if gradients[index] is None:
+            gradients[index] = torch.zeros_like(x)
+    return gradients[0] if len(gradients) == 1 else gradients

@@ -20,7 +20,7 @@ class Cut:
     sample: Sample | None
 
 
-def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
+def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None, borders=None):
     """Cuts a backbone into local modules.
 
     Args:
@@ -32,6 +32,7 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
             every unit but the last), or None: what the authors used for such a network.
         modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
             module (by what its convolutions keep for the backward) is as small as possible.
+        borders: the last unit of each module but the last one, to cut there instead.
 
     Returns:
         list of Cut, from the input to the output; the last one ends in the classifier.
@@ -54,13 +55,13 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
     if not isinstance(depth, int) or depth < 2:
         raise ValueError(f"depth must be a whole number of at least 2 (one block and the classifier), given {depth!r}")
     blocks = depth - 1
-    deepest = len(units) - 1 if form == "cifar" and modules is None else len(units)
+    one_per_unit = modules is None and borders is None
+    deepest = len(units) - 1 if form == "cifar" and one_per_unit else len(units)
     if depth > deepest:
         raise ValueError(f"depth must be at most {deepest} for this network of {len(units)} units, given {depth}")
-    if modules is None:
-        modules = len(units) - blocks if form == "cifar" else len(units)
-        borders = range(modules - 1)
-    else:
+    if one_per_unit:
+        borders = range((len(units) - blocks if form == "cifar" else len(units)) - 1)
+    elif borders is None:
         modules = _whole(modules)
         if not isinstance(modules, int) or not 1 <= modules <= len(units):
             raise ValueError(
@@ -69,8 +70,8 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
         borders = _balanced_borders([unit.kept for unit in units], modules)
 
     cuts, first = [], 0
-    for index, last in enumerate(borders):
-        m = aux_depth(index, modules, blocks, pyramid=form == "cifar")
+    for last in borders:
+        m = aux_depth(last, len(units), blocks, pyramid=form == "cifar")
         cuts.append(Cut(first, last, sample_units(units, last, m, batch_norm_head=form == "cifar")))
         first = last + 1
     return [*cuts, Cut(first, len(units) - 1, None)]

@@ -6,6 +6,7 @@ the next module. No loss is ever summed over modules.
 """
 
 import itertools
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbone import as_backbone
 from .optim import make_optimizer, sgd
-from .plan import describe
+from .plan import PRECISIONS, Planner
 from .program import programs
 from .rules import build_head, cut
 
 __all__ = ["LocalTrainer", "StepResult", "assert_isolated"]
-
-PRECISIONS = ("fp32", "bf16")
 
 
 class LocalModule(nn.Module):
@@ -101,8 +100,10 @@ class LocalTrainer:
         for part, head in zip(self._cuts, heads, strict=True):
             units = [unit.module for unit in backbone.units[part.first : part.last + 1]]
             self.local_modules.append(LocalModule(units, head))
-        self.optimizers = [make_optimizer(optimizer or sgd(128), m.parameters()) for m in self.local_modules]
-        self._programs = self._norms_trained = None  # for which modes of the BatchNorms the programs were built
+        self._optimizer = optimizer or sgd(128)
+        self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
+        self._programs = None
+        self._planned_norms = self._programmed_norms = None  # the BatchNorms' modes that plan and programs are for
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
@@ -124,11 +125,9 @@ class LocalTrainer:
                 NaN, and `check` raises.
         """
         images, labels, refused = self._check_batch(images, labels)
-        if self.plan is None:
-            cuts, rule, depth = self._cuts, self._rule, self._depth
-            self.plan = describe(self.model, self._backbone, cuts, tuple(images.shape), rule, depth)
         if not self.model.training:
             self.model.train()
+        self._plan_for(images)
         inputs, losses, modules = [images], [], self._current_programs()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
@@ -157,15 +156,39 @@ class LocalTrainer:
         """
         return self._current_programs()[index].run([features], labels)
 
+    def _plan_for(self, images):
+        """Plans the step where no plan fits: for a first batch, one that is larger or has another size of images, and
+        after a BatchNorm was switched between training and eval mode. A smaller batch runs on the plan there is."""
+        shape, norms = tuple(images.shape), self._norm_modes()
+        if self.plan is not None and norms == self._planned_norms:
+            planned = self.plan.input_shape
+            if shape[1:] == planned[1:] and shape[0] <= planned[0]:
+                return
+            warnings.warn(
+                f"a batch of shape {shape} does not fit the plan for {planned}: planning again, which takes a moment; "
+                f"give batches of one shape, the largest first",
+                stacklevel=3,
+            )
+        planner = Planner(self.model, self.precision, self._optimizer)
+        heads = [module.head for module in self.local_modules]
+        self.plan = planner.plan(self._cuts, shape, self._rule, self._depth, heads, images.dtype)
+        self._planned_norms = norms
+        self._programs = None
+
     def _current_programs(self):
-        """Each module's program, made anew where a BatchNorm was switched between training and eval mode."""
-        norms = tuple(m.training for m in self.model.modules() if isinstance(m, _BatchNorm))
-        if norms != self._norms_trained:
+        """Each module's program, made anew after planning and where a BatchNorm was switched to another mode."""
+        norms = self._norm_modes()
+        if self._programs is None or norms != self._programmed_norms:
             heads = [module.head for module in self.local_modules]
             autocast = torch.bfloat16 if self.precision == "bf16" else None
-            self._programs = programs(self._backbone, self._cuts, heads, autocast)
-            self._norms_trained = norms
+            planned = self.plan is not None and norms == self._planned_norms
+            keep = [module.keep for module in self.plan.modules] if planned else None
+            self._programs = programs(self._backbone, self._cuts, heads, autocast, keep)
+            self._programmed_norms = norms
         return self._programs
+
+    def _norm_modes(self):
+        return tuple(module.training for module in self.model.modules() if isinstance(module, _BatchNorm))
 
     def check(self):
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""

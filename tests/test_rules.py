@@ -39,9 +39,9 @@ def test_imagenet_form(resnet32):
 
 def test_pyramid_rounds_half_to_even():
     # m = 3 of 4 modules: 3, 3 - 0.5 = 2.5 -> 2; m = 5: 5 - 2 * 0.5 * 4 / 4 = 3 at the end.
-    assert [aux_depth(i, 4, 4, pyramid=True) for i in range(3)] == [4, 3, 2]  # 4, 3.25, 2.5 -> 2
-    assert [aux_depth(i, 4, 4, pyramid=False) for i in range(3)] == [4, 4, 4]
-    assert aux_depth(0, 2, 3, pyramid=True) == 3
+    assert [aux_depth(i, 8, 4, pyramid=True) for i in range(3)] == [4, 3, 2]  # 4, 3.25, 2.5 -> 2
+    assert [aux_depth(i, 8, 4, pyramid=False) for i in range(3)] == [4, 4, 4]
+    assert aux_depth(0, 5, 3, pyramid=True) == 3
 
 
 def test_bp_is_one_module(resnet32):
@@ -56,9 +56,9 @@ def test_modules_cover_the_network(resnet32, modules):
     assert len(cuts) == modules
     assert [unit for part in cuts for unit in range(part.first, part.last + 1)] == list(range(16))
     assert cuts[-1].sample is None
-    for index, part in enumerate(cuts[:-1]):
+    for part in cuts[:-1]:
         assert part.sample.units[-1] == 15
-        blocks = min(aux_depth(index, modules, 3, pyramid=True), 15 - part.last)
+        blocks = min(aux_depth(part.last, 16, 3, pyramid=True), 15 - part.last)
         assert len(part.sample.units) == blocks
         assert list(part.sample.units) == sorted(set(part.sample.units)) and part.sample.units[0] > part.last
 

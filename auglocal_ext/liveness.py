@@ -1,0 +1,219 @@
+"""When each buffer of a program is born and dies, and what lives at once: one reading of the program's list.
+
+The program is walked on meta tensors, so that nothing is computed; sizes come from the tensors that its steps make,
+births from its writes, deaths from its frees, shared memory from what a step wrote over.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .memory import LiveBytes
+
+__all__ = ["Buffer", "Moment", "Timeline", "fill", "timeline"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of memory in one role. Written over, it goes on as another Buffer."""
+
+    name: str
+    part: str
+    kind: str  # "input", "kept", "transient", "gradient"; see `timeline`
+    bytes: int
+    born: int  # index of the step that made it
+    dies: int  # index of the first step that it is not there for; the number of steps: it outlives the program
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one step does to memory, in bytes: lives before it, at its highest, and after its frees."""
+
+    step: str
+    part: str
+    before: int
+    high: int
+    after: int
+    gradients: int  # of `high`: parameter gradients
+    macs: int
+    traffic: int  # bytes of what it reads and writes, each once
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A program's memory from its first step to its last.
+
+    moments: one per step.
+    buffers: in the order of their births.
+    output: shape of the handed-on features, None for the last module.
+    """
+
+    moments: tuple[Moment, ...]
+    buffers: tuple[Buffer, ...]
+    output: tuple[int, ...] | None
+
+    @property
+    def peak(self):
+        """Bytes at the highest moment: input, activations, gradients."""
+        return max(moment.high for moment in self.moments)
+
+    @property
+    def activations(self):
+        """Bytes at the highest moment without the parameters' gradients."""
+        return max(moment.high - moment.gradients for moment in self.moments)
+
+    @property
+    def kept(self):
+        """Bytes that the forward pass leaves for the backward."""
+        turn = next((i for i, moment in enumerate(self.moments) if "backward" in moment.step), len(self.moments) - 1)
+        return self.moments[turn].before
+
+    @property
+    def end(self):
+        """Bytes that the program leaves: features to hand on, gradients, the loss."""
+        return self.moments[-1].after
+
+    @property
+    def macs(self):
+        return sum(moment.macs for moment in self.moments)
+
+    @property
+    def rebuild_share(self):
+        """Share of the memory traffic that goes into rebuilding what was dropped."""
+        rebuilds = sum(moment.traffic for moment in self.moments if moment.step == "rebuild")
+        return rebuilds / max(sum(moment.traffic for moment in self.moments), 1)
+
+
+@torch.no_grad()
+def timeline(program, x, labels, existing, count_input=True):
+    """Walks a program of modules on the meta device.
+
+    Args:
+        program: see `program.build`.
+        x, labels: meta tensors: the module's input and the labels.
+        existing: what is there anyway: the modules' parameters and buffers.
+        count_input: False where the input is the batch, which the caller holds through the whole step.
+
+    Returns:
+        (Timeline, features): features the meta tensor that is handed on, or None.
+
+    Kinds of buffers: "input", the module's input; "kept", what the forward pass leaves for the backward; "gradient",
+    a parameter's gradient; "transient", the rest: activations and feature maps' gradients, there for a moment. The
+    labels, which the caller holds, are not counted.
+    """
+    walk = _Walk(program, x, labels, count_input)
+    with LiveBytes([*existing, x, labels]) as counted:
+        for index in range(len(program.steps)):
+            walk.step(index, counted)
+    return Timeline(tuple(walk.moments), tuple(walk.finished()), walk.shape(program.features)), walk.features()
+
+
+class _Walk:
+    def __init__(self, program, x, labels, count_input):
+        self.program, self.values = program, {program.input: x, program.labels: labels}
+        self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
+        self.held = {}  # value -> its storage's key
+        self.moments, self.buffers = [], []
+        self.live = self.gradients = 0
+        self.turn = next(
+            (i for i, step in enumerate(program.steps) if "backward" in step.name), len(program.steps)
+        )  # the first step of the backward pass
+        self.last_read = {}
+        for index, step in enumerate(program.steps):
+            for name in step.reads:
+                self.last_read[name] = index
+        if count_input:
+            self._open(program.input, "input", x.untyped_storage(), 0, "input")
+
+    def step(self, index, counted):
+        step, values = self.program.steps[index], self.values
+        reads = [values[name] for name in step.reads]
+        before = self.live
+        start = counted.peak = counted.now
+        made = step.run(*reads)
+        made = (made,) if len(step.writes) == 1 else made
+        scratch, stays = counted.peak - start, counted.now - start
+        tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
+        values.update(zip(step.writes, made, strict=True))
+        traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
+        macs = step.macs(reads[0] if "gradient" in step.name else next(iter(tensors.values()))) if step.macs else 0
+        del reads, made
+        for name, tensor in tensors.items():
+            self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)
+        hidden = stays - (self.live - before)  # what an island's graph holds, or lets go in its backward
+        if hidden > 0:
+            graph = next(name for name in step.writes if name not in tensors)
+            self.open[graph] = [graph, step.part, "kept", hidden, index]
+            self.held[graph] = graph
+        elif hidden < 0:
+            graph = next(name for name in step.reads if name in self.open)
+            self.open[graph][3] += hidden
+        self.live += hidden
+        high = before + scratch
+        gradients = self.gradients
+        for name in step.frees:
+            self._free(name, index + 1)
+            del values[name]
+        self.moments.append(Moment(step.name, step.part, before, high, self.live, gradients, macs, traffic))
+
+    def _kind(self, name, index):
+        if name in self.program.gradients:
+            return "gradient"
+        return "kept" if index < self.turn <= self.last_read.get(name, -1) else "transient"
+
+    def _open(self, name, kind, storage, index, part):
+        key = storage._cdata
+        if key in self.open:  # written over: the memory goes on in another role
+            self._close(key, index)
+        else:
+            self.live += storage.nbytes()
+            self.gradients += storage.nbytes() * (kind == "gradient")
+        self.open[key] = [name, part, kind, storage.nbytes(), index]
+        self.held[name] = key
+
+    def _free(self, name, index):
+        key = self.held.pop(name, None)
+        if key is None or key in self.held.values() or key not in self.open:
+            return
+        self.live -= self.open[key][3]
+        self._close(key, index)
+        del self.open[key]
+
+    def _close(self, key, index):
+        name, part, kind, size, born = self.open[key]
+        self.buffers.append(Buffer(name, part, kind, size, born, index))
+
+    def finished(self):
+        for key in self.open:
+            self._close(key, len(self.moments))
+        return sorted(self.buffers, key=lambda buffer: buffer.born)
+
+    def shape(self, name):
+        return tuple(self.values[name].shape) if name else None
+
+    def features(self):
+        return self.values.get(self.program.features)
+
+
+def fill(gaps, line, peak, activations):
+    """Chooses values to keep rather than rebuild, where that raises neither the step's peak nor its activations'.
+
+    Args:
+        gaps: the program's.
+        line: its Timeline with every gap open.
+        peak, activations: bytes that the module may reach, with and without parameters' gradients.
+
+    Returns:
+        frozenset of the chosen gaps' keys, the shortest gaps first.
+    """
+    sizes = {buffer.name: buffer.bytes for buffer in line.buffers}
+    room = [min(peak - moment.high, activations - moment.high + moment.gradients) for moment in line.moments]
+    chosen = set()
+    for gap in sorted(gaps, key=lambda gap: gap.end - gap.start):
+        between = range(gap.start + 1, gap.end)
+        size = sizes[gap.name]
+        if all(room[index] >= size for index in between):
+            chosen.add(gap.key)
+            for index in between:
+                room[index] -= size
+    return frozenset(chosen)
