@@ -10,6 +10,7 @@ import os
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import batch_norm
 
 from auglocal_ext import ops
 
@@ -144,3 +145,109 @@ def test_conv_batch_norm_act(maps, kernel, stride, relu, bias):
 
     convolved = run(ops.conv_batch_norm_act), run(ops.conv_batch_norm_act_reference)
     compare(*convolved, inputs, layouts[2], generator, not relu)
+
+
+@st.composite
+def heads(draw):
+    """(tensors by name, labels, options of the op, eps of the second BatchNorm, a factor of the loss)."""
+    (n, c, h, w), layouts, dtype, generator = draw(feature_maps())
+    n = draw(st.sampled_from([0, n, n, n, n, n]))
+    bn, residual, head_bn, linear_bias, transposed, relu = (draw(st.booleans()) for _ in range(6))
+    classes, mean = draw(st.integers(1, 40)), draw(st.sampled_from([0.0, 1.0, 30.0]))
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    linear_weight = normal(classes, c).to(parameters)
+    tensors = {"linear_weight": linear_weight.t().contiguous().t() if transposed else linear_weight}
+    if linear_bias:
+        tensors["linear_bias"] = normal(classes).to(parameters)
+    tensors["x"] = laid_out((normal(n, c, h, w) + mean).to(dtype), layouts[0])
+    if bn:
+        tensors["weight"], tensors["bias"] = affine(c, dtype, generator)
+    if bn and residual:
+        tensors["residual"] = laid_out(normal(n, c, h, w).to(dtype), layouts[1])
+    if head_bn and n != 1:
+        tensors["head_weight"], tensors["head_bias"] = affine(c, dtype, generator)
+    ignored, smoothing = (draw(st.sampled_from(choices)) for choices in ([0.0, 0.3, 1.0], [0.0, 0.1, 1.0]))
+    ignore_index = draw(st.sampled_from([-100, draw(st.integers(0, classes - 1)), classes + 3]))
+    labels = torch.randint(classes, (n, 2), generator=generator)[:, 0]
+    labels[torch.rand(n, generator=generator) < ignored] = ignore_index
+    eps, head_eps = (draw(st.sampled_from([1e-5, 1e-3, 1.0])) for _ in range(2))
+    options = {"relu": relu, "eps": eps, "label_smoothing": smoothing, "ignore_index": ignore_index}
+    return tensors, labels, options, head_eps, draw(st.sampled_from([1.0, -3.0]))
+
+
+def run_head(op, tensors, labels, options, head_eps, factor):
+    """What op returns, and the gradients of factor * loss, by name."""
+    t = {name: value.detach().requires_grad_() for name, value in tensors.items()}
+    if "weight" in t:
+        options = options | {"bn": (t["weight"], t["bias"]), "residual": t.get("residual")}
+    if "head_weight" in t:
+        options = options | {"head_bn": (t["head_weight"], t["head_bias"], head_eps)}
+    result = op(t["x"], t["linear_weight"], t.get("linear_bias"), labels, **options)
+    gradients = torch.autograd.grad(factor * result.loss, list(t.values()))
+    values = {name: value.detach() for name, value in result._asdict().items() if value is not None}
+    return values | {f"d{name}": gradient for name, gradient in zip(t, gradients, strict=True)}
+
+
+def terms_of_a_head(t, exact, options, head_eps):
+    """The size, by name, of what cancels on the way to a result; and whether the ReLU's mask is the same to rounding.
+
+    t, exact: the head's tensors, and what it returns, in float64; at least one sample.
+    """
+    # Of the values so far, of a gradient of the map and of x on their way back; the pool divides by the map's size.
+    size, of_the_map, of_x, stable = t["x"].abs().max(), 1 / t["x"][0, 0].numel(), 1.0, True
+    terms = {"mean": size, "var": size**2}
+    if "weight" in t:
+        std = (exact["var"] + options["eps"]).sqrt()
+        of_x = (1 + 1 / std.min()) * (1 + size / std.min()) * (1 + t["weight"].abs().max())
+        size = ((1 + exact["mean"].abs() / std) * t["weight"].abs() + t["bias"].abs()).max()
+        y = batch_norm(t["x"], None, None, t["weight"], t["bias"], training=True, eps=options["eps"])
+        if "residual" in t:
+            y, size = y + t["residual"], size + t["residual"].abs().max()
+        stable = not options["relu"] or bool(y.abs().min() > 1e-5 * (size + y.abs().max()))
+    terms |= {"head_mean": size, "head_var": size**2}
+    if "head_weight" in t:
+        std = (exact["head_var"] + head_eps).sqrt().min()
+        of_the_map *= (1 + 1 / std) * (1 + size / std) * (1 + t["head_weight"].abs().max())
+        size = (1 + size / std) * t["head_weight"].abs().max() + t["head_bias"].abs().max()
+    size = (1 + size) * (1 + t["linear_weight"].abs().sum(1).max())
+    if "linear_bias" in t:
+        size = size + t["linear_bias"].abs().max()
+    terms |= {"dresidual": size * of_the_map, "dx": size * of_the_map * of_x}
+    terms |= dict.fromkeys(("dweight", "dbias"), terms["dx"] * t["x"][0, 0].numel())
+    return {name: terms.get(name, size) * value.numel() ** 0.5 for name, value in exact.items()}, stable
+
+
+@given(heads())
+@drawn
+def test_pooled_cross_entropy(drawn_head):
+    tensors, labels, options, head_eps, factor = drawn_head
+    as_double = {name: t.double() for name, t in tensors.items()}
+    ours, torchs, exact = (
+        run_head(op, given, labels, options, head_eps, factor)
+        for op, given in (
+            (ops.pooled_cross_entropy, tensors),
+            (ops.pooled_cross_entropy_reference, tensors),
+            (ops.pooled_cross_entropy_reference, as_double),
+        )
+    )
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.shape == exact[name].shape and value.dtype == torchs[name].dtype, name
+    if not len(labels):  # torch's statistics of nothing are NaN, ours zero
+        assert ours["loss"].isnan() and not any(ours[f"d{name}"].any() for name in tensors)
+        return
+    double, (terms, stable) = tensors["x"].dtype == torch.float64, terms_of_a_head(as_double, exact, options, head_eps)
+    behind_the_mask = {f"d{name}" for name in ("x", "weight", "bias", "residual")}
+    for name, value in exact.items():
+        assert torch.equal(ours[name].isnan(), value.isnan()), name
+        if value.isnan().any() or name in behind_the_mask and not (double or stable):
+            continue
+        error, torchs_error = ((t[name].double() - value).norm() for t in (ours, torchs))
+        # Of a head only the gradients of feature maps are bfloat16; all else is float32 to the end.
+        rounded = 2**-8 * value.norm() if ours[name].dtype == torch.bfloat16 else 0
+        allowed = max(2 * torchs_error, rounded + (1e-9 if double else 2**-22) * (value.norm() + terms[name]))
+        assert error <= allowed, (name, error, torchs_error, allowed)
