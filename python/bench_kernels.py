@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 import auglocal_ext
@@ -478,6 +479,8 @@ def main(arguments=None):
     if options.op == "all" and options.json and "{op}" not in str(options.json):
         parser.error("--json must have {op} in it where all ops are run, given " + str(options.json))
 
+    if options.device == "cpu":  # else torch.compile's workers start up on the cores that are being timed
+        torch._inductor.config.compile_threads = 1
     for op in OPS if options.op == "all" else [options.op]:
         about = {"op": op, "dtype": options.dtype, **machine(options.device)}
         print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
