@@ -11,11 +11,11 @@ enum class Mask { none, from_input, from_output };  // where the backward finds 
 // Written so that NaN passes, as torch's ReLU does.
 template <class A>
 HD A relu(A value) {
-  return value <= A(0) ? A(0) : value;
+  return value <= A{} ? A{} : value;
 }
 template <class A>
 HD A relu_backward(A grad, A value) {
-  return value <= A(0) ? A(0) : grad;
+  return value <= A{} ? A{} : grad;
 }
 
 // What one channel needs to be normalised: (x - mean) * scale + bias. Subtracting the mean first

@@ -51,14 +51,8 @@ HD void store(bf16* to, float value) {  // to nearest, ties to even; NaN stays N
 
 // One rounding on the GPU, two on the CPU; either way the same on every call, which is what lets a
 // backward recompute the forward's ReLU mask to the bit.
-HD float mul_add(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
-  return fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-HD double mul_add(double a, double b, double c) {
+template <class A>
+HD A mul_add(A a, A b, A c) {
 #ifdef __CUDA_ARCH__
   return fma(a, b, c);
 #else

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "../batch_norm_act.h"
@@ -19,9 +20,9 @@
 
 namespace auglocal {
 
-constexpr int64_t kBlock = 4096;  // values a block holds: two passes over it stay in the first-level cache
+constexpr int64_t kBlock = 4096;  // values a block holds: each has its own centre for its sums of squares
 constexpr int64_t kSpan = 512;    // values summed before their sum goes to double
-constexpr int64_t kTile = 16;     // channels summed in registers at a time (channels_last)
+constexpr int64_t kTile = 16;     // values in registers at a time; channels_last: of as many channels
 constexpr int64_t kRows = 32;     // and rows of them, before the sums go to double
 
 // ---- walking a feature map -------------------------------------------------------------------------
@@ -49,25 +50,39 @@ struct Block {
   int64_t count() const { return planes * length; }
 };
 
+// A second walk over the same values goes from the end: what the first one saw last is still in the cache.
+enum class From { start, end };
+
 // Calls f(block) for blocks of about kBlock values that make up the channel.
 template <class F>
-void for_each_block(const Layout& at, int64_t channel, const F& f) {
+void for_each_block(const Layout& at, int64_t channel, From from, const F& f) {
   const int64_t stride = at.channels * at.inner, at_once = std::max<int64_t>(kBlock / at.inner, 1);
-  for (int64_t n = 0; n < at.outer; n += at_once)
+  const int64_t groups = (at.outer + at_once - 1) / at_once;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t n = (from == From::start ? group : groups - 1 - group) * at_once;
     for (int64_t i = 0; i < at.inner; i += kBlock)
       f(Block{n * stride + channel * at.inner + i, std::min(at_once, at.outer - n), stride,
               std::min(kBlock, at.inner - i)});
+  }
 }
 
-// Rows are cut into blocks, blocks into at most this many runs, one run a task.
-struct RowTasks {
-  int64_t rows_per_block, blocks, tasks;
-  explicit RowTasks(const Layout& at)
-      : rows_per_block(std::max<int64_t>(kTile, 2 * kBlock / std::max<int64_t>(at.channels, 1))),
-        blocks((at.outer + rows_per_block - 1) / rows_per_block),
-        tasks(std::min<int64_t>(blocks, 64)) {}
-  int64_t first_block(int64_t task) const { return task * blocks / tasks; }
-};
+// Into how many tasks the rows of a map are cut, however many threads there are.
+inline int64_t row_tasks(const Layout& at) {
+  const int64_t at_least = std::max<int64_t>(kRows, 2 * kBlock / std::max<int64_t>(at.channels, 1));
+  return std::min<int64_t>((at.outer + at_least - 1) / at_least, 64);
+}
+
+// Calls f(task, first row, number of rows) for every task, in parallel.
+template <class F>
+void over_row_tasks(const Layout& at, From from, const F& f) {
+  const int64_t tasks = row_tasks(at);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task = from == From::start ? i : begin + end - 1 - i, row = task * at.outer / tasks;
+      f(task, row, (task + 1) * at.outer / tasks - row);
+    }
+  });
+}
 
 template <class F>
 void over_channels(const Layout& at, const F& f) {
@@ -76,13 +91,7 @@ void over_channels(const Layout& at, const F& f) {
   });
 }
 
-template <class F>
-void over_rows(const Layout& at, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 2 * kBlock / std::max<int64_t>(at.channels, 1));
-  torch::stable::parallel_for(0, at.outer, grain, f);
-}
-
-// ---- statistics ------------------------------------------------------------------------------------
+// ---- tiles -----------------------------------------------------------------------------------------
 
 // kTile neighbouring values in one register: arrays of sums would be kept in memory, where each addition waits for
 // the last one's store.
@@ -93,22 +102,30 @@ struct LanesOf {
 template <class A>
 using Lanes = typename LanesOf<A>::type;
 
-HD Lanes<float> load_tile(const float* from) {
-  Lanes<float> lanes;
-  memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
+typedef uint16_t NarrowBits __attribute__((vector_size(kTile * sizeof(uint16_t))));
+typedef uint32_t WideBits __attribute__((vector_size(kTile * sizeof(uint32_t))));
+
+// Calls f(first channel, how many) for every tile of the channels. How many is a constant, known when compiled, for
+// whole tiles; the last one may be narrower. f has to be inlined: a call would be to the code for any x86-64.
+#define INLINED __attribute__((always_inline))
+using WholeTile = std::integral_constant<int64_t, kTile>;
+template <class F>
+HD void for_each_tile(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kTile <= channels; c += kTile) f(c, WholeTile());
+  if (c < channels) f(c, channels - c);
 }
-HD Lanes<double> load_tile(const double* from) {
-  Lanes<double> lanes;
+
+template <class A>
+HD Lanes<A> load_tile(const A* from) {
+  Lanes<A> lanes;
   memcpy(&lanes, from, sizeof(lanes));
   return lanes;
 }
 HD Lanes<float> load_tile(const bf16* from) {
-  typedef uint16_t Narrow __attribute__((vector_size(kTile * sizeof(uint16_t))));
-  typedef uint32_t Wide __attribute__((vector_size(kTile * sizeof(uint32_t))));
-  Narrow narrow;
+  NarrowBits narrow;
   memcpy(&narrow, from, sizeof(narrow));
-  const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
+  const WideBits wide = __builtin_convertvector(narrow, WideBits) << 16;
   Lanes<float> lanes;
   memcpy(&lanes, &wide, sizeof(lanes));
   return lanes;
@@ -124,9 +141,35 @@ HD Lanes<typename Compute<T>::type> load_tile(const T* from, int64_t width) {
 }
 
 template <class A>
-HD void add(double (&to)[kTile], const Lanes<A>& lanes) {
-  for (int64_t c = 0; c < kTile; ++c) to[c] += lanes[c];
+HD void store_tile(A* to, const Lanes<A>& lanes) {
+  memcpy(to, &lanes, sizeof(lanes));
 }
+HD void store_tile(bf16* to, const Lanes<float>& lanes) {
+  WideBits bits;  // rounded as by store, which lane by lane would not be vectorised
+  memcpy(&bits, &lanes, sizeof(bits));
+  const WideBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const NarrowBits narrow = __builtin_convertvector(lanes != lanes ? WideBits{} + 0x7fc0u : rounded, NarrowBits);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+template <class T, class A>
+HD void store_tile(T* to, const A& lanes, int64_t width) {
+  if (width == kTile) return store_tile(to, lanes);
+  for (int64_t c = 0; c < width; ++c) store(&to[c], lanes[c]);
+}
+
+// Adds the first `width` lanes to sums in double.
+template <class A>
+HD void add(double* to, const Lanes<A>& lanes, int64_t width = kTile) {
+  if (width == kTile)
+    for (int64_t c = 0; c < kTile; ++c) to[c] += lanes[c];
+  else
+    for (int64_t c = 0; c < width; ++c) to[c] += lanes[c];
+}
+
+// ---- statistics ------------------------------------------------------------------------------------
+
+// Squares are summed in the same pass as the values, around a centre: the mean of the first few values. However far
+// from the mean it is, those values are then as far, and the variance so large that nothing cancels.
 
 // Calls f(first value, its plane's last + 1) for runs of up to kSpan values of a block, and flush() after about as many.
 template <class Span, class Flush>
@@ -140,23 +183,29 @@ HD void for_each_span(const Block& block, const Span& f, const Flush& flush) {
     }
 }
 
+// The mean of a block's first span.
+template <class A, class T>
+HD A centre_of(const T* x, const Block& block) {
+  const int64_t planes = std::min(std::max<int64_t>(kSpan / block.length, 1), block.planes);
+  const int64_t length = std::min(kSpan, block.length);
+  Lanes<A> sums = {};
+  for (int64_t p = 0; p < planes; ++p) {
+    int64_t i = p * block.stride;
+    const int64_t end = i + length;
+    for (; i + kTile <= end; i += kTile) sums += load_tile(x + i);
+    for (int64_t l = 0; i + l < end; ++l) sums[l] += load(x[i + l]);
+  }
+  A sum = 0;
+  for (int64_t l = 0; l < kTile; ++l) sum += sums[l];
+  return sum / A(planes * length);
+}
+
 template <class A, class T>
 VECTORISED void block_moments(const T* x, const Block block, double* mean, double* m2) {
   const double n = double(block.count());
-  double totals[kTile] = {}, firsts[kTile] = {}, seconds[kTile] = {}, total = 0, first = 0, second = 0;
+  const A centre = centre_of<A>(x, block);
+  double firsts[kTile] = {}, seconds[kTile] = {}, first = 0, second = 0;
   Lanes<A> sum = {}, squares = {};
-  for_each_span(
-      block,
-      [&](int64_t i, int64_t end) {
-        for (; i + kTile <= end; i += kTile) sum += load_tile(x + i);
-        for (int64_t l = 0; i + l < end; ++l) sum[l] += load(x[i + l]);
-      },
-      [&] {
-        add<A>(totals, sum);
-        sum = Lanes<A>{};
-      });
-  for (int64_t l = 0; l < kTile; ++l) total += totals[l];
-  const A centre = A(total / n);
   for_each_span(
       block,
       [&](int64_t i, int64_t end) {
@@ -177,80 +226,86 @@ VECTORISED void block_moments(const T* x, const Block block, double* mean, doubl
         sum = squares = Lanes<A>{};
       });
   for (int64_t l = 0; l < kTile; ++l) first += firsts[l], second += seconds[l];
-  *mean = centre + first / n;  // with what rounding left of the mean
+  *mean = centre + first / n;
   *m2 = second - first * first / n;
 }
 
+// The moments of every channel over a task's rows; centre: room for one value a channel.
 template <class A, class T>
-HD void tile_moments(const T* x, int64_t rows, int64_t stride, int64_t width, double* mean, double* m2) {
-  double total[kTile] = {}, first[kTile] = {}, second[kTile] = {};
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
+VECTORISED void rows_moments(const T* x, int64_t rows, int64_t channels, A* centre, double* mean, double* m2) {
+  const int64_t head = std::min(kRows, rows);
+  for_each_tile(channels, [&](int64_t c, auto width) INLINED {
     Lanes<A> sum = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) sum += load_tile(x + r * stride, width);
-    add<A>(total, sum);
-  }
-  Lanes<A> centre = {};
-  for (int64_t c = 0; c < width; ++c) centre[c] = A(total[c] / double(rows));
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    Lanes<A> sum = {}, squares = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
-      const Lanes<A> d = load_tile(x + r * stride, width) - centre;
-      sum += d;
-      squares += d * d;
-    }
-    add<A>(first, sum);
-    add<A>(second, squares);
-  }
-  for (int64_t c = 0; c < width; ++c) {
-    mean[c] = centre[c] + first[c] / double(rows);
-    m2[c] = second[c] - first[c] * first[c] / double(rows);
-  }
-}
-
-template <class A, class T>
-VECTORISED void rows_moments(const T* x, int64_t rows, int64_t channels, double* mean, double* m2) {
-  for (int64_t c = 0; c < channels; c += kTile)
-    tile_moments<A>(x + c, rows, channels, std::min(kTile, channels - c), mean + c, m2 + c);
-}
-
-template <class A, class T>
-Moments<double> channel_moments(const Layout& at, int64_t c, const T* x) {
-  Moments<double> moments;
-  for_each_block(at, c, [&](const Block& block) {
-    double mean, m2;
-    block_moments<A>(x + block.begin, block, &mean, &m2);
-    moments.merge(double(block.count()), mean, m2);
+    for (int64_t r = 0; r < head; ++r) sum += load_tile(x + r * channels + c, width);
+    store_tile(centre + c, sum / A(head), width);
   });
-  return moments;
-}
-
-// The moments of every channel of a map in rows (at.inner == 1).
-template <class A, class T>
-std::vector<Moments<double>> row_moments(const Layout& at, const T* x) {
-  const RowTasks rows(at);
-  std::vector<Moments<double>> partial(rows.tasks * at.channels), moments(at.channels);
-  torch::stable::parallel_for(0, rows.tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> mean(at.channels), m2(at.channels);
-    for (int64_t task = begin; task < end; ++task)
-      for (int64_t block = rows.first_block(task); block < rows.first_block(task + 1); ++block) {
-        const int64_t row = block * rows.rows_per_block, n = std::min(rows.rows_per_block, at.outer - row);
-        rows_moments<A>(x + row * at.channels, n, at.channels, mean.data(), m2.data());
-        for (int64_t c = 0; c < at.channels; ++c) partial[task * at.channels + c].merge(double(n), mean[c], m2[c]);
+  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += kRows)
+    for_each_tile(channels, [&](int64_t c, auto width) INLINED {
+      const Lanes<A> centres = load_tile(centre + c, width);
+      Lanes<A> sum = {}, squares = {};
+      for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
+        const Lanes<A> d = load_tile(x + r * channels + c, width) - centres;
+        sum += d;
+        squares += d * d;
       }
-  });
-  for (int64_t task = 0; task < rows.tasks; ++task)
-    for (int64_t c = 0; c < at.channels; ++c) {
-      const auto& part = partial[task * at.channels + c];
-      moments[c].merge(part.count, part.mean, part.m2);
-    }
-  return moments;
+      add<A>(mean + c, sum, width);
+      add<A>(m2 + c, squares, width);
+    });
+  for (int64_t c = 0; c < channels; ++c) {
+    const double shift = mean[c] / double(rows);
+    m2[c] -= mean[c] * shift;
+    mean[c] = centre[c] + shift;
+  }
 }
 
 template <class A>
-void store_moments(const Moments<double>& moments, A* mean, A* var) {
-  const double variance = moments.m2 / std::max(moments.count, 1.0);
-  *mean = A(moments.mean);
-  *var = A(variance < 0 ? 0 : variance);  // NaN stays
+void store_moments(double count, double mean, double m2, A* to_mean, A* to_var) {
+  const double variance = m2 / std::max(count, 1.0);
+  *to_mean = A(mean);
+  *to_var = A(variance < 0 ? 0 : variance);  // NaN stays
+}
+
+// One channel of a contiguous map.
+template <class A, class T>
+void channel_statistics(const Layout& at, int64_t c, const T* x, A* mean, A* var) {
+  Moments<double> moments;
+  for_each_block(at, c, From::start, [&](const Block& block) {
+    double block_mean, block_m2;
+    block_moments<A>(x + block.begin, block, &block_mean, &block_m2);
+    moments.merge(double(block.count()), block_mean, block_m2);
+  });
+  store_moments(moments.count, moments.mean, moments.m2, mean, var);
+}
+
+// All channels of a map in rows (at.inner == 1).
+template <class A, class T>
+void row_statistics(const Layout& at, const T* x, A* mean, A* var) {
+  const int64_t tasks = row_tasks(at), channels = at.channels;
+  std::vector<double> means(tasks * channels), m2s(tasks * channels), counts(tasks);
+  over_row_tasks(at, From::start, [&](int64_t task, int64_t row, int64_t rows) {
+    std::vector<A> centre(channels);
+    counts[task] = double(rows);
+    rows_moments(x + row * channels, rows, channels, centre.data(), &means[task * channels], &m2s[task * channels]);
+  });
+  // All at once: merged one by one, every task would cost each channel a division.
+  const double count = double(at.outer);
+  std::vector<double> total(channels), m2(channels);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < channels; ++c) total[c] += counts[task] * means[task * channels + c];
+  for (int64_t c = 0; c < channels; ++c) total[c] /= std::max(count, 1.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = means[task * channels + c] - total[c];
+      m2[c] += m2s[task * channels + c] + counts[task] * delta * delta;
+    }
+  for (int64_t c = 0; c < channels; ++c) store_moments(count, total[c], m2[c], &mean[c], &var[c]);
+}
+
+template <class A, class T>
+void statistics(const Layout& at, const T* x, A* mean, A* var) {
+  if (at.inner == 1) return row_statistics(at, x, mean, var);
+  over_channels(at, [&](int64_t c) { channel_statistics(at, c, x, &mean[c], &var[c]); });
 }
 
 }  // namespace auglocal

@@ -19,41 +19,36 @@ VECTORISED void block_apply(const T* x, const T* residual, T* y, const Block blo
   }
 }
 
-// The incoming gradient behind the ReLU's mask.
-template <Mask kMask, class T, class A>
-HD A masked(const T* grad, const T* y, int64_t i, A x, const Affine<A>& channel) {
-  const A g = load(grad[i]);
-  if (kMask == Mask::from_output) return relu_backward(g, A(load(y[i])));
-  if (kMask == Mask::from_input) return relu_backward(g, normalize(x, channel));
-  return g;
+// The incoming gradient behind the ReLU's mask, of one value or of a tile; y: the output, where the mask comes from it.
+template <Mask kMask, class V>
+HD V masked(V grad, V y, V x, const Affine<V>& channel) {
+  if (kMask == Mask::from_output) return relu_backward(grad, y);
+  if (kMask == Mask::from_input) return relu_backward(grad, normalize(x, channel));
+  return grad;
 }
 
-// The same for a tile of values and their gradients, given x - mean.
+// The sums over g and g * (x - mean), g behind the mask; from_output also stores g.
 template <Mask kMask, class T, class A>
-HD Lanes<A> masked_tile(Lanes<A> g, const T* y, int64_t width, Lanes<A> centred, Lanes<A> scale, Lanes<A> bias) {
-  if (kMask == Mask::from_input) return centred * scale + bias <= A(0) ? Lanes<A>{} : g;
-  if (kMask == Mask::from_output) return load_tile(y, width) <= A(0) ? Lanes<A>{} : g;
-  return g;
-}
-
-template <Mask kMask, class T, class A>
-VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, const Block block, Affine<A> channel,
-                                double* sum, double* dot) {
+VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, T* masked_grad, const Block block,
+                                Affine<A> channel, double* sum, double* dot) {
+  constexpr bool kFromOutput = kMask == Mask::from_output;
   double sums[kTile] = {}, dots[kTile] = {};
-  const Lanes<A> scale = Lanes<A>{} + channel.scale, bias = Lanes<A>{} + channel.bias;
+  const Affine<Lanes<A>> channels{Lanes<A>{} + channel.mean, Lanes<A>{} + channel.scale, Lanes<A>{} + channel.bias};
   Lanes<A> s = {}, d = {};
   for_each_span(
       block,
       [&](int64_t i, int64_t end) {
         for (; i + kTile <= end; i += kTile) {
-          const Lanes<A> centred = load_tile(x + i) - channel.mean;
-          const Lanes<A> g = masked_tile<kMask, T, A>(load_tile(grad + i), y + i, kTile, centred, scale, bias);
+          const Lanes<A> value = load_tile(x + i), out = kFromOutput ? load_tile(y + i) : Lanes<A>{};
+          const Lanes<A> g = masked<kMask>(load_tile(grad + i), out, value, channels);
+          if (kFromOutput) store_tile(masked_grad + i, g);
           s += g;
-          d += g * centred;
+          d += g * (value - channels.mean);
         }
         for (int64_t l = 0; i + l < end; ++l) {
-          const A value = load(x[i + l]);
-          const A g = masked<kMask>(grad, y, i + l, value, channel);
+          const A value = load(x[i + l]), out = kFromOutput ? load(y[i + l]) : A(0);
+          const A g = masked<kMask>(A(load(grad[i + l])), out, value, channel);
+          if (kFromOutput) store(&masked_grad[i + l], g);
           s[l] += g;
           d[l] += g * (value - channel.mean);
         }
@@ -67,15 +62,15 @@ VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, const Blo
 }
 
 template <Mask kMask, class T, class A>
-VECTORISED void block_input_grad(const T* grad, const T* x, const T* y, T* dx, T* dresidual, const Block block,
-                                 Affine<A> channel, InputGrad<A> back) {
+VECTORISED void block_input_grad(const T* grad, const T* x, T* dx, T* dresidual, const Block block, Affine<A> channel,
+                                 InputGrad<A> back) {
   for (int64_t p = 0; p < block.planes; ++p) {
     const int64_t begin = p * block.stride;
 #pragma omp simd
     for (int64_t i = begin; i < begin + block.length; ++i) {
       const A value = load(x[i]);
-      const A g = masked<kMask>(grad, y, i, value, channel);
-      if (kMask == Mask::from_output) store(&dresidual[i], g);
+      const A g = masked<kMask>(A(load(grad[i])), A(0), value, channel);
+      if (dresidual) store(&dresidual[i], g);
       store(&dx[i], input_grad(g, value - channel.mean, back));
     }
   }
@@ -96,57 +91,49 @@ VECTORISED void rows_apply(const T* x, const T* residual, T* y, int64_t rows, in
 }
 
 template <Mask kMask, class T, class A>
-HD void tile_grad_sums(const T* grad, const T* x, const T* y, int64_t rows, int64_t stride, int64_t width,
-                       const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
-  const Lanes<A> means = load_tile(mean, width), scales = load_tile(scale, width), biases = load_tile(bias, width);
-  double sums[kTile] = {}, dots[kTile] = {};
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    Lanes<A> s = {}, d = {};
-    for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
-      const int64_t i = r * stride;
-      const Lanes<A> centred = load_tile(x + i, width) - means;
-      const Lanes<A> g = masked_tile<kMask, T, A>(load_tile(grad + i, width), y + i, width, centred, scales, biases);
-      s += g;
-      d += g * centred;
-    }
-    add<A>(sums, s);
-    add<A>(dots, d);
-  }
-  for (int64_t c = 0; c < width; ++c) sum[c] += sums[c], dot[c] += dots[c];
-}
-
-template <Mask kMask, class T, class A>
-VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, int64_t rows, int64_t channels,
+VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, T* masked_grad, int64_t rows, int64_t channels,
                                const A* mean, const A* scale, const A* bias, double* sum, double* dot) {
-  for (int64_t c = 0; c < channels; c += kTile) {
-    const T* masks = kMask == Mask::from_output ? y + c : nullptr;
-    tile_grad_sums<kMask>(grad + c, x + c, masks, rows, channels, std::min(kTile, channels - c), mean + c, scale + c,
-                          bias + c, sum + c, dot + c);
-  }
+  constexpr bool kFromOutput = kMask == Mask::from_output;
+  for (int64_t begin = 0; begin < rows; begin += kRows)
+    for_each_tile(channels, [&](int64_t c, auto width) INLINED {
+      const Affine<Lanes<A>> tile{load_tile(mean + c, width), load_tile(scale + c, width), load_tile(bias + c, width)};
+      Lanes<A> s = {}, d = {};
+      for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
+        const int64_t i = r * channels + c;
+        const Lanes<A> value = load_tile(x + i, width), out = kFromOutput ? load_tile(y + i, width) : Lanes<A>{};
+        const Lanes<A> g = masked<kMask>(load_tile(grad + i, width), out, value, tile);
+        if (kFromOutput) store_tile(masked_grad + i, g, width);
+        s += g;
+        d += g * (value - tile.mean);
+      }
+      add<A>(sum + c, s, width);
+      add<A>(dot + c, d, width);
+    });
 }
 
 template <Mask kMask, class T, class A>
-VECTORISED void rows_input_grad(const T* grad, const T* x, const T* y, T* dx, T* dresidual, int64_t rows,
-                                int64_t channels, const A* mean, const A* scale, const A* bias,
-                                const A* grad_mean, const A* projection) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = row + c;
-      const A value = load(x[i]);
-      const A g = masked<kMask>(grad, y, i, value, Affine<A>{mean[c], scale[c], bias[c]});
-      if (kMask == Mask::from_output) store(&dresidual[i], g);
-      store(&dx[i], input_grad(g, value - mean[c], InputGrad<A>{scale[c], grad_mean[c], projection[c]}));
-    }
-  }
+VECTORISED void rows_input_grad(const T* grad, const T* x, T* dx, T* dresidual, int64_t rows, int64_t channels,
+                                const A* mean, const A* scale, const A* bias, const A* grad_mean,
+                                const A* projection) {
+  for (int64_t begin = 0; begin < rows; begin += kRows)
+    for_each_tile(channels, [&](int64_t c, auto width) INLINED {
+      const Affine<Lanes<A>> tile{load_tile(mean + c, width), load_tile(scale + c, width), load_tile(bias + c, width)};
+      const InputGrad<Lanes<A>> back{tile.scale, load_tile(grad_mean + c, width), load_tile(projection + c, width)};
+      for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
+        const int64_t i = r * channels + c;
+        const Lanes<A> value = load_tile(x + i, width);
+        const Lanes<A> g = masked<kMask>(load_tile(grad + i, width), Lanes<A>{}, value, tile);
+        if (dresidual) store_tile(dresidual + i, g, width);
+        store_tile(dx + i, input_grad(g, value - tile.mean, back), width);
+      }
+    });
 }
 
 // ---- the ops ---------------------------------------------------------------------------------------
 
 template <bool kResidual, bool kRelu, class T, class A>
 void apply_channel(const Layout& at, int64_t c, const T* x, const T* residual, T* y, const Affine<A>& channel) {
-  for_each_block(at, c, [&](const Block& block) {
+  for_each_block(at, c, From::end, [&](const Block& block) {
     const T* added = kResidual ? residual + block.begin : nullptr;
     block_apply<kResidual, kRelu>(x + block.begin, added, y + block.begin, block, channel);
   });
@@ -156,9 +143,9 @@ template <bool kResidual, bool kRelu, class T, class A>
 void apply(const Layout& at, const T* x, const T* residual, T* y, const Channels<A>& channels) {
   if (at.inner > 1)
     return over_channels(at, [&](int64_t c) { apply_channel<kResidual, kRelu>(at, c, x, residual, y, channels[c]); });
-  over_rows(at, [&](int64_t begin, int64_t end) {
-    const int64_t i = begin * at.channels;
-    rows_apply<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, y + i, end - begin, at.channels,
+  over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
+    const int64_t i = row * at.channels;
+    rows_apply<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, y + i, rows, at.channels,
                                  channels.mean.data(), channels.scale.data(), channels.bias.data());
   });
 }
@@ -169,11 +156,10 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
   if (at.inner > 1)
     // A channel's values are normalised right after they were summed, while they are in the cache.
     return over_channels(at, [&](int64_t c) {
-      store_moments(channel_moments<A>(at, c, x), &mean[c], &var[c]);
+      channel_statistics(at, c, x, &mean[c], &var[c]);
       apply_channel<kResidual, kRelu>(at, c, x, residual, y, affine(mean[c], var[c], weight[c], bias[c], eps));
     });
-  const std::vector<Moments<double>> moments = row_moments<A>(at, x);
-  for (int64_t c = 0; c < at.channels; ++c) store_moments(moments[c], &mean[c], &var[c]);
+  row_statistics(at, x, mean, var);
   apply<kResidual, kRelu>(at, x, residual, y, Channels<A>(at.channels, mean, var, weight, bias, eps));
 }
 
@@ -189,48 +175,50 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
     grad_mean[c] = A(sum / count);
     projection[c] = A(dot * invstd * invstd / count);
   };
+  // With y, the first pass leaves the masked gradient in dresidual, which so spares the second one y; or, where
+  // dresidual is x itself, which the second pass needs, in dx.
   constexpr bool kFromOutput = kMask == Mask::from_output;
+  constexpr Mask kLeft = kFromOutput ? Mask::none : kMask;
+  T* const masked_grad = dresidual == x ? dx : dresidual;
+  const T* const left = kFromOutput ? masked_grad : grad;
+  if (masked_grad == dresidual) dresidual = nullptr;  // written by the first pass
+  const auto at_offset = [](auto* from, int64_t i) { return from ? from + i : nullptr; };
   if (at.inner > 1) {
     over_channels(at, [&](int64_t c) {
       double sum = 0, dot = 0;
-      for_each_block(at, c, [&](const Block& block) {
+      for_each_block(at, c, From::start, [&](const Block& block) {
         const int64_t i = block.begin;
-        block_grad_sums<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, block, channels[c], &sum, &dot);
+        block_grad_sums<kMask>(grad + i, x + i, at_offset(y, i), at_offset(masked_grad, i), block, channels[c], &sum,
+                               &dot);
       });
       finish(c, sum, dot);
       const InputGrad<A> back{channels.scale[c], grad_mean[c], projection[c]};
-      for_each_block(at, c, [&](const Block& block) {
+      for_each_block(at, c, From::end, [&](const Block& block) {
         const int64_t i = block.begin;
-        block_input_grad<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, dx + i,
-                                kFromOutput ? dresidual + i : nullptr, block, channels[c], back);
+        block_input_grad<kLeft>(left + i, x + i, dx + i, at_offset(dresidual, i), block, channels[c], back);
       });
     });
     return;
   }
-  const RowTasks rows(at);
-  std::vector<double> sums(rows.tasks * at.channels), dots(rows.tasks * at.channels);
-  torch::stable::parallel_for(0, rows.tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      for (int64_t block = rows.first_block(task); block < rows.first_block(task + 1); ++block) {
-        const int64_t row = block * rows.rows_per_block, n = std::min(rows.rows_per_block, at.outer - row);
-        const int64_t i = row * at.channels;
-        rows_grad_sums<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, n, at.channels, channels.mean.data(),
-                              channels.scale.data(), channels.bias.data(), &sums[task * at.channels],
-                              &dots[task * at.channels]);
-      }
+  const int64_t tasks = row_tasks(at);
+  std::vector<double> sums(tasks * at.channels), dots(tasks * at.channels);
+  over_row_tasks(at, From::start, [&](int64_t task, int64_t row, int64_t rows) {
+    const int64_t i = row * at.channels;
+    rows_grad_sums<kMask>(grad + i, x + i, at_offset(y, i), at_offset(masked_grad, i), rows, at.channels,
+                          channels.mean.data(), channels.scale.data(), channels.bias.data(),
+                          &sums[task * at.channels], &dots[task * at.channels]);
   });
   for (int64_t c = 0; c < at.channels; ++c) {
     double sum = 0, dot = 0;
-    for (int64_t task = 0; task < rows.tasks; ++task) {
+    for (int64_t task = 0; task < tasks; ++task) {
       sum += sums[task * at.channels + c];
       dot += dots[task * at.channels + c];
     }
     finish(c, sum, dot);
   }
-  over_rows(at, [&](int64_t begin, int64_t end) {
-    const int64_t i = begin * at.channels;
-    rows_input_grad<kMask>(grad + i, x + i, kFromOutput ? y + i : nullptr, dx + i,
-                           kFromOutput ? dresidual + i : nullptr, end - begin, at.channels, channels.mean.data(),
+  over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
+    const int64_t i = row * at.channels;
+    rows_input_grad<kLeft>(left + i, x + i, dx + i, at_offset(dresidual, i), rows, at.channels, channels.mean.data(),
                            channels.scale.data(), channels.bias.data(), grad_mean.data(), projection.data());
   });
 }
@@ -243,14 +231,7 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
   Tensor mean = empty_statistics(x), var = empty_statistics(x);
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
-    A *means = mutable_data<A>(mean), *vars = mutable_data<A>(var);
-    if (at.inner > 1) {
-      over_channels(
-          at, [&](int64_t c) { store_moments(channel_moments<A>(at, c, data<T>(x)), &means[c], &vars[c]); });
-    } else {
-      const auto moments = row_moments<A>(at, data<T>(x));
-      for (int64_t c = 0; c < at.channels; ++c) store_moments(moments[c], &means[c], &vars[c]);
-    }
+    statistics(at, data<T>(x), mutable_data<A>(mean), mutable_data<A>(var));
   });
   return {mean, var};
 }
