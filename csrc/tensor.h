@@ -130,6 +130,35 @@ inline Layout check_backward(const char* op, const Tensor& grad, const Tensor& x
   return at;
 }
 
+// N samples of C maps of `size` values.
+struct Maps {
+  Layout at;
+  int64_t samples, channels, size;
+};
+
+inline Maps check_mean(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                       const Tensor& var, const std::optional<Tensor>& residual) {
+  const Layout at = check_statistics(op, x, weight, bias, mean, var);
+  if (residual) check_same_layout(op, "residual", *residual, x, at);
+  return {at, x.size(0), x.size(1), x.size(2) * x.size(3)};
+}
+
+inline Maps check_mean_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                const std::optional<Tensor>& residual, bool act, const Tensor& dx,
+                                const std::optional<Tensor>& dresidual) {
+  const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == maps.samples && grad.size(1) == maps.channels &&
+                      grad.scalar_type() == weight.scalar_type() && grad.is_contiguous() && grad.device() == x.device(),
+                  op, ": grad must be a contiguous (", maps.samples, ", ", maps.channels,
+                  ") tensor in the dtype of weight on the device of x");
+  STD_TORCH_CHECK(act || !residual, op, ": residual is for the ReLU's mask, given one without a ReLU");
+  STD_TORCH_CHECK(residual || !dresidual, op, ": dresidual needs residual");
+  check_same_layout(op, "dx", dx, x, maps.at);
+  if (dresidual) check_same_layout(op, "dresidual", *dresidual, x, maps.at);
+  return maps;
+}
+
 }  // namespace auglocal
 
 // Runs a statement with `T` bound to the element type of a tensor.

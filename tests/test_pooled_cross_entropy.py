@@ -121,7 +121,7 @@ def test_one_sample(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(32, 64, 8, 8), (16, 130, 7, 7), (64, 20, 33, 16)])
+@pytest.mark.parametrize("shape", [(32, 64, 8, 8), (16, 130, 7, 7), (64, 16, 7, 7), (64, 20, 33, 16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_is_at_most_twice_torchs(shape, layout, dtype, kind, device):
     tensors, labels = head(shape, dtype, layout, kind, classes=10, device=device)
@@ -255,12 +255,14 @@ def test_a_gradient_without_a_mask_takes_no_memory(kind):
     assert gradients["dx" if kind is None else "dresidual"].untyped_storage().nbytes() == 4 * 8 * 4
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual", [False, True])
-def test_in_place_over_the_kept_tensors(layout, residual):
-    x, weight, bias, added, _ = make((4, 9, 8, 8), torch.float32, layout, residual)
+@pytest.mark.parametrize("shape", [(4, 9, 8, 8), (70, 8, 7, 7)])
+def test_in_place_over_the_kept_tensors(shape, layout, residual, device):
+    x, weight, bias, added, _ = make(shape, torch.float32, layout, residual, device=device)
     mean, var = batch_norm_statistics(x)
-    grad = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    grad = torch.randn(shape[:2], generator=torch.Generator().manual_seed(2)).to(device)
     arguments = (grad, x, weight, bias, mean, var, added, 1e-5, True)
     dx, dresidual, *expected = OPS.batch_norm_act_mean_backward(*arguments, residual)
     ours = OPS.batch_norm_act_mean_backward_out(*arguments, x, added)
@@ -268,16 +270,18 @@ def test_in_place_over_the_kept_tensors(layout, residual):
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 20, 7, 6), (3, 24, 7, 7), (5, 6, 3, 1)])
 @pytest.mark.parametrize(("residual", "relu"), KINDS[1:])
-def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, relu):
-    if MISSING["cpu"]:
-        pytest.skip(f"no compiled kernels to compare with: {MISSING['cpu']}")
-    x, weight, bias, added, _ = make((5, 20, 7, 6), dtype, layout, residual)
+def test_plain_torch_fallback_agrees_with_the_kernels(shape, layout, dtype, residual, relu, device):
+    if MISSING[device]:
+        pytest.skip(f"no compiled kernels to compare with: {MISSING[device]}")
+    x, weight, bias, added, _ = make(shape, dtype, layout, residual, device=device)
     mean, var = batch_norm_statistics(x)
     apply = (x, weight, bias, mean, var, added, 1e-5, relu)
-    grad = torch.randn(5, 20, generator=torch.Generator().manual_seed(2))
+    grad = torch.randn(shape[:2], generator=torch.Generator().manual_seed(2)).to(device)
     backward = (grad, x, weight, bias, mean, var, added if relu else None, 1e-5, relu)
     results = []
     for ops in (_fallbacks, OPS):
@@ -289,10 +293,11 @@ def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, r
         assert error(a, b.double()) <= (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_nan_passes_as_in_torch(layout, kind):
-    tensors, labels = head((4, 3, 2, 2), torch.float32, layout, kind)
+def test_nan_passes_as_in_torch(layout, kind, device):
+    tensors, labels = head((4, 3, 2, 2), torch.float32, layout, kind, device=device)
     tensors["x"][1, 2, 0, 0] = torch.nan
     ours, reference = (run(op, tensors, labels, kind) for op in (pooled_cross_entropy, pooled_cross_entropy_reference))
     assert all(torch.equal(value.isnan(), reference[name].isnan()) for name, value in ours.items())

@@ -111,12 +111,6 @@ VECTORISED void rows_input_grad(const T* x, const T* residual, const A* g, T* dx
 
 // ---- the ops ---------------------------------------------------------------------------------------
 
-// N samples of C maps of `size` values.
-struct Maps {
-  Layout at;
-  int64_t samples, channels, size;
-};
-
 // Calls f(sample) in parallel.
 template <class F>
 void over_samples(const Maps& maps, const F& f) {
@@ -202,17 +196,10 @@ void backward(const Maps& maps, const A* grad, const T* x, const T* residual, co
   });
 }
 
-Maps check_maps(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                const Tensor& var, const std::optional<Tensor>& residual) {
-  const Layout at = check_statistics(op, x, weight, bias, mean, var);
-  if (residual) check_same_layout(op, "residual", *residual, x, at);
-  return {at, x.size(0), x.size(1), x.size(2) * x.size(3)};
-}
-
 Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                  const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act) {
   constexpr auto op = "batch_norm_act_mean_apply";
-  const Maps maps = check_maps(op, x, weight, bias, mean, var, residual);
+  const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
   Tensor pooled = empty(weight, {maps.samples, maps.channels});
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
@@ -230,15 +217,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& grad, 
                                                             bool act, Tensor dx,
                                                             const std::optional<Tensor>& dresidual) {
   constexpr auto op = "batch_norm_act_mean_backward_out";
-  const Maps maps = check_maps(op, x, weight, bias, mean, var, residual);
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == maps.samples && grad.size(1) == maps.channels &&
-                      grad.scalar_type() == weight.scalar_type() && grad.is_contiguous() && grad.device() == x.device(),
-                  op, ": grad must be a contiguous (", maps.samples, ", ", maps.channels,
-                  ") tensor in the dtype of weight on the device of x");
-  STD_TORCH_CHECK(act || !residual, op, ": residual is for the ReLU's mask, given one without a ReLU");
-  STD_TORCH_CHECK(residual || !dresidual, op, ": dresidual needs residual");
-  check_same_layout(op, "dx", dx, x, maps.at);
-  if (dresidual) check_same_layout(op, "dresidual", *dresidual, x, maps.at);
+  const Maps maps = check_mean_backward(op, grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;

@@ -74,6 +74,14 @@ __device__ __forceinline__ void add(double2& to, const double2& value) {
   to.y += value.y;
 }
 
+// Division by a number known at the launch: a multiplication. Right while dividend times divisor stay below
+// 2^64, as the pixels of a tensor times those of an image do.
+struct WideDivisor {
+  uint64_t magic;
+  explicit WideDivisor(int64_t by) : magic(by > 1 ? ~uint64_t(0) / by + 1 : 0) {}
+  __device__ int64_t quotient(int64_t value) const { return magic ? int64_t(__umul64hi(value, magic)) : value; }
+};
+
 // Every kernel calls this one function with the stored mean and variance, so that a backward finds its
 // forward's ReLU mask to the bit.
 template <class A>
@@ -81,17 +89,23 @@ __device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
   return {mean, A(weight / sqrt(double(var) + eps)), bias};
 }
 
+inline bool aligned(std::initializer_list<const void*> tensors, size_t bytes) {
+  bool all = true;
+  for (const void* tensor : tensors) all &= reinterpret_cast<uintptr_t>(tensor) % bytes == 0;
+  return all;
+}
+
+// The widest vector. float64 is there for checking and does without.
+template <class T>
+constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
+
 // Calls run(vector width) as a constant: the widest vector that divides `extent` and at whose multiples all
-// tensors begin. float64 is there for checking and does without.
+// tensors begin.
 template <class T, class Run>
 void with_width(int64_t extent, std::initializer_list<const void*> tensors, const Run& run) {
-  const auto fits = [&](int width) {
-    bool aligned = extent % width == 0;
-    for (const void* tensor : tensors) aligned &= reinterpret_cast<uintptr_t>(tensor) % (width * sizeof(T)) == 0;
-    return aligned;
-  };
-  constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T), kHalf = kWide == 8 ? 4 : 1;
-  if (fits(kWide)) return run(std::integral_constant<int, kWide>{});
+  const auto fits = [&](int width) { return extent % width == 0 && aligned(tensors, width * sizeof(T)); };
+  constexpr int kHalf = kWide<T> == 8 ? 4 : 1;
+  if (fits(kWide<T>)) return run(std::integral_constant<int, kWide<T>>{});
   if (fits(kHalf)) return run(std::integral_constant<int, kHalf>{});
   run(std::integral_constant<int, 1>{});
 }

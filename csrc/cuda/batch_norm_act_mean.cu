@@ -1,0 +1,345 @@
+// CUDA kernels of batch_norm_act_mean: the mean over each map of act(BN(x) [+ residual]), which is never stored.
+// The map's gradient is never stored either: it is one value a map behind the ReLU's mask, recomputed from x.
+//
+// Both read vectors of 16 bytes even where maps are not made of whole ones, as those of 7 x 7 values are not.
+// Nothing is summed by atomics: two runs give the same bits.
+#include "teams.cuh"
+
+namespace auglocal {
+namespace {
+
+// ---- the mean --------------------------------------------------------------------------------------
+
+constexpr int kMaxLanes = 32;           // of a map
+constexpr int kLaneVectors = 4;         // that a lane has of a map, if there are enough
+constexpr int64_t kBlocks = 2048;       // a few times what a GPU holds: enough to fill it evenly
+constexpr int64_t kMaxMap = 1 << 30;    // values
+
+// A block has a chunk of channels, `columns` beside one another (pixels: vectors of channels), and walks over the
+// images, `together` at a time. `lanes` threads share a map.
+struct Walk {
+  int64_t images, channels, values;  // values: of the tensor
+  int64_t chunks, parts;
+  int map, columns, lanes, together;  // map: values of one
+};
+
+Walk make_walk(const Layout& at, int vector, Order order, int64_t images, int64_t map) {
+  const bool pixels = order == Order::pixels;
+  Walk walk{};
+  walk.images = images;
+  walk.channels = at.channels;
+  walk.map = int(map);
+  walk.values = images * at.channels * map;
+  const auto clamp = [](int64_t value, int64_t most) { return int(std::max<int64_t>(std::min(value, most), 1)); };
+  const int64_t vectors = pixels ? map : ceil_div(map, vector);
+  const int64_t columns = pixels ? ceil_div(at.channels, vector) : at.channels;
+  if (pixels) walk.columns = clamp(columns, kMaxColumns);
+  const int most_lanes = pixels ? std::min(kThreads / walk.columns, kMaxLanes) : kMaxLanes;
+  walk.lanes = clamp(ceil_div(vectors, kLaneVectors), most_lanes);
+  if (!pixels) walk.columns = clamp(columns, kThreads / walk.lanes);
+  walk.together = kThreads / (walk.columns * walk.lanes);
+  walk.chunks = ceil_div(columns, walk.columns);
+  walk.parts = clamp(ceil_div(images, walk.together), std::max<int64_t>(kBlocks / walk.chunks, 1));
+  return walk;
+}
+
+template <class A, class T>
+struct MeanArgs {
+  const T *x, *residual;  // residual: may be null
+  const A *weight, *bias, *mean, *var;
+  A* pooled;
+  double eps;
+  bool relu;
+};
+
+// What of a vector lies before the tensor's end.
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> read_before(const T* from, int64_t left) {
+  if (left >= V) return read<V>(from);
+  Vector<T, V> vector{};
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < left) vector.set(i, from[i]);
+  return vector;
+}
+
+template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
+__global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, const MeanArgs<A, T> args) {
+  using Vec = Vector<T, V>;
+  constexpr bool kPixels = kOrder == Order::pixels, kJoined = kOrder == Order::joined;
+  constexpr int kWidth = kPixels ? V : 1;  // channels of a thread
+  constexpr int kBatch = kPixels ? (V == 8 ? 2 : 3) : (V == 1 && sizeof(T) < 8 ? 8 : kLaneVectors);  // in flight
+  __shared__ Affine<A> affines[kMaxColumns * V > kThreads ? kMaxColumns * V : kThreads];
+  __shared__ Vector<A, kWidth> sums[kThreads];
+  const int64_t part = blockIdx.x / walk.chunks, chunk = blockIdx.x % walk.chunks;
+  const int64_t first_channel = chunk * walk.columns * kWidth;
+  const int width = walk.columns * kWidth, thread = threadIdx.x;
+  for (int i = thread; i < width && first_channel + i < walk.channels; i += kThreads) {
+    const int64_t c = first_channel + i;
+    affines[i] = make_affine(args.mean[c], args.var[c], args.weight[c], args.bias[c], args.eps);
+  }
+  // Neighbouring threads read neighbouring vectors: of a map, or of a pixel.
+  const int column = kPixels ? thread % walk.columns : thread / walk.lanes % walk.columns;
+  const int lane = kPixels ? thread / walk.columns % walk.lanes : thread % walk.lanes;
+  const int beside = thread / (walk.columns * walk.lanes);  // which of the images
+  const int64_t channel = first_channel + column * kWidth;
+  __syncthreads();
+  Affine<A> affine[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) affine[i] = affines[column * kWidth + i];
+
+  const int64_t step = walk.parts * walk.together;
+  for (int64_t first_image = part * walk.together; first_image < walk.images; first_image += step) {
+    const int64_t image = first_image + beside;
+    A sum[kWidth] = {};
+    if (beside < walk.together && image < walk.images && channel < walk.channels) {
+      // Joined, the map may begin and end within a vector, and the tensor may end within the last.
+      const int64_t begin = kPixels ? image * walk.map * walk.channels + channel
+                                    : (image * walk.channels + channel) * walk.map;
+      const int skipped = kJoined ? int(begin % V) : 0;
+      const int vectors = kPixels ? walk.map : (skipped + walk.map + V - 1) / V;
+      const int64_t hop = kPixels ? walk.channels : V, left = walk.values - begin + skipped;
+      const auto load = [&](const T* from, int vector) {
+        const int64_t offset = vector * hop;
+        from += begin - skipped + offset;
+        return kJoined ? read_before<V>(from, left - offset) : read<V>(from);
+      };
+      for (int next = lane; next < vectors; next += kBatch * walk.lanes) {
+        Vec x[kBatch], residual[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int vector = next + k * walk.lanes;
+          if (vector >= vectors) continue;
+          x[k] = load(args.x, vector);
+          if (args.residual) residual[k] = load(args.residual, vector);
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int vector = next + k * walk.lanes, before = skipped - vector * V;
+          if (vector >= vectors) continue;
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            A y = normalize(get<A>(x[k], i), affine[kPixels ? i : 0]);
+            if (args.residual) y += get<A>(residual[k], i);
+            if (args.relu) y = relu(y);
+            if (!kJoined || (i >= before && i < before + walk.map)) sum[kPixels ? i : 0] += y;
+          }
+        }
+      }
+    }
+    if (beside < walk.together) {
+      Vector<A, kWidth>& mine = sums[(beside * walk.lanes + lane) * walk.columns + column];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) mine.set(i, sum[i]);
+    }
+    __syncthreads();
+    const A* const all = reinterpret_cast<const A*>(sums);
+    for (int i = thread; i < walk.together * width; i += kThreads) {
+      const int of_image = i / width, c = i - of_image * width;
+      if (first_image + of_image >= walk.images || first_channel + c >= walk.channels) continue;
+      double total = 0;
+#pragma unroll 4
+      for (int k = 0; k < walk.lanes; ++k) total += all[(of_image * walk.lanes + k) * width + c];
+      args.pooled[(first_image + of_image) * walk.channels + first_channel + c] = A(total / double(walk.map));
+    }
+    __syncthreads();
+  }
+}
+
+// ---- its gradient ----------------------------------------------------------------------------------
+
+template <class A, class T>
+struct BackwardArgs {
+  const A* grad;  // (N, C)
+  const T *x, *residual;
+  const A *weight, *bias, *mean, *var;
+  T *dx, *dresidual;  // may be x and residual themselves: each value is written by the thread that read it
+  A *dweight, *dbias;
+  double eps, map;  // map: values of one
+  WideDivisor by_map;
+};
+
+// kMask: none or from_input; with a residual that is added to BN(x) first. dresidual may be null.
+template <class T, int V, Order kOrder, Mask kMask, bool kResidual, class A = typename Compute<T>::type>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    backward_kernel(const Plan plan, const BackwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
+  using Vec = Vector<T, V>;
+  constexpr int kOperands = kResidual ? 2 : 1;
+  constexpr int kGrads = kOrder == Order::maps ? 1 : (kOrder == Order::joined ? 2 : V);  // of a vector
+  // As many as registers allow: eight values, with a gradient each or a residual, take many.
+  constexpr int kBatch = kInFlight<Vec, V == 8 && kResidual ? 2 : (kGrads == 8 ? 3 : 4)>;
+  __shared__ Affine<A> affines[kMaxChannels];
+  __shared__ InputGrad<A> backs[kMaxChannels];
+  Team team(plan, partial, arrivals);
+  for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
+    const Share<V, kOrder> share(plan, group, team.part);
+    const int64_t channel = share.channel + threadIdx.x;
+    const bool owner = threadIdx.x < plan.group_channels && channel < plan.channels;
+    if (owner)
+      affines[threadIdx.x] = make_affine(args.mean[channel], args.var[channel], args.weight[channel],
+                                         args.bias[channel], args.eps);
+    __syncthreads();
+    Affine<A> affine[kLanes<kOrder, V>];
+#pragma unroll
+    for (int i = 0; i < kLanes<kOrder, V>; ++i) affine[i] = affines[share.of(i)];
+
+    struct Loaded {
+      Vec x, residual;
+      A grads[kGrads];
+    };
+    const A* const grads = args.grad + share.channel + share.in_group;
+    const auto load = [&](int64_t offset, int index, int64_t row, bool kept) {
+      Loaded loaded;
+      loaded.x = kept ? slot<Vec>(kOperands * index) : read<V>(args.x + offset);
+      if (kResidual) loaded.residual = kept ? slot<Vec>(kOperands * index + 1) : read<V>(args.residual + offset);
+      const A* const from = grads + (kOrder == Order::pixels ? args.by_map.quotient(row) : row) * plan.channels;
+      constexpr int kTogether = kOrder == Order::pixels && V > 1 ? 4 : 1;
+#pragma unroll
+      for (int i = 0; i < kGrads; i += kTogether) {
+        if (kOrder == Order::joined && i == 1 && share.here >= V) continue;  // no other channel: it may not exist
+        const Vector<A, kTogether> some = read<kTogether>(from + i);
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) loaded.grads[i + j] = some.get(j);
+      }
+      return loaded;
+    };
+    // The gradient of value i behind its mask, times the map's values.
+    const auto masked = [&](const Loaded& loaded, int i) {
+      const A grad = kOrder == Order::joined ? (i < share.here ? loaded.grads[0] : loaded.grads[kGrads - 1])
+                                             : loaded.grads[kOrder == Order::pixels ? i : 0];
+      if (kMask == Mask::none) return grad;
+      A y = normalize(get<A>(loaded.x, i), affine[lane_of<kOrder>(i)]);
+      if (kResidual) y += get<A>(loaded.residual, i);
+      return relu_backward(grad, y);
+    };
+
+    A sum[V] = {}, dot[V] = {};  // of g and of g * (x - mean)
+    for_each_vector<kBatch, false>(
+        plan, share, [&](int64_t offset, int index, int64_t row) { return load(offset, index, row, false); },
+        [&](int64_t, int index, const Loaded& loaded) {
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const A g = masked(loaded, i);
+            sum[i] += g;
+            dot[i] = mul_add(g, get<A>(loaded.x, i) - affine[lane_of<kOrder>(i)].mean, dot[i]);
+          }
+          if (index >= plan.kept) return;
+          slot<Vec>(kOperands * index) = loaded.x;
+          if (kResidual) slot<Vec>(kOperands * index + 1) = loaded.residual;
+        });
+
+    double2 sums[kLanes<kOrder, V>] = {};
+#pragma unroll
+    for (int i = 0; i < V; ++i) add(sums[lane_of<kOrder>(i)], {double(sum[i]), double(dot[i])});
+    const double variance = owner ? double(args.var[channel]) : 0;
+    const double2 total = team.sum(group, share, sums);
+    if (owner) {
+      const double invstd = 1 / sqrt(variance + args.eps), count = max(plan.count, int64_t(1));
+      const double of_grad = total.x / args.map, of_dot = total.y / args.map;
+      backs[threadIdx.x] = {affines[threadIdx.x].scale, A(of_grad / count), A(of_dot * invstd * invstd / count)};
+      if (team.part == 0) {
+        args.dbias[channel] = A(of_grad);
+        args.dweight[channel] = A(of_dot * invstd);
+      }
+    }
+    __syncthreads();
+
+    InputGrad<A> back[kLanes<kOrder, V>];
+#pragma unroll
+    for (int i = 0; i < kLanes<kOrder, V>; ++i) back[i] = backs[share.of(i)];
+    const A a_value = A(1 / args.map);
+    for_each_vector<kBatch, true>(
+        plan, share,
+        [&](int64_t offset, int index, int64_t row) { return load(offset, index, row, index < plan.kept); },
+        [&](int64_t offset, int, const Loaded& loaded) {
+          Vec dx{}, dresidual{};
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int lane = lane_of<kOrder>(i);
+            const A g = masked(loaded, i) * a_value;
+            if (kResidual) set<A>(dresidual, i, g);
+            set<A>(dx, i, input_grad(g, get<A>(loaded.x, i) - affine[lane].mean, back[lane]));
+          }
+          write<V>(args.dx + offset, dx);
+          if (kResidual && args.dresidual) write<V>(args.dresidual + offset, dresidual);
+        });
+  }
+}
+
+// ---- the ops ---------------------------------------------------------------------------------------
+
+// with_shape(), joined where whole vectors need it.
+template <class T, class Run>
+void with_shape_or_joined(const Layout& at, bool joinable, std::initializer_list<const void*> tensors, const Run& run) {
+  if constexpr (kWide<T> > 1)
+    if (joinable && at.inner > 1 && at.inner % kWide<T> && aligned(tensors, 16))
+      return run(std::integral_constant<int, kWide<T>>{}, OrderConstant<Order::joined>{});
+  with_shape<T>(at, tensors, run);
+}
+
+Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                 const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act) {
+  constexpr auto op = "batch_norm_act_mean_apply";
+  const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor pooled = empty(weight, {maps.samples, maps.channels});
+  if (pooled.numel() == 0) return pooled;
+  STD_TORCH_CHECK(maps.size <= kMaxMap, op, ": at most 2^30 values a map, given ", maps.size);
+  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
+    using A = typename Compute<T>::type;
+    const MeanArgs<A, T> args{data<T>(x),    data<T>(residual), data<A>(weight),         data<A>(bias),
+                              data<A>(mean), data<A>(var),      mutable_data<A>(pooled), eps, act};
+    with_shape_or_joined<T>(maps.at, true, {args.x, args.residual}, [&](auto width, auto order) {
+      const Walk walk = make_walk(maps.at, width, order, maps.samples, maps.size);
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(unsigned(walk.chunks * walk.parts));
+      config.blockDim = dim3(kThreads);
+      config.stream = current_stream(x.get_device_index());
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, mean_kernel<T, width, order>, walk, args));
+    });
+  });
+  return pooled;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& given_grad, const Tensor& x,
+                                                            const Tensor& weight, const Tensor& bias,
+                                                            const Tensor& mean, const Tensor& var,
+                                                            const std::optional<Tensor>& residual, double eps,
+                                                            bool act, Tensor dx,
+                                                            const std::optional<Tensor>& dresidual) {
+  constexpr auto op = "batch_norm_act_mean_backward_out";
+  const Maps maps = check_mean_backward(op, given_grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
+  if (maps.channels == 0) return {dweight, dbias};
+  const Layout& at = maps.at;
+  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
+    using A = typename Compute<T>::type;
+    // Vectors of channels read vectors of gradients.
+    const Tensor grad = aligned({data<A>(given_grad)}, 16) ? given_grad : torch::stable::clone(given_grad);
+    const BackwardArgs<A, T> args{data<A>(grad), data<T>(x), data<T>(residual), data<A>(weight), data<A>(bias),
+                                  data<A>(mean), data<A>(var), mutable_data<T>(dx),
+                                  dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
+                                  mutable_data<A>(dbias), eps, std::max(double(maps.size), 1.0),
+                                  WideDivisor(maps.size)};
+    const std::initializer_list<const void*> tensors{args.x, args.residual, args.dx, args.dresidual};
+    with_shape_or_joined<T>(at, can_join(at, kWide<T>), tensors, [&](auto width, auto order) {
+      const auto run = [&](auto mask, auto with_residual) {
+        launch<backward_kernel<T, width, order, mask, with_residual>, width, order, T>(at, with_residual ? 2 : 1, x,
+                                                                                       weight, args);
+      };
+      if (residual) return run(std::integral_constant<Mask, Mask::from_input>{}, std::true_type{});
+      if (act) return run(std::integral_constant<Mask, Mask::from_input>{}, std::false_type{});
+      run(std::integral_constant<Mask, Mask::none>{}, std::false_type{});
+    });
+  });
+  return {dweight, dbias};
+}
+
+}  // namespace
+}  // namespace auglocal
+
+STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
+  m.impl("batch_norm_act_mean_apply", TORCH_BOX(&auglocal::batch_norm_act_mean_apply));
+  m.impl("batch_norm_act_mean_backward_out", TORCH_BOX(&auglocal::batch_norm_act_mean_backward_out));
+}
