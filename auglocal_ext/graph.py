@@ -108,7 +108,8 @@ def trace(module, inside, part, source="x"):
     """The nodes of one part of a network, a unit or a head.
 
     Args:
-        module: what to read, of one input and one output.
+        module: what to read, of one input and one output. What is looked into has no parameters but its parts', and
+            uses all that it computes.
         inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these, and on the
             modules that nodes hold, do not run.
         part: its name, the beginning of its values' names.
@@ -239,7 +240,8 @@ def _island(node, module, values, name, part):
 def _may_write(node, module):
     """Whether what runs may write over its input: in-place modules, and what torch did not define."""
     if module is None:
-        return node.target not in (operator.add, torch.add, F.relu, torch.relu) or bool(node.kwargs)
+        known = node.target in (operator.add, torch.add, F.relu, torch.relu)
+        return not known or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     own = (type(part).__module__.startswith("torch.nn.") for part in module.modules())
     return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
 

@@ -93,7 +93,8 @@ class Program:
         values = {self.input: _dense(inputs.pop()), self.labels: labels}
         try:
             # An autocast of the caller's would change the dtype of what the steps make.
-            with torch.autocast(labels.device.type, enabled=False):
+            device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta
+            with torch.autocast(device, enabled=False):
                 for step in self.steps:
                     self.execute(step, values)
             for name, parameter in self.gradients.items():
@@ -123,21 +124,28 @@ def programs(backbone, cuts, heads, autocast=None, keep=None):
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: for each module, the keys of gaps not to drop a value over; None: drop everywhere.
     """
-    inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
     made, source = [], "images"
     for part, head, kept in zip(cuts, heads, keep or [()] * len(cuts), strict=True):
-        nodes, out = [], source
-        for unit in backbone.units[part.first : part.last + 1]:
-            unit_nodes, out = trace(unit.module, inside, unit.name, out)
-            nodes += unit_nodes
-        features = out if part.sample is not None else None
-        head_nodes, _ = trace(head, inside, "head", out)
-        made.append(build(join(nodes, head_nodes, features), source, features, autocast=autocast, keep=kept))
-        source = out
+        nodes, features = module_nodes(backbone, part.first, part.last, head, source)
+        made.append(build(nodes, source, features, autocast=autocast, keep=kept))
+        source = features
     return made
 
 
-def build(nodes, source, features, *, autocast=None, keep=()):
+def module_nodes(backbone, first, last, head, source, trace=trace):
+    """The nodes of a local module, units first..last (inclusive) with a head, and the name of the features it hands on:
+    None behind the backbone's last unit. trace: `graph.trace`, or one that remembers."""
+    inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
+    nodes, out = [], source
+    for unit in backbone.units[first : last + 1]:
+        unit_nodes, out = trace(unit.module, inside, unit.name, out)
+        nodes += unit_nodes
+    features = out if last < len(backbone.units) - 1 else None
+    head_nodes, _ = trace(head, inside, "head", out)
+    return join(nodes, head_nodes, features), features
+
+
+def build(nodes, source, features, *, autocast=None, keep=(), stay=None):
     """The program of one local module.
 
     Args:
@@ -146,6 +154,7 @@ def build(nodes, source, features, *, autocast=None, keep=()):
         features: the name of the value to hand on, or None.
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: keys of gaps not to drop a value over.
+        stay: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
     """
     emit = _Emitter(nodes, source, features, autocast)
     for node in nodes:
@@ -154,7 +163,7 @@ def build(nodes, source, features, *, autocast=None, keep=()):
     for node in reversed(nodes):
         emit.backward(node)
     _sum_shared(emit)
-    steps, gaps = _with_rebuilds(emit, keep)
+    steps, gaps = _with_rebuilds(emit, keep, _kept(emit) if stay is None else stay)
     logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
     kept = {features, logits, "loss", *emit.gradients} - {None}
     _add_frees(steps, {source, "labels"}, kept)
@@ -362,10 +371,10 @@ def _sum_shared(emit):
 # ---- rebuilds and frees -------------------------------------------------------------------------------------
 
 
-def _with_rebuilds(emit, keep):
+def _with_rebuilds(emit, keep, stay):
     """The steps with each derived value rebuilt where it is read and not there, and the gaps between."""
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: derived values only
-    stay = emit.pinned | _kept(emit.derived)
+    stay = emit.pinned | stay
     reads_of = {name: [] for name in emit.derived}
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -403,13 +412,16 @@ def _with_rebuilds(emit, keep):
     return steps, gaps
 
 
-def _kept(derived):
-    """The derived values that are kept after all, so that no rebuild walks further than LONGEST_REBUILD."""
+def _kept(emit):
+    """The derived values that are kept after all, so that no rebuild walks further than LONGEST_REBUILD. The count
+    starts anew behind the features that are handed on, so that a head does not depend on what is before them."""
     kept, length = set(), {}
-    for name, recipe in derived.items():
-        walked = [length[read] for read in recipe.reads if read in derived and read not in kept]
+    for name, recipe in emit.derived.items():
+        walked = [length[read] for read in recipe.reads if read in emit.derived and read not in kept]
         length[name] = 1 + max(walked, default=0)
-        if length[name] > LONGEST_REBUILD:
+        if name == emit.features:
+            length[name] = 0
+        elif length[name] > LONGEST_REBUILD:
             kept.add(name)
     return kept
 
@@ -600,9 +612,11 @@ def _loss(logits, labels):
 def _island(node, autocast, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
     device = given[0].device.type
+    autocast = None if given[0].dtype == torch.float64 else autocast  # which leaves it alone
     if autocast is not None and device == "meta":  # which autocast does not know
         with torch.enable_grad():
-            out = node.call(*(x.float() for x in given)).to(autocast)
+            out = node.call(*(x.to(torch.float32, copy=node.may_write) for x in given))
+            out = out.to(autocast if node.parameters else given[0].dtype)
         return _dense(out.detach()), (out, [x for x in given if x.requires_grad], node.parameters)
     bf16 = torch.autocast(device, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
     with torch.enable_grad(), bf16:
@@ -614,16 +628,13 @@ def _island(node, autocast, wanted, *sources):
 def _island_backward(graph, grad, *_sources):
     out, given, parameters = graph
     wanted = [*given, *parameters]
-    if out.requires_grad:
-        found = torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True)
-    else:
-        found = [None] * len(wanted)
+    found = torch.autograd.grad(out, wanted, grad, allow_unused=True) if out.requires_grad else [None] * len(wanted)
     # Autograd may hand out one tensor twice, for both sides of an add. Here gradients are written over: each gets
     # memory of its own.
     gradients, taken = [], set()
-    for gradient in found:
+    for x, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
-            gradient = _dense(gradient)
+            gradient = _as_gradient(gradient, x)
             gradient = gradient.clone() if gradient.untyped_storage()._cdata in taken else gradient
             taken.add(gradient.untyped_storage()._cdata)
         gradients.append(gradient)
