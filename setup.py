@@ -1,7 +1,7 @@
 """Installs the package and builds csrc/ with CMake; everything about that build is in CMakeLists.txt.
 
 Nothing here can fail an install: without a compiler, or where the kernels do not build, the package installs
-without them, runs its ops in plain torch, and says so at first use.
+without them, runs its ops in plain torch, and says so at first use; its planner's search then runs in Python.
 """
 
 import os
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def environment():
 class CMakeBuild(build_ext):
     def run(self):
         folder = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "auglocal_ext"
-        for old in folder.glob("libauglocal_ext*.so"):
-            old.unlink()
+        for old in [*folder.glob("libauglocal_ext*.so"), folder / f"_search{sysconfig.get_config_var('EXT_SUFFIX')}"]:
+            old.unlink(missing_ok=True)
         if not shutil.which(os.environ.get("CXX", "c++")):
             return self.warn("no C++ compiler found: auglocal_ext is installed without its native kernels")
         for cuda in ("ON", "OFF"):
@@ -72,6 +73,7 @@ class CMakeBuild(build_ext):
             options = {
                 "CMAKE_BUILD_TYPE": "Release",
                 "TORCH_ROOT": installed("torch"),
+                "Python_EXECUTABLE": sys.executable,
                 "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
                 "AUGLOCAL_CUDA": cuda,
             }
@@ -99,7 +101,7 @@ setup(
     ext_modules=[Extension("auglocal_ext.native", [])],
     cmdclass={"build_ext": CMakeBuild},
     entry_points={"console_scripts": ["auglocal = auglocal_ext.cli:main"]},
-    setup_requires=["cmake>=3.24", "ninja", "pybind11"] + ([] if installed("torch") else ["torch>=2.11"]),
+    setup_requires=["cmake>=3.24", "ninja", "pybind11>=3"] + ([] if installed("torch") else ["torch>=2.11"]),
     install_requires=["torch>=2.11", torchvision_requirement(), "numpy", "tqdm", "scikit-learn", "matplotlib"],
     extras_require={"test": ["pytest", "pytest-cov", "hypothesis"]},
 )
