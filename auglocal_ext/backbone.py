@@ -35,7 +35,7 @@ class Unit:
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched."""
         with torch.no_grad():
-            return meta_copy(self.module)(x)
+            return _shapes_only(self.module)(x)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _residual_backbone(model, stem, form):
     classifier = nn.Sequential(getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1)), nn.Flatten(1), model.fc)
 
     units, side = [], _SIDE
-    x = torch.empty(2, first_conv.in_channels, side, side, device="meta")
+    x = torch.empty(2, first_conv.in_channels, side, side, device="meta", dtype=first_conv.weight.dtype)
     for name, module, width, copy in parts:
         x, kept = _trace(module, x)
         units.append(Unit(name, module, width or x.shape[1], x.shape[1], side // x.shape[2], kept / side**2, copy))
@@ -139,12 +139,17 @@ def _trace(module, x):
         nonlocal elements
         elements += output[0].numel()
 
-    traced = meta_copy(module)
+    traced = _shapes_only(module)
     for part in traced.modules():
         if isinstance(part, nn.Conv2d):
             part.register_forward_hook(count)
     with torch.no_grad():
         return traced(x), elements
+
+
+def _shapes_only(module):
+    """A meta copy in eval mode: training mode looks at values here and there, and has no other shapes."""
+    return meta_copy(module).eval()
 
 
 def _not_understood(model, name, part):

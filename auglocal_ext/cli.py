@@ -46,7 +46,6 @@ def _parser():
     add("--epochs", type=int, default=15, help="times through the training data (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="images in a step (default: %(default)s)")
     add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that read large images (default: %(default)s)")
@@ -60,6 +59,8 @@ def _parser():
     add("--image-size", type=int, default=32, help="pixels along a side (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="images in a step (default: %(default)s)")
     add("--num-classes", type=int, default=10, help="outputs of the model (default: %(default)s)")
+    add("--picture", type=Path, metavar="FILE", help="draw live memory over the step, as PNG, PDF or SVG")
+    add("--front", type=Path, metavar="FILE", help="with --budget: draw memory against arithmetic for every K")
 
     for command in (training, planning):
         add = command.add_argument
@@ -67,7 +68,12 @@ def _parser():
             "--model", default="resnet20", help="resnet20 ... resnet110, or a torchvision ResNet (default: %(default)s)"
         )
         add("--rule", choices=RULES, default="auglocal", help="bp: plain backpropagation (default: %(default)s)")
-        add("--depth", type=int, default=4, help="layers of an auxiliary net and its classifier (default: %(default)s)")
+        add(
+            "--depth",
+            type=lambda text: text if text == "auto" else int(text),
+            default=4,
+            help="layers of an auxiliary net and its classifier; auto: what --budget allows (default: %(default)s)",
+        )
         add(
             "--form",
             choices=FORMS,
@@ -75,6 +81,8 @@ def _parser():
             "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
         )
         add("--modules", type=int, metavar="K", help="cut into K local modules instead")
+        add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+        add("--budget", metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the least work")
     return parser
 
 
@@ -83,7 +91,15 @@ def _plan(options):
         raise ValueError(f"--num-classes must be at least 1, given {options.num_classes}")
     model = models.create(options.model, options.num_classes)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
-    print(plan(model, shape, options.depth, rule=options.rule, form=options.form, modules=options.modules))
+    if options.front and options.budget is None:
+        raise ValueError("--front draws the search under a budget: give --budget too, for instance --budget 6GB")
+    cutting = {"rule": options.rule, "form": options.form, "modules": options.modules}
+    planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, **cutting)
+    print(planned)
+    for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
+        if path:
+            save(path)
+            print(f"saved {path}")
     return 0
 
 
@@ -120,6 +136,7 @@ def _train(options):
             rule=options.rule,
             form=options.form,
             modules=options.modules,
+            memory_budget=options.budget,
             optimizer=optimizer,
             precision=options.precision,
             device=options.device,
@@ -139,7 +156,7 @@ def _train(options):
                 path.rmdir()
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if options.rule != "bp":
-        title += f", depth {options.depth}, {len(result.plan.modules)} local modules"
+        title += f", depth {result.plan.depth}, {len(result.plan.modules)} local modules"
     report.learning_curve(history, folder / "learning_curve.png", title)
     print(
         f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "

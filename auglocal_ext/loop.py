@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .memory import LiveBytes
 from .optim import constant, cosine, sgd
-from .plan import Plan
+from .plan import Plan, plan
 from .trainer import LocalTrainer
 
 __all__ = ["TrainResult", "TrainingInterrupted", "evaluate", "train"]
@@ -58,6 +58,7 @@ def train(
     rule="auglocal",
     form=None,
     modules=None,
+    memory_budget=None,
     optimizer=None,
     schedule=cosine,
     precision="fp32",
@@ -80,6 +81,8 @@ def train(
         form: "cifar" or "imagenet", the two forms of the AugLocal rule; None: the one its authors used for
             such a network. See `auglocal_ext.rules.cut`.
         modules: K, to cut the model into K local modules instead of one per unit.
+        memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
+            arithmetic, into as many modules as it takes; depth may then be "auto". See `auglocal_ext.plan`.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
@@ -119,9 +122,15 @@ def train(
     if device is not None:
         model.to(_device(device))
     first, batches = _peek(loader, "the loader")
-    batch_size = len(first[0])
+    optimizer = optimizer or sgd(len(first[0]))
     cutting = {"rule": rule, "form": form, "modules": modules}
-    trainer = LocalTrainer(model, depth, optimizer=optimizer or sgd(batch_size), precision=precision, **cutting)
+    if memory_budget is not None or depth == "auto":
+        options = {"precision": precision, "memory_budget": memory_budget, "optimizer": optimizer}
+        planned = plan(model, first[0].shape, depth, **cutting, **options)
+        depth, cutting = planned.depth, {"rule": rule, "form": form, "borders": planned.borders}
+        if progress:
+            tqdm.write(str(planned.choice))
+    trainer = LocalTrainer(model, depth, optimizer=optimizer, precision=precision, **cutting)
     _check_device(first[0], trainer.device)
     del first  # its images would live through the whole training
     if val_loader is not None:
@@ -274,7 +283,8 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
             )
             continue
         trainer.set_learning_rate_factor(factor(steps))
-        with meter:
+        trainer.plan_for(images)  # outside of what is measured
+        with meter(images, labels):
             result = trainer.step(images, labels)
         losses = losses + result.module_losses * len(images)
         correct = correct + (result.logits.argmax(1) == labels).sum()
@@ -318,7 +328,7 @@ def _epoch_line(entry, epochs):
 
 
 class _PeakMeter:
-    """`with meter:` around each step; `peak` is the highest memory seen."""
+    """`with meter(*batch):` around each step; `peak` is the highest memory seen."""
 
     def __init__(self, trainer):
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
@@ -330,17 +340,16 @@ class _PeakMeter:
     def peak(self):
         return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else self._peak
 
-    def __enter__(self):
-        # Counting slows a step down; the second step, when all optimizer state exists, is like every later one.
-        self._live = LiveBytes(self.trainer.tensors()) if not self.cuda and self._steps < 2 else None
+    @contextlib.contextmanager
+    def __call__(self, *batch):
         self._steps += 1
-        if self._live is not None:
-            self._live.__enter__()
-
-    def __exit__(self, *error):
-        if self._live is not None:
-            self._live.__exit__(*error)
-            self._peak = max(self._peak, self._live.peak)
+        # Counting slows a step down; the second step, when all optimizer state exists, is like every later one.
+        if self.cuda or self._steps > 2:
+            yield
+            return
+        with LiveBytes([*self.trainer.tensors(), *batch]) as live:
+            yield
+        self._peak = max(self._peak, live.peak)
 
 
 @contextlib.contextmanager

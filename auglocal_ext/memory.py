@@ -24,16 +24,17 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen = set()
         for tensor in existing:
-            self._count(tensor)
+            self.count(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
-                self._count(value)
+                self.count(value)
         return result
 
-    def _count(self, tensor):
+    def count(self, tensor):
+        """Counts a tensor's storage from now on, until it dies."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._seen:

@@ -1,7 +1,7 @@
 """What a training step will consist of and hold, before it runs: modules, units, aux nets, bytes, arithmetic."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -9,6 +9,8 @@ from torch import nn
 from . import report
 from ._meta import meta_copy
 from .backbone import as_backbone
+from .baselines import eager_bytes
+from .budget import Choice, choose, parse_bytes
 from .liveness import Timeline, fill, timeline
 from .memory import LiveBytes, format_bytes
 from .optim import make_optimizer, sgd
@@ -60,6 +62,8 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     batch_bytes: int  # images and labels
     bp_macs: int  # of backpropagation through the same network
+    eager: dict | None = field(default=None, compare=False, repr=False)  # see `baselines.eager_bytes`
+    choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
 
     @property
     def parameters(self):
@@ -90,9 +94,24 @@ class Plan:
     def macs(self):
         return sum(module.macs for module in self.modules)
 
+    @property
+    def borders(self):
+        """The last unit of each module but the last: what `LocalTrainer` takes to cut the same way."""
+        ends, last = [], -1
+        for module in self.modules[:-1]:
+            last += len(module.units)
+            ends.append(last)
+        return tuple(ends)
+
     def save_picture(self, path):
         """Draws live bytes over the time of one step, stacked by kind, and writes them as an image."""
         report.memory_picture(self, path)
+
+    def save_front(self, path):
+        """Draws what every number of modules costs, memory against arithmetic, and writes it as an image."""
+        if self.choice is None:
+            raise ValueError("save_front draws the search under a memory budget: plan with memory_budget='6GB'")
+        report.front_picture(self, path)
 
     def __str__(self):
         header = ("module", "units", "output", "aux net: unit (width, stride)", "parameters", "aux parameters")
@@ -129,6 +148,13 @@ class Plan:
         for module in self.modules:
             if module.islands:
                 lines.append(f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}")
+        if self.choice is not None:
+            lines += [str(self.choice)]
+        elif self.eager is not None:
+            lines.append(
+                f"eager BP would need {format_bytes(self.eager['bp'])}, and with every unit checkpointed "
+                f"{format_bytes(self.eager['gc'])} at 1.33 x the MACs"
+            )
         return "\n".join([self.title, *lines])
 
     @property
@@ -149,24 +175,59 @@ class Plan:
         )
 
 
-def plan(model, input_shape, depth=4, *, rule="auglocal", form=None, modules=None, precision="fp32", optimizer=None):
+def plan(
+    model,
+    input_shape,
+    depth=4,
+    *,
+    rule="auglocal",
+    form=None,
+    modules=None,
+    precision="fp32",
+    memory_budget=None,
+    optimizer=None,
+):
     """Plans a training without running it; the model is not changed.
 
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, modules, precision, optimizer: see `auglocal_ext.train`.
+        depth, rule, form, modules, precision, optimizer: see `auglocal_ext.train`. depth may be "auto" with a budget.
+        memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
+            least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
 
     Returns:
         Plan
 
     Raises:
-        ValueError: the model cannot be cut, or an argument is out of the range that it allows.
+        ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
+            budget: it then says the least that would, and the batch size that would fit.
     """
     backbone = as_backbone(model)
     shape = check_shape(backbone, input_shape)
-    cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
-    return Planner(model, precision, optimizer).plan(cuts, shape, rule, depth)
+    if memory_budget is None:
+        if depth == "auto":
+            raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
+        cuts, choice = cut(backbone, depth, rule=rule, form=form, modules=modules), None
+        planner = Planner(model, precision, optimizer)
+    else:
+        budget = parse_bytes(memory_budget)
+        cut(backbone, 2 if depth == "auto" else depth, rule=rule, form=form, modules=modules)  # says what is wrong
+        planner = Planner(model, precision, optimizer)
+        _check_device(planner.device, budget)
+        cuts, choice = choose(planner, shape, budget, depth, form, rule, modules)
+        depth = choice.depth
+    planned = planner.plan(cuts, shape, rule, depth)
+    return replace(planned, eager=choice.eager if choice else eager_bytes(planner, shape), choice=choice)
+
+
+def _check_device(device, budget):
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if budget > total:
+            raise ValueError(
+                f"memory_budget {format_bytes(budget)} is more than {device} has: give at most {format_bytes(total)}"
+            )
 
 
 def check_shape(backbone, input_shape):
@@ -213,7 +274,7 @@ class Planner:
         bodies = [nn.ModuleList(u.module for u in self.backbone.units[part.first : part.last + 1]) for part in cuts]
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
         images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=image_dtype or self.dtype, device="meta")
-        optimizers = [self._optimizer(nn.ModuleList(pair)) for pair in zip(bodies, heads, strict=True)]
+        optimizers = [self.optimizer_bytes(nn.ModuleList(pair)) for pair in zip(bodies, heads, strict=True)]
         states = [_bytes({*_tensors(body), *_tensors(head)}) for body, head in zip(bodies, heads, strict=True)]
         batch_bytes = images.nbytes + 8 * len(images)  # labels are int64
         constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers)
@@ -224,7 +285,7 @@ class Planner:
                 existing = [*_tensors(bodies[index]), *_tensors(heads[index])]
                 labels = torch.empty(len(images), dtype=torch.int64, device="meta")
                 given, (line, x) = x, timeline(program, x, labels, existing, count_input=index > 0)
-                made.append((program, line, line.output or self._output(bodies[index], given)))
+                made.append((program, line, line.output or self._output(cuts[index], given)))
             return made
 
         def highest(lines):
@@ -273,15 +334,18 @@ class Planner:
         bp_macs = _bp_macs([line for _, line, _ in walked])
         return Plan(self.name, rule, depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
 
-    @staticmethod
-    @torch.no_grad()
-    def _output(body, x):
-        """The shape of what the last module's units put out, which its program may never store."""
-        for unit in body:
-            x = unit(x.to(next(unit.parameters()).dtype))
+    def state_bytes(self):
+        """Parameters, buffers and optimizer state of the model alone."""
+        return _bytes(_tensors(self.model)) + self.optimizer_bytes(self.model)[0]
+
+    def _output(self, part, x):
+        """The shape of what units of the backbone put out, which the last module's program may never store."""
+        x = x.to(self.dtype)
+        for unit in self.backbone.units[part.first : part.last + 1]:
+            x = unit.trace(x)
         return tuple(x.shape)
 
-    def _optimizer(self, module):
+    def optimizer_bytes(self, module):
         """(bytes of state, bytes that a step needs for a moment) of the optimizer of one module."""
         parameters = [nn.Parameter(p.detach()) for p in module.parameters()]
         optimizer = make_optimizer(self.factory, parameters)

@@ -46,7 +46,7 @@ def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None, borders=
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
     if rule == "bp":
-        if modules not in (None, 1):
+        if modules not in (None, 1) or borders:
             raise ValueError(f"rule='bp' has one module: leave modules out, or set it to 1 (given {modules})")
         return [Cut(0, len(units) - 1, None)]
 

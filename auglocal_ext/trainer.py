@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backbone import as_backbone
+from .memory import format_bytes
 from .optim import make_optimizer, sgd
 from .plan import PRECISIONS, Planner
 from .program import programs
@@ -57,7 +58,8 @@ class LocalTrainer:
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
-        depth, rule, form, modules: how the model is cut; see `auglocal_ext.rules.cut`.
+        depth, rule, form, modules, borders: how the model is cut; see `auglocal_ext.rules.cut`. For a cut that fits a
+            memory budget pass `auglocal_ext.plan(..., memory_budget=...).borders`.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
             momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
@@ -69,11 +71,22 @@ class LocalTrainer:
         plan: `auglocal_ext.plan.Plan`, once a first batch has told its shape.
     """
 
-    def __init__(self, model, depth=4, *, rule="auglocal", form=None, modules=None, optimizer=None, precision="fp32"):
+    def __init__(
+        self,
+        model,
+        depth=4,
+        *,
+        rule="auglocal",
+        form=None,
+        modules=None,
+        borders=None,
+        optimizer=None,
+        precision="fp32",
+    ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
         backbone = as_backbone(model)
-        self._cuts = cut(backbone, depth, rule=rule, form=form, modules=modules)
+        self._cuts = cut(backbone, depth, rule=rule, form=form, modules=modules, borders=borders)
         first = next(model.parameters())
         for name, parameter in model.named_parameters():
             if parameter.dtype not in (torch.float32, torch.float64):
@@ -125,18 +138,17 @@ class LocalTrainer:
                 NaN, and `check` raises.
         """
         images, labels, refused = self._check_batch(images, labels)
-        if not self.model.training:
-            self.model.train()
-        self._plan_for(images)
+        self.plan_for(images)
         inputs, losses, modules = [images], [], self._current_programs()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
+            logits = None  # the module before's
             try:
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
                 features, logits, loss = modules[index].run(inputs, labels)
                 optimizer.step()
             except BaseException as error:
-                _say_where_it_stopped(error, index, len(self.optimizers))
+                _say_where_it_stopped(error, index, len(self.optimizers), self._out_of_memory(error))
                 raise
             finally:
                 optimizer.zero_grad(set_to_none=True)
@@ -156,9 +168,13 @@ class LocalTrainer:
         """
         return self._current_programs()[index].run([features], labels)
 
-    def _plan_for(self, images):
-        """Plans the step where no plan fits: for a first batch, one that is larger or has another size of images, and
-        after a BatchNorm was switched between training and eval mode. A smaller batch runs on the plan there is."""
+    def plan_for(self, images):
+        """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
+        another size of images, and after a BatchNorm was switched between training and eval mode. A smaller batch runs
+        on the plan there is. Puts the model into training mode if it is in eval mode as a whole."""
+        self.check_images(images)
+        if not self.model.training:
+            self.model.train()
         shape, norms = tuple(images.shape), self._norm_modes()
         if self.plan is not None and norms == self._planned_norms:
             planned = self.plan.input_shape
@@ -189,6 +205,21 @@ class LocalTrainer:
 
     def _norm_modes(self):
         return tuple(module.training for module in self.model.modules() if isinstance(module, _BatchNorm))
+
+    def _out_of_memory(self, error):
+        """For an out-of-memory error: what was planned, what there is, what would work."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return ""
+        planned = self.plan.peak_bytes
+        note = f" The plan predicts {format_bytes(planned)} for this step ({planned:,} bytes)"
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            ours = torch.cuda.memory_reserved(self.device)
+            note += (
+                f"; {self.device} has {format_bytes(free)} free of {format_bytes(total)}, this process holds "
+                f"{format_bytes(ours)}: memory_budget='{int(0.9 * (free + ours) / 1e6)}MB' chooses a cut that fits"
+            )
+        return note + "."
 
     def check(self):
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""
@@ -263,7 +294,7 @@ def _bad_labels(backbone, labels=None):
     )
 
 
-def _say_where_it_stopped(error, index, count):
+def _say_where_it_stopped(error, index, count, more=""):
     """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
     if index == 0:
         ahead = "No finished module was changed"
@@ -272,6 +303,7 @@ def _say_where_it_stopped(error, index, count):
     else:
         ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
     note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
+    note += more
     if not error.args:
         error.args = (note,)
     elif isinstance(error.args[0], str):

@@ -146,3 +146,19 @@ def test_without_compiled_kernels_it_trains_and_says_so_once(tmp_path):
     assert done.stderr.count("runs its fused ops in plain torch on cpu: same results, more time") == 1
     assert "AUGLOCAL_NATIVE=0 is set" in done.stderr and "pip install -v -e ." in done.stderr
     assert "test accuracy" in done.stdout
+
+
+def test_plan_under_a_budget(tmp_path, capsys):
+    pictures = ["--picture", str(tmp_path / "plan.png"), "--front", str(tmp_path / "front.png")]
+    assert (
+        main(["plan", "--model", "resnet20", "--batch-size", "32", "--depth", "3", "--budget", "30MB", *pictures]) == 0
+    )
+    output = capsys.readouterr().out
+    assert "budget 30 MB: " in output and "eager BP: " in output and f"saved {tmp_path / 'front.png'}" in output
+    assert (tmp_path / "plan.png").stat().st_size > 10_000 < (tmp_path / "front.png").stat().st_size
+    assert main(["plan", "--budget", "6 parsecs"]) == 2
+    assert (
+        "memory_budget must be a size such as '6GB', '500 MB' or '4GiB', given '6 parsecs'" in capsys.readouterr().err
+    )
+    assert main(["plan", "--front", "x.png"]) == 2
+    assert "give --budget too" in capsys.readouterr().err

@@ -31,7 +31,8 @@ def test_table():
     assert "none: the classifier" in lines[5]
     total = next(line for line in lines if line.startswith("total")).split()
     assert total[1] == "272,474"
-    assert lines[-1].startswith("a step's peak, ") and "is in module 0: state " in lines[-1]
+    assert lines[-2].startswith("a step's peak, ") and "is in module 0: state " in lines[-2]
+    assert lines[-1].startswith("eager BP would need ")
     assert str(plan(models.resnet20(), (2, 3, 32, 32), rule="bp")).startswith("CifarResNet, rule bp: 1 local module,")
 
 
@@ -67,3 +68,18 @@ def test_bad_shapes(tiny_model, shape):
 def test_what_is_no_shape(tiny_model, shape):
     with pytest.raises(TypeError, match=r"input_shape must be \(N, 3, H, W\) for this model, given (int|Tensor)$"):
         plan(tiny_model, shape)
+
+
+def test_bf16_halves_the_activations():
+    full = plan(models.resnet32(), (64, 3, 32, 32), 4)
+    half = plan(models.resnet32(), (64, 3, 32, 32), 4, precision="bf16")
+    assert 0.5 <= half.activation_bytes / full.activation_bytes < 0.52  # statistics and the head stay in float32
+    assert half.state_bytes == full.state_bytes
+
+
+def test_what_eager_needs_is_beside_the_plan():
+    planned = plan(models.resnet32(), (64, 3, 32, 32), 4)
+    # Two maps for each convolution and its ReLU: 2.58 GB in all at a batch of 1024.
+    assert planned.eager["bp"] == pytest.approx(2.58e9 / 16, rel=0.04)
+    assert planned.peak_bytes < planned.eager["gc"] < planned.eager["bp"]
+    assert "eager BP would need 16" in str(planned)

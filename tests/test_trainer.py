@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -372,3 +373,52 @@ def test_a_step_puts_the_model_into_training_mode(trainer, batch):
     trainer.model.eval()
     trainer.step(*batch)
     assert trainer.model.training
+
+
+def test_a_larger_batch_is_planned_again_once_and_a_smaller_one_is_not(trainer, batch):
+    images, labels = batch
+    trainer.step(images, labels)
+    first = trainer.plan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(images[:3], labels[:3])  # an epoch's last batch
+    assert trainer.plan is first
+    with pytest.warns(
+        UserWarning, match=r"a batch of shape \(16, 3, 16, 16\) does not fit the plan for \(8, 3, 16, 16\)"
+    ):
+        trainer.step(torch.cat([images, images]), torch.cat([labels, labels]))
+    planned = trainer.plan
+    assert planned.input_shape == (16, 3, 16, 16) and planned.peak_bytes > first.peak_bytes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(images, labels)
+    assert trainer.plan is planned
+
+
+def test_out_of_memory_names_the_plan(trainer, batch, monkeypatch):
+    def failing(program, inputs, labels):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Program, "run", failing)
+    with pytest.raises(torch.OutOfMemoryError, match=r"The plan predicts [\d.]+ MB for this step \([\d,]+ bytes\)\."):
+        trainer.step(*batch)
+
+
+def test_gradients_lie_as_their_parameters_do(batch):
+    """Fused optimizers go over both side by side; channels_last convolutions give gradients in another order."""
+    torch.manual_seed(0)
+    trainer = LocalTrainer(models.CifarResNet(1), 2)
+    images, labels = batch
+    trainer.backward(0, images.contiguous(memory_format=torch.channels_last), labels)
+    for parameter in trainer.local_modules[0].parameters():
+        assert parameter.grad.stride() == parameter.stride()
+
+
+def test_a_cumulative_average_and_float64_with_a_biased_stem():
+    model = models.CifarResNet(1).double()
+    model.conv1 = nn.Conv2d(3, 16, 3, padding=1, dtype=torch.float64)
+    model.layer1[0].bn1.momentum = None
+    trainer = LocalTrainer(model, 2)
+    trainer.step(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4))
+    assert model.layer1[0].bn1.num_batches_tracked == 1
+    assert not model.layer1[0].bn1.running_mean.eq(0).any()

@@ -285,6 +285,22 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
   return {dweight, dbias};
 }
 
+// The functional form, which autograd calls: in C++ because on small maps the same from Python takes a fifth of the time.
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor& grad, const Tensor& given,
+                                                                   const Tensor& weight, const Tensor& bias,
+                                                                   const Tensor& mean, const Tensor& var,
+                                                                   const std::optional<Tensor>& y, double eps,
+                                                                   bool act) {
+  const MemoryFormat format = check_forward("batch_norm_act_backward", given, weight, bias, std::nullopt).format;
+  const Tensor x = dense(given, format);
+  Tensor dx = empty(x, x.sizes(), format);
+  std::optional<Tensor> dresidual;
+  if (y) dresidual = empty(x, x.sizes(), format);
+  auto [dweight, dbias] = batch_norm_act_backward_out(dense(grad, format), x, weight, bias, mean, var, dense(y, format),
+                                                      eps, act, dx, dresidual);
+  return {dx, y ? *dresidual : empty(x, {0}), dweight, dbias};
+}
+
 }  // namespace
 }  // namespace auglocal
 
@@ -293,4 +309,5 @@ STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
   m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
   m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&auglocal::batch_norm_act_backward));
 }

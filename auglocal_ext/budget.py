@@ -1,0 +1,303 @@
+"""The cheapest cut that fits a memory budget.
+
+A step's peak is made of segments that do not depend on the rest of the cut: what a unit's forward and backward do to
+memory depends on its own shape, on whether it is its module's first or last, and on whether its output and the one
+before it are dropped or kept; a head's on the unit it is behind. So every segment is walked once (`cut_table`), and
+the search (`search`) puts them together to the peak of any module, to the byte.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import search
+from .baselines import eager_bytes
+from .graph import Norm, Pool, trace
+from .liveness import timeline
+from .memory import format_bytes
+from .program import LONGEST_REBUILD, build, module_nodes
+from .rules import Cut, build_head, cut
+
+__all__ = ["Choice", "choose", "cut_table", "parse_bytes"]
+
+DEPTHS = range(2, 7)  # the paper's; what depth="auto" looks at
+
+
+def parse_bytes(text):
+    """'6GB' -> 6_000_000_000; also MB, kB, B, GiB, MiB, KiB, fractions, and whole numbers of bytes."""
+    sizes = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if isinstance(text, bool) or not found or found[2].lower() not in sizes or float(found[1]) <= 0:
+        raise ValueError(f"memory_budget must be a size such as '6GB', '500 MB' or '4GiB', given {text!r}")
+    return int(float(found[1]) * sizes[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search under a budget found.
+
+    point: the cheapest cut that fits: modules, bytes of the step, macs, borders.
+    depth: of its aux nets.
+    front: for each number of modules, its cuts that no other of them beats in both bytes and macs.
+    next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
+    next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
+    eager: bytes of the same step of eager backpropagation ("bp") and with every unit checkpointed ("gc").
+    """
+
+    budget: int
+    point: search.Point
+    depth: int
+    front: list[search.Point] = field(repr=False)
+    next_cheaper: search.Point | None
+    next_smaller: search.Point | None
+    eager: dict[str, int]
+    bp_macs: int
+
+    def __str__(self):
+        lines = [f"budget {format_bytes(self.budget)}: {self._line(self.point)}, depth {self.depth}"]
+        if self.next_cheaper:
+            lines.append(f"next cheaper:  {self._line(self.next_cheaper)}")
+        if self.next_smaller:
+            lines.append(f"next smaller:  {self._line(self.next_smaller)}")
+        lines.append(
+            f"eager BP: {format_bytes(self.eager['bp'])}, MACs 1.000 x BP; BP with every unit checkpointed: "
+            f"{format_bytes(self.eager['gc'])}, about 1.333 x BP"
+        )
+        return "\n".join(lines)
+
+    def _line(self, point):
+        modules = f"{point.modules} module{'s' * (point.modules > 1)}"
+        return f"{modules}, {format_bytes(point.bytes)}, MACs {point.macs / self.bp_macs:.3f} x BP"
+
+
+def choose(planner, shape, budget, depth, form, rule, modules=None):
+    """The cheapest cut of least arithmetic whose step fits `budget` bytes.
+
+    Args:
+        planner: of the model.
+        shape: of the batch, (N, C, H, W).
+        budget: bytes of the whole step, parameters and optimizer included.
+        depth: the paper's d, or "auto": any of DEPTHS.
+        form, rule: see `rules.cut`; with rule "bp" there is one cut.
+        modules: K, to choose among cuts into K modules only; None: any number.
+
+    Returns:
+        (cuts, Choice)
+
+    Raises:
+        ValueError: nothing fits; says the least that would, and the batch size that would fit.
+    """
+    depths = DEPTHS if depth == "auto" else [depth]
+    depths = [d for d in depths if depth != "auto" or d <= len(planner.backbone.units)]
+    wanted = 1 if rule == "bp" else modules
+    best = None
+    for d in depths:
+        table = cut_table(planner, shape, d, form)
+        point = search.cheapest(table, budget, wanted)
+        if point and (best is None or (point.macs, point.bytes) < (best[0].macs, best[0].bytes)):
+            best = point, d, table
+    if best is None:
+        raise _too_small(planner, shape, budget, depths, form, wanted)
+    point, d, table = best
+    front = [p for p in search.front(table) if wanted in (None, p.modules)]
+    cheaper = [p for p in front if p.macs < point.macs]
+    smaller = [p for p in front if p.bytes < point.bytes]
+    choice = Choice(
+        budget,
+        point,
+        d,
+        front,
+        min(cheaper, key=lambda p: (p.bytes, p.macs), default=None),
+        min(smaller, key=lambda p: (p.macs, p.bytes), default=None),
+        eager_bytes(planner, shape),
+        bp_macs=search.cheapest(table, 2**62, 1).macs,
+    )
+    return cut(planner.backbone, d, rule=rule, form=form, borders=point.borders), choice
+
+
+def _too_small(planner, shape, budget, depths, form, wanted):
+    """The error of a budget that nothing fits: what the least is, and which batch would fit."""
+
+    def least(batch):
+        tables = [cut_table(planner, (batch, *shape[1:]), d, form) for d in depths]
+        if wanted is None:
+            return min(search.smallest(table).bytes for table in tables)
+        return min(point.bytes for table in tables for point in search.front(table) if point.modules == wanted)
+
+    smallest, batch, too_large = least(shape[0]), 0, shape[0]
+    if least(2) <= budget:
+        batch = 2
+    while batch and too_large - batch > 1:
+        middle = (batch + too_large) // 2
+        batch, too_large = (middle, too_large) if least(middle) <= budget else (batch, middle)
+    remedy = f"or batches of {batch}" if batch else "and no batch of two images fits it"
+    state = planner.state_bytes()
+    if budget <= state:
+        remedy = f"the model's parameters and optimizer state alone are {format_bytes(state)}"
+    return ValueError(
+        f"memory_budget {format_bytes(budget)} is too small for batches of {shape[0]}: the smallest step of this model "
+        f"needs {format_bytes(smallest)} ({smallest:,} bytes); give at least that, {remedy}"
+    )
+
+
+# ---- the table that the search works on -----------------------------------------------------------------------
+
+
+def cut_table(planner, shape, depth, form):
+    """The `search.CutTable` of a model: every segment of every module, each walked once.
+
+    Args:
+        planner, shape, form: see `choose`.
+        depth: the paper's d.
+    """
+    walker, last = _Walker(planner, shape), len(planner.backbone.units) - 1
+    heads = [_aux_net(planner, j, depth, form) for j in range(last)] + [planner.backbone.classifier]
+    stubs = [_aux_net(planner, j, 2, form) for j in range(last)] + [planner.backbone.classifier]
+    variants = [walker.variants(k, stubs) for k in range(last + 1)]
+    behind = [walker.head(j, heads[j]) for j in range(last)] + [((0, 0), variants[last].head_macs)]
+    rebuilds = [walker.rebuild(k) for k in range(last + 1)]
+    optimizers = [planner.optimizer_bytes(head) for head in heads]
+    return search.CutTable(
+        input_bytes=[0] + [x.nbytes for x in walker.inputs[1:]],
+        forward=[variant.forward for variant in variants],
+        backward=[variant.backward for variant in variants],
+        head=[segment for segment, _ in behind],
+        identity=[identity for identity, _ in rebuilds],
+        rebuild_length=[length for _, length in rebuilds],
+        longest_rebuild=LONGEST_REBUILD,
+        unit_macs=[variant.macs for variant in variants],
+        head_macs=[macs for _, macs in behind],
+        head_state=[_bytes(head) + state for head, (state, _) in zip(heads[:-1], optimizers, strict=False)] + [0],
+        unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
+        head_scratch=[scratch for _, scratch in optimizers],
+        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes,
+        carried=planner.dtype.itemsize,
+    )
+
+
+def _aux_net(planner, last, depth, form):
+    sample = cut(planner.backbone, depth, form=form, borders=(last,))[0].sample
+    with torch.device("meta"):
+        return build_head(planner.backbone, Cut(0, last, sample)).to(planner.dtype)
+
+
+@dataclass(frozen=True)
+class _Variants:
+    """A unit's segments in `search.CutTable`'s nine variants."""
+
+    forward: list
+    backward: list
+    macs: tuple[int, int]  # as a module's first unit, otherwise
+    head_macs: int = 0
+
+
+class _Walker:
+    """Walks modules of one to three units, for what their segments do; equal ones once."""
+
+    def __init__(self, planner, shape):
+        self.planner, self.units, self.known, self.traced = planner, planner.backbone.units, {}, {}
+        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=planner.dtype, device="meta")
+        self.labels = torch.empty(len(images), dtype=torch.int64, device="meta")
+        self.inputs, self.outputs, x = [], [], images
+        for index, unit in enumerate(self.units):
+            self.inputs.append(x)
+            x = unit.trace(x.to(planner.dtype)).to(planner.autocast or planner.dtype)
+            # The last unit hands nothing on: None.
+            self.outputs.append(module_nodes(planner.backbone, index, index, nn.Flatten(1), "unit input")[1])
+        self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
+
+    def trace(self, module, inside, part, source):
+        """`graph.trace`, which remembers: it takes longer than all else, and units come in many modules."""
+        key = id(module), part, source
+        if key not in self.traced:
+            self.traced[key] = module, *trace(module, inside, part, source)
+        return self.traced[key][1:]
+
+    def walk(self, first, last, head, kept=()):
+        """The Timeline of a module of units first..last, the outputs of units `kept` kept and no others."""
+        source = self.outputs[first - 1] if first else "images"
+        nodes, features = module_nodes(self.planner.backbone, first, last, head, source, self.trace)
+        stay = {self.outputs[unit] for unit in kept}
+        program = build(nodes, source, features, autocast=self.planner.autocast, stay=stay)
+        existing = [t for unit in self.units[first : last + 1] for t in _tensors(unit.module)] + _tensors(head)
+        return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
+
+    def variants(self, k, heads):
+        end = len(self.units) - 1
+        # What is before a unit matters by how its output is rebuilt, after a pool or not; the last unit has its head.
+        key = self.kinds[k], "MaxPool" in self.kinds[k - 1][0] if k else None, k in (0, end)
+        if key not in self.known:
+            self.known[key] = self._variants(k, heads, end)
+        return self.known[key]
+
+    def _variants(self, k, heads, end):
+        name, forward, backward = self.units[k].name, [(0, 0)] * 9, [(0, 0)] * 9
+        alone = self.walk(k, k, heads[k])
+        lines = {2: alone}
+        if k < end:
+            lines[0], lines[1] = (self.walk(k, k + 1, heads[k + 1], kept) for kept in ((), (k,)))
+        if k > 0:
+            lines[5], lines[8] = (self.walk(k - 1, k, heads[k], kept) for kept in ((), (k - 1,)))
+        if 0 < k < end:
+            for variant, kept in {3: (), 4: (k,), 6: (k - 1,), 7: (k - 1, k)}.items():
+                lines[variant] = self.walk(k - 1, k + 1, heads[k + 1], kept)
+        for variant, line in lines.items():
+            forward[variant], backward[variant] = _unit_segments(line, name)
+            if k == end:  # its head follows at once, and takes in its last BatchNorm
+                (high, net), (head_high, head_net) = forward[variant], _head_segment(line)
+                forward[variant] = max(high, net + head_high), net + head_net
+        other = lines.get(5, alone)
+        return _Variants(forward, backward, (_macs(alone, name), _macs(other, name)), _macs(alone, "head"))
+
+    def head(self, j, head):
+        """((high, net), macs) of a head's forward and backward behind unit j."""
+        key = str(head), self.kinds[j]
+        if key not in self.known:
+            line = self.walk(j, j, head)
+            self.known[key] = _head_segment(line), _macs(line, "head")
+        return self.known[key]
+
+    def rebuild(self, k):
+        """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
+        nodes, out = module_nodes(self.planner.backbone, k, k, nn.Flatten(1), "unit input")
+        by_name, length = {node.out: node for node in nodes}, 0
+        while out in by_name and isinstance(by_name[out], Norm | Pool):
+            length += 1
+            out = getattr(by_name[out], "residual", None)
+        if out == "unit input":
+            return True, 0
+        # What cannot be rebuilt, an island's output, is always kept.
+        return False, length if out is None and length else LONGEST_REBUILD + 1
+
+
+def _unit_segments(line, name):
+    """((high, net) of the unit's forward, of its backward)."""
+    moments = line.moments
+    at = [index for index, moment in enumerate(moments) if moment.part == name]
+    turn = next(index for index, moment in enumerate(moments) if moment.part == "head")
+    return _segment(moments, [i for i in at if i < turn]), _segment(moments, [i for i in at if i > turn])
+
+
+def _head_segment(line):
+    return _segment(line.moments, [i for i, moment in enumerate(line.moments) if moment.part == "head"])
+
+
+def _segment(moments, at):
+    if not at:
+        return 0, 0
+    start = moments[at[0]].before
+    return max(moments[i].high for i in at) - start, moments[at[-1]].after - start
+
+
+def _macs(line, part):
+    return sum(moment.macs for moment in line.moments if moment.part == part)
+
+
+def _tensors(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(module):
+    return sum(tensor.nbytes for tensor in _tensors(module))

@@ -1,0 +1,348 @@
+"""What a training step costs in memory and arithmetic, beside what a user would do without this project.
+
+    python python/bench_memory.py                              counted on meta tensors: any network, any machine
+    python python/bench_memory.py --device cpu|cuda            small cases run: time and measured bytes as well
+    [--cases NAME ...] [--json FILE] [--markdown FILE]
+
+Rows: eager backpropagation (BP), BP with every unit checkpointed (GC), the local step by autograd as the method's
+authors do it, and this project's step: one module per unit, backpropagation on the same engine (K = 1), and the
+cheapest cuts that stay below given bytes of activations. Activations: the highest of everything but parameters, their
+gradients, optimizer state and the batch; total: everything. Bytes are of live tensors, without a library's scratch.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import auglocal_ext
+from auglocal_ext.backbone import as_backbone
+from auglocal_ext.memory import LiveBytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_kernels import machine
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its batch, the depth of its aux nets, and the activations, in GB, to find the cheapest cut below."""
+
+    network: str
+    shape: tuple[int, int, int, int]
+    classes: int
+    depth: int
+    budgets: tuple[float, ...] = ()
+
+    @property
+    def name(self):
+        return f"{self.network}, {self.shape[2]}x{self.shape[3]}, batch {self.shape[0]}, d={self.depth}"
+
+
+CASES = {
+    "meta": {
+        "resnet32-d4": Case("resnet32", (1024, 3, 32, 32), 10, 4, (0.49, 0.6, 0.7, 1.0)),
+        "resnet32-d6": Case("resnet32", (1024, 3, 32, 32), 10, 6),
+        "resnet110-d4": Case("resnet110", (1024, 3, 32, 32), 10, 4, (0.6, 0.8, 1.0, 1.5, 2.33)),
+        "resnet34-d5": Case("resnet34", (256, 3, 224, 224), 1000, 5, (1.7, 2.0, 2.5)),
+        "resnet101-d5": Case("resnet101", (256, 3, 224, 224), 1000, 5, (6.9, 8.0, 9.0, 10.0)),
+    },
+    "cpu": {
+        "resnet32": Case("resnet32", (128, 3, 32, 32), 10, 4),
+        "resnet18": Case("resnet18", (8, 3, 224, 224), 1000, 4),
+    },
+    "cuda": {
+        "resnet32": Case("resnet32", (1024, 3, 32, 32), 10, 4),
+        "resnet110": Case("resnet110", (1024, 3, 32, 32), 10, 4),
+        "resnet34": Case("resnet34", (256, 3, 224, 224), 1000, 5),
+        "resnet101": Case("resnet101", (256, 3, 224, 224), 1000, 5),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    method: str
+    activations: int | None  # bytes
+    total: int | None
+    macs: float | None  # multiply-accumulates / BP
+    milliseconds: float | None = None  # median of a step
+    allocated: int | None = None  # torch.cuda.max_memory_allocated
+    reserved: int | None = None
+    error: str | None = None  # why there is no figure
+
+
+# ---- steps in plain torch -------------------------------------------------------------------------------------
+
+
+class Eager:
+    """BP by autograd; checkpointed: with each unit behind the stem re-run in the backward, its BatchNorms updated twice
+    as torch.utils.checkpoint leaves them."""
+
+    def __init__(self, model, checkpointed=False, run=None):
+        self.model, self.backbone, self.checkpointed = model, as_backbone(model), checkpointed
+        self.run = run or model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def tensors(self):
+        state = [value for values in self.optimizer.state.values() for value in values.values() if value is not None]
+        return [*self.model.parameters(), *self.model.buffers(), *state]
+
+    def forward_backward(self, images, labels):
+        if not self.checkpointed:
+            logits = self.run(images)
+        else:
+            x = images
+            for index, unit in enumerate(self.backbone.units):
+                x = checkpoint(unit.module, x, use_reentrant=False) if index else unit.module(x)
+            logits = self.backbone.classifier(x)
+            del x
+        F.cross_entropy(logits, labels).backward()
+
+    def step(self, images, labels):
+        self.forward_backward(images, labels)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class EagerLocal:
+    """The local step by autograd: each module's backward at once, then its optimizer, as the authors' code can at
+    best be run."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def tensors(self):
+        return list(self.trainer.tensors())
+
+    def step(self, images, labels):
+        x = images
+        for module, optimizer in zip(self.trainer.local_modules, self.trainer.optimizers, strict=True):
+            x, logits = module(x)
+            F.cross_entropy(logits, labels).backward()
+            x = x.detach()
+            del logits
+            if x.device.type != "meta":  # where fused optimizers are not
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+# ---- counted on meta tensors ------------------------------------------------------------------------------------
+
+
+def counted(case):
+    """Rows of a case, without running it."""
+    with torch.device("meta"):
+        model = auglocal_ext.models.create(case.network, case.classes)
+        images, labels = torch.empty(case.shape), torch.empty(case.shape[0], dtype=torch.int64)
+    one = auglocal_ext.plan(model, case.shape, case.depth)
+    bp = auglocal_ext.plan(model, case.shape, rule="bp")
+    batch = images.nbytes + labels.nbytes
+    state = bp.state_bytes + batch
+    for method, checkpointed, macs in (("eager BP", False, 1.0), ("GC, every unit", True, 4 / 3)):
+        step = Eager(model, checkpointed)
+        peak = live_peak(lambda: step.forward_backward(images, labels), [*step.tensors(), images, labels])  # noqa: B023
+        gradients = bp.modules[0].gradient_bytes if checkpointed else 0
+        # At eager BP's peak, the end of its forward, no gradient is there yet; at GC's most are.
+        yield Row(
+            case.name,
+            method,
+            peak - step_bytes(step) - batch - gradients,
+            peak + state - step_bytes(step) - batch,
+            macs,
+        )
+        model.zero_grad(set_to_none=True)
+    trainer = auglocal_ext.LocalTrainer(model, case.depth)
+    step = EagerLocal(trainer)
+    peak = live_peak(lambda: step.step(images, labels), [*step.tensors(), images, labels])
+    rest = step_bytes(step) + batch
+    yield Row(
+        case.name, "local step by autograd", peak - rest, peak - rest + one.state_bytes + batch, one.macs / one.bp_macs
+    )
+    yield planned(case, "one module per unit", one)
+    yield planned(case, "K = 1 (BP, same engine)", bp)
+    for budget in case.budgets:
+        found = cheapest(model, case, budget * 1e9)
+        yield planned(case, f"cheapest cut, activations <= {budget:g} GB (K = {len(found.modules)})", found)
+
+
+def live_peak(run, existing):
+    with LiveBytes(existing) as live:
+        run()
+    return live.peak
+
+
+def step_bytes(step):
+    return sum(tensor.nbytes for tensor in step.tensors())
+
+
+def planned(case, method, plan):
+    return Row(case.name, method, plan.activation_bytes, plan.peak_bytes, plan.macs / plan.bp_macs)
+
+
+def cheapest(model, case, activations):
+    """The plan of least arithmetic found whose activations are at most that many bytes: memory_budget is of the whole
+    step, so what a cut needs besides is added and the search repeated until that settles."""
+    best, budget, tried = None, activations, set()
+    while len(tried) < 8 and round(budget) not in tried:
+        tried.add(round(budget))
+        try:
+            plan = auglocal_ext.plan(model, case.shape, case.depth, memory_budget=round(budget))
+        except ValueError:
+            budget *= 1.1
+            continue
+        if plan.activation_bytes <= activations and (best is None or plan.macs < best.macs):
+            best = plan
+        budget = activations + plan.peak_bytes - plan.activation_bytes
+    if best is None:
+        raise SystemExit(f"no cut of {case.name} stays below {activations / 1e9:g} GB of activations")
+    return best
+
+
+# ---- run ----------------------------------------------------------------------------------------------------------
+
+
+def measured(case, device, precision, seconds):
+    """Rows of a case that was run, all methods in turn, so that what disturbs the machine disturbs them alike."""
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    images = torch.randn(case.shape).to(device, memory_format=layout)
+    labels = torch.arange(case.shape[0], device=device) % case.classes
+
+    def fresh():
+        torch.manual_seed(0)
+        return auglocal_ext.models.create(case.network, case.classes).to(device, memory_format=layout)
+
+    def local(**options):
+        return auglocal_ext.LocalTrainer(fresh(), case.depth, precision=precision, **options)
+
+    def compiled(budget):
+        torch._dynamo.reset()
+        torch._functorch.config.activation_memory_budget = budget
+        model = fresh()
+        return Eager(model, run=torch.compile(model))
+
+    methods = {
+        "eager BP": lambda: Eager(fresh()),
+        "GC, every unit": lambda: Eager(fresh(), checkpointed=True),
+        "local step by autograd": lambda: EagerLocal(local()),
+        "one module per unit": local,
+        "K = 1 (BP, same engine)": lambda: local(rule="bp"),
+    }
+    if device == "cuda":
+        for budget in (1.0, 0.8, 0.7):
+            methods[f"compiled BP, activation budget {budget:g}"] = lambda budget=budget: compiled(budget)
+    autocast = torch.autocast(device, torch.bfloat16, precision == "bf16")
+    for method, make in methods.items():
+        step = make()
+
+        def run(step=step):
+            if isinstance(step, auglocal_ext.LocalTrainer):
+                step.step(images, labels)
+            else:
+                with autocast:
+                    step.step(images, labels)
+
+        try:
+            yield _measure(case, method, step, run, images, labels, device, seconds)
+        except Exception as error:  # torch.compile may not run here: the row says so
+            yield Row(case.name, method, None, None, None, error=str(error).splitlines()[0])
+        del step, run
+
+
+def _measure(case, method, step, run, images, labels, device, seconds):
+    for _ in range(2):
+        run()
+    allocated = reserved = None
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        activations = total = None
+    else:
+        with LiveBytes([*step.tensors(), images, labels]) as live:
+            existing = live.now
+            run()
+        activations, total = live.peak - existing, live.peak
+    times, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 3:
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    plan = getattr(step, "plan", None)
+    macs = plan.macs / plan.bp_macs if plan else None
+    return Row(case.name, method, activations, total, macs, statistics.median(times), allocated, reserved)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------
+
+
+def markdown(rows, about):
+    """The rows as Markdown; columns without a figure are left out."""
+    gb = lambda value: "" if value is None else f"{value / 1e9:.3f}"  # noqa: E731
+    columns = {
+        "case": lambda row: row.case,
+        "method": lambda row: row.method if row.error is None else f"{row.method}: {row.error}",
+        "activations, GB": lambda row: gb(row.activations),
+        "total, GB": lambda row: gb(row.total),
+        "MACs / BP": lambda row: "" if row.macs is None else f"{row.macs:.2f}",
+        "ms a step": lambda row: "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
+        "allocated, GB": lambda row: gb(row.allocated),
+        "reserved, GB": lambda row: gb(row.reserved),
+    }
+    columns = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
+    lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=CASES, default="meta")
+    parser.add_argument("--cases", nargs="+", help="only these (default: all of the device's)")
+    parser.add_argument("--batch-size", type=int, help="images in a step (default: each case's own)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of measured steps")
+    parser.add_argument("--seconds", type=float, default=10, help="measuring time per method")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    options = parser.parse_args()
+    cases = CASES[options.device]
+    unknown = set(options.cases or ()) - set(cases)
+    if unknown:
+        parser.error(f"--cases must be of {', '.join(cases)} on {options.device}, given {', '.join(sorted(unknown))}")
+    about = {"counted on": "meta tensors", "torch": torch.__version__, "precision": options.precision}
+    if options.device != "meta":
+        about = {"precision": options.precision, **machine(options.device)}
+    rows = []
+    for name in options.cases or cases:
+        case = cases[name]
+        if options.batch_size:
+            case = replace(case, shape=(options.batch_size, *case.shape[1:]))
+        made = (
+            counted(case)
+            if options.device == "meta"
+            else measured(case, options.device, options.precision, options.seconds)
+        )
+        for row in made:
+            rows.append(row)
+            print(f"{row.case}: {row.method}", file=sys.stderr, flush=True)
+    print(markdown(rows, about))
+    if options.markdown:
+        options.markdown.write_text(markdown(rows, about))
+    if options.json:
+        options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The cheapest cut under a memory budget: what the search works on is exact, what it finds fits, its errors help."""
+
+import random
+
+import pytest
+import torch
+
+from auglocal_ext import models, plan, search, train
+from auglocal_ext.budget import cut_table, parse_bytes
+from auglocal_ext.memory import format_bytes
+from auglocal_ext.plan import Planner
+from auglocal_ext.rules import cut
+
+NETWORKS = [
+    ("resnet20", (8, 3, 32, 32), 3, {}),
+    ("resnet32", (8, 3, 32, 32), 4, {"precision": "bf16"}),
+    ("resnet110", (4, 3, 32, 32), 4, {"optimizer": torch.optim.AdamW}),
+    ("resnet18", (4, 3, 64, 64), 4, {}),
+    ("resnet50", (4, 3, 64, 64), 5, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "depth", "options"), NETWORKS)
+def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, shape, depth, options):
+    with torch.device("meta"):
+        planner = Planner(models.create(name, 10), **options)
+    table, units = cut_table(planner, shape, depth, None), len(planner.backbone.units)
+    peaks, rng = search.module_peaks(table), random.Random(0)
+    for _ in range(4):
+        borders = tuple(sorted(rng.sample(range(units - 1), rng.randint(0, 6))))
+        parts = list(zip((0, *(b + 1 for b in borders)), (*borders, units - 1), strict=True))
+        highest = max(peaks[i][j] + table.carried * m for m, (i, j) in enumerate(parts))
+        macs = sum(
+            table.unit_macs[i][0] + sum(table.unit_macs[k][1] for k in range(i + 1, j + 1)) + table.head_macs[j]
+            for i, j in parts
+        )
+        planned = planner.plan(cut(planner.backbone, depth, borders=borders), shape, "auglocal", depth)
+        assert table.constant + sum(table.head_state[b] for b in borders) + highest == planned.peak_bytes
+        assert macs == planned.macs
+
+
+def test_the_choice_is_the_cheapest_that_fits():
+    shape = (64, 3, 32, 32)
+    planned = plan(models.resnet32(), shape, 4, memory_budget="60MB")
+    choice = planned.choice
+    assert planned.peak_bytes == choice.point.bytes <= 60e6
+    assert planned.macs == choice.point.macs
+    assert planned.borders == choice.point.borders
+    for modules in range(1, 17, 3):
+        other = plan(models.resnet32(), shape, 4, modules=modules)
+        assert other.peak_bytes > 60e6 or other.macs >= planned.macs
+    assert choice.next_cheaper.macs < planned.macs and choice.next_cheaper.bytes > 60e6
+    assert choice.next_smaller.bytes < planned.peak_bytes and choice.next_smaller.macs >= planned.macs
+    text = str(planned)
+    for line in ("budget 60 MB: ", "next cheaper: ", "next smaller: ", "eager BP: "):
+        assert line in text
+
+
+def test_a_large_budget_gives_backpropagation():
+    planned = plan(models.resnet20(), (64, 3, 32, 32), 3, memory_budget=10**9)
+    assert len(planned.modules) == 1 and planned.macs == planned.bp_macs
+
+
+def test_the_number_of_modules_and_the_depth_can_be_given_or_left():
+    shape, network = (64, 3, 32, 32), models.CifarResNet(2)
+    fixed = plan(network, shape, 3, modules=4, memory_budget="80MB")
+    assert len(fixed.modules) == 4 and fixed.depth == 3
+    budget = plan(network, shape, 3, modules=3).peak_bytes
+    free = plan(network, shape, "auto", memory_budget=budget)
+    assert free.depth in range(2, 7)
+    assert free.macs <= plan(network, shape, 3, memory_budget=budget).macs
+    assert len(plan(network, shape, rule="bp", memory_budget="1GB").modules) == 1
+
+
+def test_a_budget_too_small_says_what_would_do():
+    shape = (64, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"memory_budget 10 MB is too small for batches of 64: the smallest") as error:
+        plan(models.resnet32(), shape, 4, memory_budget="10MB")
+    text = str(error.value)
+    smallest = int(text.split("(")[1].split(" bytes")[0].replace(",", ""))
+    assert plan(models.resnet32(), shape, 4, memory_budget=smallest).peak_bytes == smallest
+    batch = int(text.rsplit(" ", 1)[1])
+    assert plan(models.resnet32(), (batch, *shape[1:]), 4, memory_budget="10MB").peak_bytes <= 10e6
+    with pytest.raises(ValueError, match="too small"):
+        plan(models.resnet32(), (batch + 1, *shape[1:]), 4, memory_budget="10MB")
+    with pytest.raises(ValueError, match="the model's parameters and optimizer state alone are 3.7. MB"):
+        plan(models.resnet32(), shape, 4, memory_budget="1MB")
+
+
+@pytest.mark.parametrize("text", ["6 parsecs", "", "GB", "-1GB", "0", "1e9x", None, True])
+def test_a_budget_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="memory_budget must be a size such as '6GB'"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6e9), ("1.5 gb", 1.5e9), ("500 MB", 5e8), ("4GiB", 4 * 2**30), ("12", 12), (12, 12), (3e9, 3e9)],
+)
+def test_budgets_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="depth='auto' chooses under a budget: give memory_budget too"):
+        plan(models.resnet20(), (8, 3, 32, 32), "auto")
+    with pytest.raises(ValueError, match="depth must be at most"):
+        plan(models.resnet20(), (8, 3, 32, 32), 30, memory_budget="1GB")
+    with pytest.raises(ValueError, match="modules must be a whole number from 1 to 10"):
+        plan(models.resnet20(), (8, 3, 32, 32), 3, modules=11, memory_budget="1GB")
+    with pytest.raises(ValueError, match="save_front draws the search under a memory budget"):
+        plan(models.resnet20(), (8, 3, 32, 32), 3).save_front("front.png")
+
+
+def test_train_cuts_by_the_budget(capsys):
+    torch.manual_seed(0)
+    shape, loader = (16, 3, 32, 32), [(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)] * 3
+    budget = plan(models.CifarResNet(2), shape, rule="bp").peak_bytes - 1
+    result = train(models.CifarResNet(2), loader, 2, memory_budget=budget, epochs=1)
+    assert len(result.plan.modules) > 1
+    assert result.peak_bytes == result.plan.peak_bytes <= budget
+    assert f"budget {format_bytes(budget)}: " in capsys.readouterr().out
+    assert result.plan.borders == plan(models.CifarResNet(2), shape, 2, memory_budget=budget).borders
+
+
+def test_pictures(tmp_path):
+    planned = plan(models.resnet20(), (16, 3, 32, 32), 3, memory_budget="12MB")
+    planned.save_picture(tmp_path / "plan.png")
+    planned.save_front(tmp_path / "front.svg")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "front.svg").read_text()
+    assert "</svg>" in text
