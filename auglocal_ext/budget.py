@@ -220,7 +220,8 @@ class _Walker:
         source = self.outputs[first - 1] if first else "images"
         nodes, features = module_nodes(self.planner.backbone, first, last, head, source, self.trace)
         stay = {self.outputs[unit] for unit in kept}
-        program = build(nodes, source, features, autocast=self.planner.autocast, stay=stay)
+        options = {"autocast": self.planner.autocast, "stay": stay, "recompute": self.planner.recompute}
+        program = build(nodes, source, features, **options)
         existing = [t for unit in self.units[first : last + 1] for t in _tensors(unit.module)] + _tensors(head)
         return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
 
@@ -266,10 +267,11 @@ class _Walker:
         while out in by_name and isinstance(by_name[out], Norm | Pool):
             length += 1
             out = getattr(by_name[out], "residual", None)
-        if out == "unit input":
+        if out == "unit input" and not self.planner.recompute:
             return True, 0
-        # What cannot be rebuilt, an island's output, is always kept.
-        return False, length if out is None and length else LONGEST_REBUILD + 1
+        # With recompute a block's output is kept. What cannot be rebuilt, an island's output, is always kept.
+        derived = out is None and length and not self.planner.recompute
+        return False, length if derived else LONGEST_REBUILD + 1
 
 
 def _unit_segments(line, name):

@@ -82,6 +82,7 @@ def _parser():
         )
         add("--modules", type=int, metavar="K", help="cut into K local modules instead")
         add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+        add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
         add("--budget", metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the least work")
     return parser
 
@@ -93,7 +94,7 @@ def _plan(options):
     shape = (options.batch_size, 3, options.image_size, options.image_size)
     if options.front and options.budget is None:
         raise ValueError("--front draws the search under a budget: give --budget too, for instance --budget 6GB")
-    cutting = {"rule": options.rule, "form": options.form, "modules": options.modules}
+    cutting = {"rule": options.rule, "form": options.form, "modules": options.modules, "recompute": options.recompute}
     planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, **cutting)
     print(planned)
     for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
@@ -137,6 +138,7 @@ def _train(options):
             form=options.form,
             modules=options.modules,
             memory_budget=options.budget,
+            recompute=options.recompute,
             optimizer=optimizer,
             precision=options.precision,
             device=options.device,

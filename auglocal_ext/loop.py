@@ -59,6 +59,7 @@ def train(
     form=None,
     modules=None,
     memory_budget=None,
+    recompute=False,
     optimizer=None,
     schedule=cosine,
     precision="fp32",
@@ -83,6 +84,8 @@ def train(
         modules: K, to cut the model into K local modules instead of one per unit.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth may then be "auto". See `auglocal_ext.plan`.
+        recompute: run each block's convolutions again in the backward instead of keeping their outputs: gradient
+            checkpointing inside every module, for a third more arithmetic.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
@@ -124,13 +127,13 @@ def train(
     first, batches = _peek(loader, "the loader")
     optimizer = optimizer or sgd(len(first[0]))
     cutting = {"rule": rule, "form": form, "modules": modules}
+    options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     if memory_budget is not None or depth == "auto":
-        options = {"precision": precision, "memory_budget": memory_budget, "optimizer": optimizer}
-        planned = plan(model, first[0].shape, depth, **cutting, **options)
+        planned = plan(model, first[0].shape, depth, memory_budget=memory_budget, **cutting, **options)
         depth, cutting = planned.depth, {"rule": rule, "form": form, "borders": planned.borders}
         if progress:
             tqdm.write(str(planned.choice))
-    trainer = LocalTrainer(model, depth, optimizer=optimizer, precision=precision, **cutting)
+    trainer = LocalTrainer(model, depth, **cutting, **options)
     _check_device(first[0], trainer.device)
     del first  # its images would live through the whole training
     if val_loader is not None:

@@ -185,6 +185,7 @@ def plan(
     modules=None,
     precision="fp32",
     memory_budget=None,
+    recompute=False,
     optimizer=None,
 ):
     """Plans a training without running it; the model is not changed.
@@ -192,7 +193,8 @@ def plan(
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, modules, precision, optimizer: see `auglocal_ext.train`. depth may be "auto" with a budget.
+        depth, rule, form, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
+            be "auto".
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
 
@@ -209,11 +211,11 @@ def plan(
         if depth == "auto":
             raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
         cuts, choice = cut(backbone, depth, rule=rule, form=form, modules=modules), None
-        planner = Planner(model, precision, optimizer)
+        planner = Planner(model, precision, optimizer, recompute)
     else:
         budget = parse_bytes(memory_budget)
         cut(backbone, 2 if depth == "auto" else depth, rule=rule, form=form, modules=modules)  # says what is wrong
-        planner = Planner(model, precision, optimizer)
+        planner = Planner(model, precision, optimizer, recompute)
         _check_device(planner.device, budget)
         cuts, choice = choose(planner, shape, budget, depth, form, rule, modules)
         depth = choice.depth
@@ -246,13 +248,13 @@ class Planner:
 
     Args:
         model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
-        precision, optimizer: see `auglocal_ext.train`.
+        precision, optimizer, recompute: see `auglocal_ext.train`.
     """
 
-    def __init__(self, model, precision="fp32", optimizer=None):
+    def __init__(self, model, precision="fp32", optimizer=None, recompute=False):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
-        self.name, self.precision = type(model).__name__, precision
+        self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.model = meta_copy(model)
         if not model.training:
@@ -281,30 +283,35 @@ class Planner:
 
         def walk(keep=None):
             made, x = [], images
-            for index, program in enumerate(programs(self.backbone, cuts, heads, self.autocast, keep)):
+            for index, program in enumerate(programs(self.backbone, cuts, heads, self.autocast, keep, self.recompute)):
                 existing = [*_tensors(bodies[index]), *_tensors(heads[index])]
                 labels = torch.empty(len(images), dtype=torch.int64, device="meta")
                 given, (line, x) = x, timeline(program, x, labels, existing, count_input=index > 0)
                 made.append((program, line, line.output or self._output(cuts[index], given)))
             return made
 
-        def highest(lines):
-            return [line.peak + index * self.dtype.itemsize for index, line in enumerate(lines)]
-
         walked = walk()
-        lines = [line for _, line, _ in walked]
-        top, activations = max(highest(lines)), max(line.activations for line in lines)
+        carried = [index * self.dtype.itemsize for index in range(len(cuts))]  # the losses of the modules before
+        top = max(line.peak + before for (_, line, _), before in zip(walked, carried, strict=True))
+        activations = max(line.activations for _, line, _ in walked)
         keep = [
-            fill(program.gaps, line, top - index * self.dtype.itemsize, activations)
-            for index, (program, line, _) in enumerate(walked)
+            fill(program.gaps, line, top - before, activations)
+            for (program, line, _), before in zip(walked, carried, strict=True)
         ]
         walked = walk(keep)
+        # Kept values change what is rebuilt from what: where that needs more after all, nothing is kept.
+        high = [
+            line.peak + before > top or line.activations > activations
+            for (_, line, _), before in zip(walked, carried, strict=True)
+        ]
+        if any(high):
+            keep = [frozenset() if too_high else kept for kept, too_high in zip(keep, high, strict=True)]
+            walked = walk(keep)
         modules = []
         for index, (part, body, head, (program, line, output)) in enumerate(
             zip(cuts, bodies, heads, walked, strict=True)
         ):
             sample, (state, scratch), units = part.sample, optimizers[index], self.backbone.units
-            carried = index * self.dtype.itemsize  # the losses of the modules before
             modules.append(
                 ModulePlan(
                     index=index,
@@ -323,7 +330,7 @@ class Planner:
                     optimizer_scratch=scratch,
                     kept_bytes=line.kept,
                     activation_bytes=line.activations,
-                    peak_bytes=constant + carried + max(line.peak, line.end + scratch),
+                    peak_bytes=constant + carried[index] + max(line.peak, line.end + scratch),
                     macs=line.macs,
                     rebuild_share=line.rebuild_share,
                     islands=tuple(program.islands),

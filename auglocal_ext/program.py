@@ -8,6 +8,9 @@ where the backward needs it. A backward takes the weight gradient first and the 
 rebuilt activation is gone before the data gradient is born; BatchNorm's backward writes over the incoming gradient or
 over its own input; the module's input gets no gradient; the head's feature-map gradient is an (N, C) matrix. The
 module's output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
+
+With `recompute`, convolution outputs are derived too, by running the convolution again, and what is kept is what more
+than one node reads, the blocks' inputs: gradient checkpointing of every block, BatchNorm's statistics taken once.
 """
 
 import contextlib
@@ -115,7 +118,7 @@ class Program:
             del values[name]
 
 
-def programs(backbone, cuts, heads, autocast=None, keep=None):
+def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False):
     """The programs of a backbone's local modules, in order.
 
     Args:
@@ -123,11 +126,12 @@ def programs(backbone, cuts, heads, autocast=None, keep=None):
         heads: each module's head, the classifier last.
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: for each module, the keys of gaps not to drop a value over; None: drop everywhere.
+        recompute: see `build`.
     """
     made, source = [], "images"
     for part, head, kept in zip(cuts, heads, keep or [()] * len(cuts), strict=True):
         nodes, features = module_nodes(backbone, part.first, part.last, head, source)
-        made.append(build(nodes, source, features, autocast=autocast, keep=kept))
+        made.append(build(nodes, source, features, autocast=autocast, keep=kept, recompute=recompute))
         source = features
     return made
 
@@ -145,7 +149,7 @@ def module_nodes(backbone, first, last, head, source, trace=trace):
     return join(nodes, head_nodes, features), features
 
 
-def build(nodes, source, features, *, autocast=None, keep=(), stay=None):
+def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False):
     """The program of one local module.
 
     Args:
@@ -155,15 +159,18 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None):
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: keys of gaps not to drop a value over.
         stay: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
+        recompute: drop convolution outputs too, and run the convolutions again.
     """
-    emit = _Emitter(nodes, source, features, autocast)
+    emit = _Emitter(nodes, source, features, autocast, recompute)
     for node in nodes:
         emit.forward(node)
     emit.begin_backward()
     for node in reversed(nodes):
         emit.backward(node)
     _sum_shared(emit)
-    steps, gaps = _with_rebuilds(emit, keep, _kept(emit) if stay is None else stay)
+    if stay is None:
+        stay = set() if recompute else _kept(emit)
+    steps, gaps = _with_rebuilds(emit, keep, stay)
     logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
     kept = {features, logits, "loss", *emit.gradients} - {None}
     _add_frees(steps, {source, "labels"}, kept)
@@ -175,12 +182,13 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None):
 
 
 class _Emitter:
-    def __init__(self, nodes, source, features, autocast):
+    def __init__(self, nodes, source, features, autocast, recompute):
         self.steps, self.gradients = [], {}
         self.derived = {}  # a value that can be rebuilt -> the Step that does it
         self.pinned = set()  # derived values that stay from their birth to their last reader
         self.source, self.features, self.autocast = source, features, autocast
         self.gradient_of = {}  # a value -> the name of its gradient so far
+        self.recompute, self.recomputed = recompute, set()  # recomputed: derived values that a convolution makes
         self.shape_of = {}  # a derived value -> a stored one of its shape and layout
         self.waiting = []  # data gradients of convolutions that read one map, after all their weight gradients
         self.first_backward = None
@@ -205,11 +213,17 @@ class _Emitter:
             case Conv():
                 run = partial(_conv, node.conv, self.autocast)
                 self.add(node, "conv", run, [node.source], [node.out], _conv_macs(node.conv))
+                if self.recompute:
+                    again = partial(_recomputed_conv, node.conv, self.autocast)
+                    self.recomputed.add(node.out)
+                    step = Step("recompute", node.part, again, (node.source,), (node.out,), _conv_macs(node.conv))
+                    self.derived[node.out] = step
             case Norm():
                 statistics = _statistics(node)
                 self.add(node, "norm", partial(_norm, node.bn, node.relu), node.sources, [node.out, *statistics])
                 self._derive(node, partial(_rebuild_norm, node.bn, node.relu), [node.source, *statistics], [node.out])
-                self.shape_of[node.out] = self.shape_of.get(node.source, node.source)
+                if not (self.recompute and self.readers[node.out] > 1):  # then the value itself is kept
+                    self.shape_of[node.out] = self.shape_of.get(node.source, node.source)
             case Pool():
                 made, statistics = [node.out, f"{node.out}.index"], _statistics(node)
                 self.add(node, "statistics", partial(_batch_statistics, node.bn), [node.source], statistics)
@@ -375,6 +389,8 @@ def _with_rebuilds(emit, keep, stay):
     """The steps with each derived value rebuilt where it is read and not there, and the gaps between."""
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: derived values only
     stay = emit.pinned | stay
+    if emit.recompute:
+        stay |= {name for name in emit.derived if emit.readers.get(name, 0) > 1}
     reads_of = {name: [] for name in emit.derived}
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -387,17 +403,19 @@ def _with_rebuilds(emit, keep, stay):
         for read in missing:
             if read not in live:
                 rebuild(read, part, needed)
-        over = set(missing).difference(needed)  # made for this rebuild alone: it may write there
+        # Made for this rebuild alone: it may write there. A convolution's output stays, once it is there again.
+        over = set(missing).difference(needed, emit.recomputed)
         live.difference_update(over)
         live.update(recipe.writes)
         run = partial(recipe.run, [read in over for read in recipe.reads])
-        steps.append(Step(recipe.name, part, run, recipe.reads, recipe.writes))
+        steps.append(Step(recipe.name, part, run, recipe.reads, recipe.writes, recipe.macs))
 
     def stays(name, index):
         later = next((at for at in reads_of[name] if at > index), None)
         if later is None:
             return name == emit.features
-        return later < emit.first_backward or later == index + 1 or name in stay or (name, later) in keep
+        again = name in emit.recomputed and index >= emit.first_backward
+        return later < emit.first_backward or later == index + 1 or name in stay or again or (name, later) in keep
 
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -490,6 +508,10 @@ def _conv(conv, autocast, x):
     x = _lower(x, autocast)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return _aten.convolution(x, conv.weight.to(x.dtype), bias, *_geometry(conv))
+
+
+def _recomputed_conv(conv, autocast, _over, x):
+    return _conv(conv, autocast, x)
 
 
 def _weight_gradient(conv, autocast, grad, x):

@@ -63,6 +63,8 @@ class LocalTrainer:
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
             momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
+        recompute: keep blocks' inputs only, and run each block's convolutions again in the backward: gradient
+            checkpointing, with BatchNorm's statistics updated once.
 
     Attributes:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
@@ -82,6 +84,7 @@ class LocalTrainer:
         borders=None,
         optimizer=None,
         precision="fp32",
+        recompute=False,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
@@ -104,7 +107,7 @@ class LocalTrainer:
                     f"parameter {name} is frozen: local modules train every parameter; call "
                     f"model.requires_grad_(True), or train with the frozen part outside the model"
                 )
-        self.model, self.precision, self.plan = model, precision, None
+        self.model, self.precision, self.recompute, self.plan = model, precision, recompute, None
         self._backbone, self._rule, self._depth = backbone, rule, depth
         self.device, self.dtype = first.device, first.dtype
         heads = [build_head(backbone, part) for part in self._cuts]
@@ -185,7 +188,7 @@ class LocalTrainer:
                 f"give batches of one shape, the largest first",
                 stacklevel=3,
             )
-        planner = Planner(self.model, self.precision, self._optimizer)
+        planner = Planner(self.model, self.precision, self._optimizer, self.recompute)
         heads = [module.head for module in self.local_modules]
         self.plan = planner.plan(self._cuts, shape, self._rule, self._depth, heads, images.dtype)
         self._planned_norms = norms
@@ -199,7 +202,7 @@ class LocalTrainer:
             autocast = torch.bfloat16 if self.precision == "bf16" else None
             planned = self.plan is not None and norms == self._planned_norms
             keep = [module.keep for module in self.plan.modules] if planned else None
-            self._programs = programs(self._backbone, self._cuts, heads, autocast, keep)
+            self._programs = programs(self._backbone, self._cuts, heads, autocast, keep, self.recompute)
             self._programmed_norms = norms
         return self._programs
 
