@@ -10,6 +10,7 @@ time beyond what it was given. A column is empty where it has no meaning.
 """
 
 import argparse
+import ctypes
 import copy
 import functools
 import json
@@ -464,6 +465,15 @@ def run_op(op, options, about):
     return rows
 
 
+def keep_freed_memory():
+    """Makes glibc keep what is freed. Else each case's large buffers come fresh from the system or not by what was
+    allocated before it, and page faults, several times a kernel's time, are measured instead of it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=[*OPS, "all"], default="batch_norm_act")
@@ -476,6 +486,8 @@ def main(arguments=None):
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time per figure")
     parser.add_argument("--json", type=Path, help="also write the figures here; {op} in it is replaced by the op")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        keep_freed_memory()
     if options.op == "all" and options.json and "{op}" not in str(options.json):
         parser.error("--json must have {op} in it where all ops are run, given " + str(options.json))
 
