@@ -10,8 +10,8 @@ time beyond what it was given. A column is empty where it has no meaning.
 """
 
 import argparse
-import ctypes
 import copy
+import ctypes
 import functools
 import json
 import platform
