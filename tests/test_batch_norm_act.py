@@ -61,13 +61,23 @@ def test_error_is_at_most_twice_torchs(shape, layout, dtype, residual, relu, dev
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3, 2, 2), (16, 40, 30, 30)])
 def test_statistics_alone_are_the_same_bits(shape, layout, dtype, device):
     x, weight, bias, _, _ = make(shape, dtype, layout, False, device=device)
     _, mean, var = torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, None, 1e-5, True)
     alone = batch_norm_statistics(x)
     assert torch.equal(alone[0], mean) and torch.equal(alone[1], var) and mean.dtype == alone[0].dtype
     opcheck(torch.ops.auglocal_ext.batch_norm_statistics.default, (x,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_the_residual_lies_changes_no_bit_of_the_statistics(layout, device):
+    x, weight, bias, added, _ = make((6, 16, 8, 8), torch.float32, layout, True, device=device)
+    shifted = torch.empty(x.numel() + 1, device=device).as_strided(x.shape, x.stride(), 1).copy_(added)
+    y, *statistics = batch_norm_act(x, weight, bias, shifted)
+    assert torch.equal(y, batch_norm_act(x, weight, bias, added)[0])
+    assert all(torch.equal(a, b) for a, b in zip(statistics, batch_norm_statistics(x), strict=True))
 
 
 def test_large_mean_is_survived():

@@ -88,13 +88,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const double n = share.vectors, d = double(get<A>(pivot, i)) - double(origins[share.in_group + lane]);
       add(sums[lane], {first[i] + n * d, second[i] + d * (2 * double(first[i]) + n * d)});
     }
-    const double2 sum = team.sum(group, share, sums);
+    const double2 sum = team.sum(group, share, sums, args.y != nullptr);
     if (owner) {
       const double count = max(plan.count, int64_t(1)), shift = sum.x / count;
       const double variance = sum.y / count - shift * shift;
       const A mean = A(double(origin) + shift), var = A(variance < 0 ? 0 : variance);  // NaN stays
       affines[threadIdx.x] = make_affine(mean, var, weight, bias, args.eps);
-      if (team.part == 0) {
+      if (team.writes) {
         args.mean[channel] = mean;
         args.var[channel] = var;
       }
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (owner) {
       const double invstd = 1 / sqrt(variance + args.eps), count = max(plan.count, int64_t(1));
       backs[threadIdx.x] = {affines[threadIdx.x].scale, A(total.x / count), A(total.y * invstd * invstd / count)};
-      if (team.part == 0) {
+      if (team.writes) {
         args.dbias[channel] = A(total.x);
         args.dweight[channel] = A(total.y * invstd);
       }
@@ -245,8 +245,9 @@ std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
     using A = typename Compute<T>::type;
     const ForwardArgs<A, T> args{data<T>(x), nullptr, nullptr, nullptr, nullptr, mutable_data<A>(mean),
                                  mutable_data<A>(var), 0, false};
+    // batch_norm_act's kernel, vectors and plan, so that the sums are its sums to the bit.
     with_shape<T>(at, {args.x}, [&](auto width, auto order) {
-      launch<forward_kernel<T, width, order>, width, order, T>(at, 0, x, mean, args);
+      launch<forward_kernel<T, width, order>, width, order, T>(at, 1, x, mean, args, false);
     });
   });
   return {mean, var};
@@ -258,7 +259,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   const Layout at = check_forward(op, given, weight, bias, given_residual);
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor x = dense(given, at.format);
-  const std::optional<Tensor> residual = dense(given_residual, at.format);
+  std::optional<Tensor> residual = dense(given_residual, at.format);
+  // The vectors, and with them the order of the sums, are to follow from x alone.
+  if (residual && !aligned({residual->const_data_ptr()}, 16)) residual = torch::stable::clone(*residual);
   Tensor y = empty(x, x.sizes(), at.format), mean = empty(weight, weight.sizes()), var = empty(weight, weight.sizes());
   if (at.channels == 0) return {y, mean, var};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {

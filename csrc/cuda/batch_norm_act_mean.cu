@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const double invstd = 1 / sqrt(variance + args.eps), count = max(plan.count, int64_t(1));
       const double of_grad = total.x / args.map, of_dot = total.y / args.map;
       backs[threadIdx.x] = {affines[threadIdx.x].scale, A(of_grad / count), A(of_dot * invstd * invstd / count)};
-      if (team.part == 0) {
+      if (team.writes) {
         args.dbias[channel] = A(of_grad);
         args.dweight[channel] = A(of_dot * invstd);
       }

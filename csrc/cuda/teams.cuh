@@ -288,20 +288,23 @@ __device__ double2 joined_sum(const Plan& plan, const Share<V, Order::joined>& s
 class Team {
  public:
   int index, part;
+  bool writes;  // what the last sum() is for: one block of the team
 
   // The counters are not zero yet: the first block clears them while the others already read their shares.
   __device__ Team(const Plan& plan, double2* partial, unsigned* arrivals)
-      : index(blockIdx.x / plan.parts), part(blockIdx.x % plan.parts), plan_(plan), partial_(partial),
-        arrivals_(arrivals) {
+      : index(blockIdx.x / plan.parts), part(blockIdx.x % plan.parts), writes(part == 0), plan_(plan),
+        partial_(partial), arrivals_(arrivals) {
     if (plan.parts == 1) return;
     if (blockIdx.x == 0)
-      for (int i = threadIdx.x; i < plan.teams; i += kThreads) arrivals[i] = 0;
+      for (int64_t i = threadIdx.x; i < plan.groups; i += kThreads) arrivals[i] = 0;
     cleared_ = cooperative_groups::this_grid().barrier_arrive();
   }
 
-  // Thread c returns the sum of the group's channel c over the team, in every block of the team.
+  // Thread c returns the sum of the group's channel c over the team: in every block of the team, or, without waiting
+  // for one another, in the block that comes last.
   template <int V, Order kOrder>
-  __device__ double2 sum(int64_t group, const Share<V, kOrder>& share, double2 (&sums)[kLanes<kOrder, V>]) {
+  __device__ double2 sum(int64_t group, const Share<V, kOrder>& share, double2 (&sums)[kLanes<kOrder, V>],
+                         bool everywhere = true) {
     double2 of_block;
     if constexpr (kOrder == Order::joined)
       of_block = joined_sum(plan_, share, sums);
@@ -311,7 +314,11 @@ class Team {
     const int channels = plan_.group_channels;  // divides kThreads
     double2* of_group = partial_ + group * plan_.parts * channels;
     if (threadIdx.x < channels) of_group[part * channels + threadIdx.x] = of_block;
-    wait();
+    const bool last = arrive(group, everywhere);
+    if (!everywhere) {
+      writes = last;
+      if (!last) return {0, 0};
+    }
     double2 total[1] = {{0, 0}};
 #pragma unroll 4
     for (int i = threadIdx.x; i < plan_.parts * channels; i += kThreads) add(total[0], __ldcg(&of_group[i]));
@@ -319,23 +326,26 @@ class Team {
   }
 
  private:
-  __device__ void wait() {
-    if (expected_ == 0) cooperative_groups::this_grid().barrier_wait(std::move(cleared_));
-    expected_ += plan_.parts;
+  // True in the block that comes last.
+  __device__ bool arrive(int64_t group, bool wait) {
+    const unsigned parts = plan_.parts;
+    bool last = false;
+    if (!all_cleared_) cooperative_groups::this_grid().barrier_wait(std::move(cleared_));
+    all_cleared_ = true;
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();
-      atomicAdd(&arrivals_[index], 1u);
-      while (*const_cast<volatile unsigned*>(&arrivals_[index]) < expected_) __nanosleep(20);
+      last = atomicAdd(&arrivals_[group], 1u) + 1 == parts;
+      while (wait && *const_cast<volatile unsigned*>(&arrivals_[group]) < parts) __nanosleep(20);
       __threadfence();
     }
-    __syncthreads();
+    return __syncthreads_or(last);
   }
 
   const Plan& plan_;
   double2* partial_;
   unsigned* arrivals_;
-  unsigned expected_ = 0;
+  bool all_cleared_ = false;
   cooperative_groups::grid_group::arrival_token cleared_{};
 };
 
@@ -392,14 +402,15 @@ const Residency& residency(int device) {
   return known[device];
 }
 
+// `keeps`: false where a plan made for a second pass is only needed for the same sums.
 template <auto kKernel, int V, Order kOrder, class T, class Args>
-void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args) {
+void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args, bool keeps = true) {
   const int device = x.get_device_index();
   const Residency& held = residency<kKernel>(device);
-  const Plan plan = make_plan(layout, V, sizeof(T), kOrder, operands, held.blocks, held.kept_bytes,
-                              held.cooperative);
+  Plan plan = make_plan(layout, V, sizeof(T), kOrder, operands, held.blocks, held.kept_bytes, held.cooperative);
+  if (!keeps) plan.kept = 0;
   const int64_t partials = plan.parts == 1 ? 0 : plan.groups * plan.group_channels * plan.parts;
-  const int64_t bytes = partials * sizeof(double2) + plan.teams * sizeof(unsigned);
+  const int64_t bytes = partials * sizeof(double2) + plan.groups * sizeof(unsigned);
   const Tensor workspace = empty(weight, {ceil_div(bytes, sizeof(float))});
   auto partial = static_cast<double2*>(workspace.mutable_data_ptr());
   auto arrivals = reinterpret_cast<unsigned*>(partial + partials);
