@@ -219,6 +219,77 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 3 : 4)
   });
 }
 
+// The same for contiguous maps under the windows of a ResNet's stem: 3 taps wide, stride 2, padding 1. A thread makes
+// outputs beside one another: whole vectors of a row, and the value on their left, hold all their taps.
+constexpr int kOutputs = 4;
+
+bool in_rows(const Pool& pool, int64_t width, int64_t windows) {
+  return pool.kernel_w == 3 && pool.stride_w == 2 && pool.padding_w == 1 && width == 2 * windows &&
+         windows % kOutputs == 0;
+}
+
+template <class T, class A = typename Compute<T>::type>
+__global__ void __launch_bounds__(kThreads, 4)
+    forward_rows_kernel(const Walk walk, const Map map, const T* x, const Affine<A>* affines, T* y, uint8_t* index) {
+  constexpr int kRows = 3, kTaps = 3, kWidth = kWide<T>, kVectors = 2 * kOutputs / kWidth;
+  const Place place(walk, 1);
+  if (place.pixels == 0) return;
+  const Affine<A> affine = affines[place.channel];
+  for_each_pixel<1>(walk, place, [&](int64_t n, int oh, int column) {
+    const int ow = column * kOutputs, top = map.rows.begin(oh);
+    const int first_row = max(-top, 0), end_row = min(map.rows.kernel, map.rows.size - top);
+    const bool padded = ow == 0;
+    A best[kOutputs];
+    int tap[kOutputs];
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      best[o] = A(-INFINITY);
+      tap[o] = first_row * kTaps + (padded && o == 0 ? 1 : 0);
+    }
+    for (int i = first_row; i < end_row; i += kRows) {
+      const T* from = x + map.in.at(n, place.channel, top + i, 2 * ow);
+      T left[kRows];
+      Vector<T, kWidth> loaded[kRows][kVectors];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row, from += map.in.of_row) {
+        if (i + row >= end_row) continue;
+        if (!padded) left[row] = from[-1];
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) loaded[row][k] = read<kWidth>(from + k * kWidth);
+      }
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        if (i + row >= end_row) continue;
+        A values[1 + 2 * kOutputs];
+        values[0] = padded ? A(-INFINITY) : normalize(A(load(left[row])), affine);  // which never wins
+#pragma unroll
+        for (int k = 0; k < 2 * kOutputs; ++k)
+          values[1 + k] = normalize(get<A>(loaded[row][k / kWidth], k % kWidth), affine);
+#pragma unroll
+        for (int o = 0; o < kOutputs; ++o)
+#pragma unroll
+          for (int j = 0; j < kTaps; ++j) {
+            const A value = values[2 * o + j];
+            if (value > best[o] || value != value) {  // NaN wins, as in torch
+              best[o] = value;
+              tap[o] = (i + row) * kTaps + j;
+            }
+          }
+      }
+    }
+    const int64_t at = map.out.at(n, place.channel, oh, ow);
+    Vector<T, kOutputs> outputs{};
+    Vector<uint8_t, kOutputs> taps{};
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      set<A>(outputs, o, relu(best[o]));
+      taps.set(o, uint8_t(tap[o]));
+    }
+    write<kOutputs>(y + at, outputs);
+    write<kOutputs>(index + at, taps);
+  });
+}
+
 // The sum over the lanes, `columns` values a lane, to lane 0; in one order.
 __device__ __forceinline__ double2 block_sum(double2 value, int lane, int column, int lanes, int columns) {
   __shared__ double2 sums[kThreads];
@@ -375,6 +446,15 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_apply(const Tensor& given, co
     const Statistics<A> statistics{data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps};
     const auto of_channels = static_cast<Affine<A>*>(affines.mutable_data_ptr());
     launch(affine_kernel<A>, ceil_div(at.channels, kThreads), stream, at.channels, statistics, of_channels);
+    if constexpr (kWide<T> > 1) {
+      if (at.format == MemoryFormat::Contiguous && in_rows(pool, x.size(3), out_w) &&
+          aligned({data<T>(x), data<T>(y), data<uint8_t>(index)}, 16)) {
+        const Walk walk = make_walk(at, 1, x.size(0), out_h, out_w / kOutputs, kThreadValues / kOutputs);
+        launch(forward_rows_kernel<T>, blocks_of(walk), stream, walk, map, data<T>(x), of_channels, mutable_data<T>(y),
+               mutable_data<uint8_t>(index));
+        return {y, index};
+      }
+    }
     const int64_t beside = at.format == MemoryFormat::ChannelsLast ? at.channels : 1;
     with_width<T>(beside, {data<T>(x), data<T>(y), data<uint8_t>(index)}, [&](auto width) {
       const Walk walk = make_walk(at, width, x.size(0), out_h, out_w, kThreadValues / width);
