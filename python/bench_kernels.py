@@ -14,9 +14,8 @@ import copy
 import ctypes
 import functools
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +27,9 @@ import torch.nn.functional as F
 
 import auglocal_ext
 from auglocal_ext import models, ops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from records import machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -403,23 +405,6 @@ def peak_bytes(run, provider, device):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-def machine(device):
-    """What a figure depends on besides the code."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    if device == "cpu" and Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = f"{models[0].split(': ')[1]}, {torch.get_num_threads()} threads" if models else name
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 # Heading, width and decimals of each column of figures.

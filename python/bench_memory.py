@@ -27,7 +27,7 @@ from auglocal_ext.backbone import as_backbone
 from auglocal_ext.memory import LiveBytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_kernels import machine
+from records import machine
 
 
 @dataclass(frozen=True)
