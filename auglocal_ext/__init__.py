@@ -6,14 +6,16 @@ result = auglocal_ext.train(model, loader, depth=4)
 
 __version__ = "0.1.0"
 
-from . import models, ops
+from . import models, ops, rules
 from .loop import TrainingInterrupted, TrainResult, evaluate, train
 from .plan import Plan, plan
+from .rule import Rule
 from .trainer import LocalTrainer, StepResult, assert_isolated
 
 __all__ = [
     "LocalTrainer",
     "Plan",
+    "Rule",
     "StepResult",
     "TrainResult",
     "TrainingInterrupted",
@@ -22,5 +24,6 @@ __all__ = [
     "models",
     "ops",
     "plan",
+    "rules",
     "train",
 ]

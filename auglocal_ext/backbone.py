@@ -48,6 +48,15 @@ class Backbone:
     num_classes: int
     form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
 
+    def feature_shapes(self, image_shape):
+        """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
+        shapes = []
+        x = torch.empty(2, *image_shape, device="meta", dtype=next(self.units[0].module.parameters()).dtype)
+        for unit in self.units:
+            x = unit.trace(x)
+            shapes.append(tuple(x.shape[1:]))
+        return shapes
+
 
 def as_backbone(model):
     """Reads a model as units and classifier.

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from . import search
-from .baselines import eager_bytes
+from .eager import eager_bytes
 from .graph import Norm, Pool, trace
 from .liveness import timeline
-from .memory import format_bytes
+from .memory import bytes_of, format_bytes, tensors_of
 from .program import LONGEST_REBUILD, build, module_nodes
-from .rules import Cut, build_head, cut
+from .rules import BP, AugLocal, Cut, LocalHead, Rule, as_rule, cut, local_heads
 
-__all__ = ["Choice", "choose", "cut_table", "parse_bytes"]
+__all__ = ["Choice", "candidates", "choose", "cut_table", "parse_bytes"]
 
 DEPTHS = range(2, 7)  # the paper's; what depth="auto" looks at
 
@@ -39,7 +39,7 @@ class Choice:
     """What a search under a budget found.
 
     point: the cheapest cut that fits: modules, bytes of the step, macs, borders.
-    depth: of its aux nets.
+    rule: whose aux nets it has.
     front: for each number of modules, its cuts that no other of them beats in both bytes and macs.
     next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
     next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
@@ -48,7 +48,7 @@ class Choice:
 
     budget: int
     point: search.Point
-    depth: int
+    rule: Rule
     front: list[search.Point] = field(repr=False)
     next_cheaper: search.Point | None
     next_smaller: search.Point | None
@@ -56,7 +56,8 @@ class Choice:
     bp_macs: int
 
     def __str__(self):
-        lines = [f"budget {format_bytes(self.budget)}: {self._line(self.point)}, depth {self.depth}"]
+        depth = f", depth {self.rule.depth}" if self.rule.depth else ""
+        lines = [f"budget {format_bytes(self.budget)}: {self._line(self.point)}{depth}"]
         if self.next_cheaper:
             lines.append(f"next cheaper:  {self._line(self.next_cheaper)}")
         if self.next_smaller:
@@ -72,15 +73,28 @@ class Choice:
         return f"{modules}, {format_bytes(point.bytes)}, MACs {point.macs / self.bp_macs:.3f} x BP"
 
 
-def choose(planner, shape, budget, depth, form, rule, modules=None):
+def candidates(rule, depth, form, units):
+    """The rules to search under a budget for a backbone of so many units: one, or with depth "auto" AugLocal's of every
+    depth."""
+    if depth == "auto" and rule == "auglocal":
+        return [AugLocal(d, form) for d in DEPTHS if d <= units]
+    rule = as_rule(rule, 2 if depth == "auto" else depth, form)
+    if not isinstance(rule, AugLocal | BP):
+        raise ValueError(
+            f"memory_budget chooses the cut of rules 'auglocal', 'bp' and 'checkpoint': with {rule.name!r} give "
+            f"modules, and see auglocal_ext.plan for what a step then needs"
+        )
+    return [rule]
+
+
+def choose(planner, shape, budget, rules, modules=None):
     """The cheapest cut of least arithmetic whose step fits `budget` bytes.
 
     Args:
         planner: of the model.
         shape: of the batch, (N, C, H, W).
         budget: bytes of the whole step, parameters and optimizer included.
-        depth: the paper's d, or "auto": any of DEPTHS.
-        form, rule: see `rules.cut`; with rule "bp" there is one cut.
+        rules: see `candidates`; with `rules.BP` there is one cut.
         modules: K, to choose among cuts into K modules only; None: any number.
 
     Returns:
@@ -89,39 +103,37 @@ def choose(planner, shape, budget, depth, form, rule, modules=None):
     Raises:
         ValueError: nothing fits; says the least that would, and the batch size that would fit.
     """
-    depths = DEPTHS if depth == "auto" else [depth]
-    depths = [d for d in depths if depth != "auto" or d <= len(planner.backbone.units)]
-    wanted = 1 if rule == "bp" else modules
+    wanted = 1 if isinstance(rules[0], BP) else modules
     best = None
-    for d in depths:
-        table = cut_table(planner, shape, d, form)
+    for rule in rules:
+        table = cut_table(planner, shape, rule)
         point = search.cheapest(table, budget, wanted)
         if point and (best is None or (point.macs, point.bytes) < (best[0].macs, best[0].bytes)):
-            best = point, d, table
+            best = point, rule, table
     if best is None:
-        raise _too_small(planner, shape, budget, depths, form, wanted)
-    point, d, table = best
+        raise _too_small(planner, shape, budget, rules, wanted)
+    point, rule, table = best
     front = [p for p in search.front(table) if wanted in (None, p.modules)]
     cheaper = [p for p in front if p.macs < point.macs]
     smaller = [p for p in front if p.bytes < point.bytes]
     choice = Choice(
         budget,
         point,
-        d,
+        rule,
         front,
         min(cheaper, key=lambda p: (p.bytes, p.macs), default=None),
         min(smaller, key=lambda p: (p.macs, p.bytes), default=None),
         eager_bytes(planner, shape),
         bp_macs=search.cheapest(table, 2**62, 1).macs,
     )
-    return cut(planner.backbone, d, rule=rule, form=form, borders=point.borders), choice
+    return cut(planner.backbone, rule, borders=point.borders), choice
 
 
-def _too_small(planner, shape, budget, depths, form, wanted):
+def _too_small(planner, shape, budget, rules, wanted):
     """The error of a budget that nothing fits: what the least is, and which batch would fit."""
 
     def least(batch):
-        tables = [cut_table(planner, (batch, *shape[1:]), d, form) for d in depths]
+        tables = [cut_table(planner, (batch, *shape[1:]), rule) for rule in rules]
         if wanted is None:
             return min(search.smallest(table).bytes for table in tables)
         return min(point.bytes for table in tables for point in search.front(table) if point.modules == wanted)
@@ -145,16 +157,16 @@ def _too_small(planner, shape, budget, depths, form, wanted):
 # ---- the table that the search works on -----------------------------------------------------------------------
 
 
-def cut_table(planner, shape, depth, form):
+def cut_table(planner, shape, rule):
     """The `search.CutTable` of a model: every segment of every module, each walked once.
 
     Args:
-        planner, shape, form: see `choose`.
-        depth: the paper's d.
+        planner, shape: see `choose`.
+        rule: AugLocal, or BP.
     """
     walker, last = _Walker(planner, shape), len(planner.backbone.units) - 1
-    heads = [_aux_net(planner, j, depth, form) for j in range(last)] + [planner.backbone.classifier]
-    stubs = [_aux_net(planner, j, 2, form) for j in range(last)] + [planner.backbone.classifier]
+    heads = _heads(planner, rule if isinstance(rule, AugLocal) else AugLocal(2), shape)
+    stubs = _heads(planner, AugLocal(2, getattr(rule, "form", None)), shape)
     variants = [walker.variants(k, stubs) for k in range(last + 1)]
     behind = [walker.head(j, heads[j]) for j in range(last)] + [((0, 0), variants[last].head_macs)]
     rebuilds = [walker.rebuild(k) for k in range(last + 1)]
@@ -169,7 +181,10 @@ def cut_table(planner, shape, depth, form):
         longest_rebuild=LONGEST_REBUILD,
         unit_macs=[variant.macs for variant in variants],
         head_macs=[macs for _, macs in behind],
-        head_state=[_bytes(head) + state for head, (state, _) in zip(heads[:-1], optimizers, strict=False)] + [0],
+        head_state=[
+            bytes_of(tensors_of(head)) + state for head, (state, _) in zip(heads[:-1], optimizers, strict=False)
+        ]
+        + [0],
         unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
         head_scratch=[scratch for _, scratch in optimizers],
         constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes,
@@ -177,10 +192,11 @@ def cut_table(planner, shape, depth, form):
     )
 
 
-def _aux_net(planner, last, depth, form):
-    sample = cut(planner.backbone, depth, form=form, borders=(last,))[0].sample
+def _heads(planner, rule, shape):
+    """The rule's head behind each unit, the last one's being the classifier."""
+    cuts = [Cut(unit, unit) for unit in range(len(planner.backbone.units))]
     with torch.device("meta"):
-        return build_head(planner.backbone, Cut(0, last, sample)).to(planner.dtype)
+        return [head.to(planner.dtype) for head in local_heads(planner.backbone, rule, cuts, shape[1:])]
 
 
 @dataclass(frozen=True)
@@ -198,14 +214,13 @@ class _Walker:
 
     def __init__(self, planner, shape):
         self.planner, self.units, self.known, self.traced = planner, planner.backbone.units, {}, {}
-        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=planner.dtype, device="meta")
-        self.labels = torch.empty(len(images), dtype=torch.int64, device="meta")
+        images, self.labels = planner.batch(shape)
         self.inputs, self.outputs, x = [], [], images
         for index, unit in enumerate(self.units):
             self.inputs.append(x)
             x = unit.trace(x.to(planner.dtype)).to(planner.autocast or planner.dtype)
             # The last unit hands nothing on: None.
-            self.outputs.append(module_nodes(planner.backbone, index, index, nn.Flatten(1), "unit input")[1])
+            self.outputs.append(module_nodes(planner.backbone, index, index, LocalHead(nn.Flatten(1)), "unit input")[1])
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
 
     def trace(self, module, inside, part, source):
@@ -222,7 +237,7 @@ class _Walker:
         stay = {self.outputs[unit] for unit in kept}
         options = {"autocast": self.planner.autocast, "stay": stay, "recompute": self.planner.recompute}
         program = build(nodes, source, features, **options)
-        existing = [t for unit in self.units[first : last + 1] for t in _tensors(unit.module)] + _tensors(head)
+        existing = [t for unit in self.units[first : last + 1] for t in tensors_of(unit.module)] + tensors_of(head)
         return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
 
     def variants(self, k, heads):
@@ -262,7 +277,7 @@ class _Walker:
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
-        nodes, out = module_nodes(self.planner.backbone, k, k, nn.Flatten(1), "unit input")
+        nodes, out = module_nodes(self.planner.backbone, k, k, LocalHead(nn.Flatten(1)), "unit input")
         by_name, length = {node.out: node for node in nodes}, 0
         while out in by_name and isinstance(by_name[out], Norm | Pool):
             length += 1
@@ -295,11 +310,3 @@ def _segment(moments, at):
 
 def _macs(line, part):
     return sum(moment.macs for moment in line.moments if moment.part == part)
-
-
-def _tensors(module):
-    return [*module.parameters(), *module.buffers()]
-
-
-def _bytes(module):
-    return sum(tensor.nbytes for tensor in _tensors(module))

@@ -14,7 +14,7 @@ from .loop import TrainingInterrupted, train
 from .memory import format_bytes
 from .optim import sgd
 from .plan import PRECISIONS, plan
-from .rules import FORMS, RULES
+from .rules import FORMS, RULES, InfoPro
 
 __all__ = ["main"]
 
@@ -67,7 +67,12 @@ def _parser():
         add(
             "--model", default="resnet20", help="resnet20 ... resnet110, or a torchvision ResNet (default: %(default)s)"
         )
-        add("--rule", choices=RULES, default="auglocal", help="bp: plain backpropagation (default: %(default)s)")
+        add(
+            "--rule",
+            choices=RULES,
+            default="auglocal",
+            help="learning rule; bp: plain backpropagation (default: %(default)s)",
+        )
         add(
             "--depth",
             type=lambda text: text if text == "auto" else int(text),
@@ -134,7 +139,7 @@ def _train(options):
             options.depth,
             val_loader=source.test,
             epochs=options.epochs,
-            rule=options.rule,
+            rule=_rule(options, source),
             form=options.form,
             modules=options.modules,
             memory_budget=options.budget,
@@ -157,8 +162,10 @@ def _train(options):
             for path in created:
                 path.rmdir()
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
-    if options.rule != "bp":
-        title += f", depth {result.plan.depth}, {len(result.plan.modules)} local modules"
+    if result.plan.depth:
+        title += f", depth {result.plan.depth}"
+    if len(result.plan.modules) > 1:
+        title += f", {len(result.plan.modules)} local modules"
     report.learning_curve(history, folder / "learning_curve.png", title)
     print(
         f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "
@@ -166,6 +173,13 @@ def _train(options):
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png"
     )
     return status
+
+
+def _rule(options, source):
+    """InfoPro draws the images as they were before their normalisation, which the data tells."""
+    if options.rule == "infopro":
+        return InfoPro(source.description["mean"], source.description["std"])
+    return options.rule
 
 
 def _settings(options, source):
@@ -180,9 +194,8 @@ def _new_folder(options):
     """Makes the run's folder, before anything is trained; returns it and every folder that was made."""
     name = options.name
     if not name:
-        cut = (
-            "bp" if options.rule == "bp" else f"d{options.depth}" + (f"-K{options.modules}" if options.modules else "")
-        )
+        cut = f"d{options.depth}" if options.rule == "auglocal" else options.rule
+        cut += f"-K{options.modules}" if options.modules else ""
         name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.runs / name
     created = [path for path in (folder, *folder.parents) if not path.exists()]

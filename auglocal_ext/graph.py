@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 
 from ._meta import meta_copy
 
-__all__ = ["Conv", "Head", "Island", "Loss", "Norm", "Pool", "join", "trace"]
+__all__ = ["Conv", "ExtraLoss", "Head", "Island", "Loss", "Norm", "Pool", "join", "trace"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Head(Node):
     norm: Norm
     head_bn: nn.BatchNorm1d | None
     linear: nn.Linear
+    weight: float = 1.0  # of the loss
 
     @property
     def sources(self):
@@ -90,7 +91,17 @@ class Island(Node):
 
 @dataclass(frozen=True)
 class Loss(OneSource):
-    """The cross-entropy of logits that an island computed."""
+    """weight x the cross-entropy of logits that an island computed."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExtraLoss(OneSource):
+    """weight x loss(source, labels, images), differentiated by autograd in the source."""
+
+    loss: Callable
+    weight: float
 
 
 class _Tracer(torch.fx.Tracer):
@@ -134,13 +145,14 @@ def trace(module, inside, part, source="x"):
             nodes.append(made)
 
 
-def join(units, head, features):
+def join(units, head, features, weight=1.0):
     """The nodes of a local module from its units' and its head's, with a loss at the end: one Head that takes in the
     last BatchNorm chain where that is how it ends and nothing else reads the chain, else a Loss of the logits.
 
     Args:
         units, head: lists of Node in the order of execution. The head's output is the logits.
         features: the name of the value that is handed on to the next module, or None.
+        weight: of the loss.
     """
     nodes = [*units, *head]
     linear = nodes[-1]
@@ -162,9 +174,9 @@ def join(units, head, features):
             and (not middle or _is_head_norm(middle))
             and _is_plain_linear(linear_module)
         ):
-            head_node = Head(linear.out, linear.part, norm, middle[0] if middle else None, linear_module)
+            head_node = Head(linear.out, linear.part, norm, middle[0] if middle else None, linear_module, weight)
             return [node for node in nodes if node not in tail] + [head_node]
-    return [*nodes, Loss("loss", linear.part, linear.out)]
+    return [*nodes, Loss("loss", linear.part, linear.out, weight)]
 
 
 def _is_global_pool(call):

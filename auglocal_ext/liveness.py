@@ -85,7 +85,7 @@ class Timeline:
 
 
 @torch.no_grad()
-def timeline(program, x, labels, existing, count_input=True):
+def timeline(program, x, labels, existing, count_input=True, images=None):
     """Walks a program of modules on the meta device.
 
     Args:
@@ -93,24 +93,25 @@ def timeline(program, x, labels, existing, count_input=True):
         x, labels: meta tensors: the module's input and the labels.
         existing: what is there anyway: the modules' parameters and buffers.
         count_input: False where the input is the batch, which the caller holds through the whole step.
+        images: the batch's, for an extra loss that looks at them.
 
     Returns:
         (Timeline, features): features the meta tensor that is handed on, or None.
 
     Kinds of buffers: "input", the module's input; "kept", what the forward pass leaves for the backward; "gradient",
     a parameter's gradient; "transient", the rest: activations and feature maps' gradients, there for a moment. The
-    labels, which the caller holds, are not counted.
+    labels and images, which the caller holds, are not counted.
     """
-    walk = _Walk(program, x, labels, count_input)
-    with LiveBytes([*existing, x, labels]) as counted:
+    walk = _Walk(program, x, labels, count_input, images)
+    with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted:
         for index in range(len(program.steps)):
             walk.step(index, counted)
     return Timeline(tuple(walk.moments), tuple(walk.finished()), walk.shape(program.features)), walk.features()
 
 
 class _Walk:
-    def __init__(self, program, x, labels, count_input):
-        self.program, self.values = program, {program.input: x, program.labels: labels}
+    def __init__(self, program, x, labels, count_input, images):
+        self.program, self.values = program, {program.images: images, program.input: x, program.labels: labels}
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held = {}  # value -> its storage's key
         self.moments, self.buffers = [], []

@@ -78,9 +78,10 @@ def train(
         depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
         val_loader: like loader; the accuracy on it is measured after each epoch.
         epochs: how often to go through loader.
-        rule: "auglocal", or "bp" for plain backpropagation by the same loop.
-        form: "cifar" or "imagenet", the two forms of the AugLocal rule; None: the one its authors used for
-            such a network. See `auglocal_ext.rules.cut`.
+        rule: "auglocal", "dgl", "predsim" or "infopro", "bp" for plain backpropagation by the same loop, "checkpoint"
+            for gradient checkpointing, or a rule of your own; see `auglocal_ext.Rule`.
+        form: "cifar" or "imagenet", the two forms of rule "auglocal"; None: the one its authors used for
+            such a network. See `auglocal_ext.rules.AugLocal`.
         modules: K, to cut the model into K local modules instead of one per unit.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth may then be "auto". See `auglocal_ext.plan`.
@@ -130,10 +131,10 @@ def train(
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     if memory_budget is not None or depth == "auto":
         planned = plan(model, first[0].shape, depth, memory_budget=memory_budget, **cutting, **options)
-        depth, cutting = planned.depth, {"rule": rule, "form": form, "borders": planned.borders}
+        cutting = {"rule": planned.choice.rule, "borders": planned.borders}
         if progress:
             tqdm.write(str(planned.choice))
-    trainer = LocalTrainer(model, depth, **cutting, **options)
+    trainer = LocalTrainer(model, depth, **cutting, **options, image_size=first[0].shape[2:])
     _check_device(first[0], trainer.device)
     del first  # its images would live through the whole training
     if val_loader is not None:

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["LiveBytes", "format_bytes"]
+__all__ = ["LiveBytes", "bytes_of", "format_bytes", "tensors_of"]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -48,6 +48,15 @@ class LiveBytes(TorchDispatchMode):
     def _release(self, key, size):
         self._seen.discard(key)
         self.now -= size
+
+
+def tensors_of(module):
+    """A module's parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def bytes_of(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def format_bytes(count):

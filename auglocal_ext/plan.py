@@ -9,13 +9,13 @@ from torch import nn
 from . import report
 from ._meta import meta_copy
 from .backbone import as_backbone
-from .baselines import eager_bytes
-from .budget import Choice, choose, parse_bytes
+from .budget import Choice, candidates, choose, parse_bytes
+from .eager import eager_bytes
 from .liveness import Timeline, fill, timeline
-from .memory import LiveBytes, format_bytes
+from .memory import LiveBytes, bytes_of, format_bytes, tensors_of
 from .optim import make_optimizer, sgd
 from .program import programs
-from .rules import build_head, cut
+from .rules import LocalHead, as_rule, borders_of, cut, local_heads
 
 __all__ = ["ModulePlan", "Plan", "plan"]
 
@@ -29,11 +29,7 @@ class ModulePlan:
     index: int
     units: tuple[str, ...]  # names of its backbone units
     output_shape: tuple[int, ...]  # of its last unit, (N, C, H, W)
-    aux_units: tuple[int, ...]  # indices of the units its aux net copies; empty: the classifier is its head
-    aux_names: tuple[str, ...]
-    aux_channels: tuple[int, ...]  # base widths (before a bottleneck's expansion)
-    aux_strides: tuple[int, ...]
-    aux_batch_norm: bool  # BatchNorm1d before the aux net's linear classifier
+    aux_net: str  # in words; empty: the classifier is its head
     parameters: int  # of its units, and of the classifier in the last module
     aux_parameters: int
     state_bytes: int  # parameters and buffers, its own and its aux net's
@@ -56,13 +52,13 @@ class Plan:
 
     model: str
     rule: str
-    depth: int
+    depth: int | None  # of the aux nets, where the rule has one
     precision: str
     input_shape: tuple[int, ...]
     modules: tuple[ModulePlan, ...]
     batch_bytes: int  # images and labels
     bp_macs: int  # of backpropagation through the same network
-    eager: dict | None = field(default=None, compare=False, repr=False)  # see `baselines.eager_bytes`
+    eager: dict | None = field(default=None, compare=False, repr=False)  # see `eager.eager_bytes`
     choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
 
     @property
@@ -114,18 +110,17 @@ class Plan:
         report.front_picture(self, path)
 
     def __str__(self):
-        header = ("module", "units", "output", "aux net: unit (width, stride)", "parameters", "aux parameters")
+        aux = "aux net: unit (width, stride)" if self.rule == "auglocal" else "aux net"
+        header = ("module", "units", "output", aux, "parameters", "aux parameters")
         header += ("kept", "activations", "step's peak", "MACs / BP")
         rows = [header]
         for module in self.modules:
-            copies = zip(module.aux_names, module.aux_channels, module.aux_strides, strict=True)
-            aux = " ".join(f"{name} ({width}, /{stride})" for name, width, stride in copies)
             rows.append(
                 (
                     str(module.index),
                     module.units[0] if len(module.units) == 1 else f"{module.units[0]} .. {module.units[-1]}",
                     "x".join(str(size) for size in module.output_shape[1:]),
-                    aux + (" + BatchNorm1d" if module.aux_batch_norm else "") if aux else "none: the classifier",
+                    module.aux_net or "none: the classifier",
                     f"{module.parameters:,}",
                     f"{module.aux_parameters:,}",
                     format_bytes(module.kept_bytes),
@@ -160,7 +155,7 @@ class Plan:
     @property
     def title(self):
         count = len(self.modules)
-        what = f", depth {self.depth}" if self.rule != "bp" else ""
+        what = f", depth {self.depth}" if self.depth else ""
         return (
             f"{self.model}, rule {self.rule}{what}: {count} local module{'s' * (count > 1)}, "
             f"input {'x'.join(str(size) for size in self.input_shape)}"
@@ -210,16 +205,18 @@ def plan(
     if memory_budget is None:
         if depth == "auto":
             raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
-        cuts, choice = cut(backbone, depth, rule=rule, form=form, modules=modules), None
-        planner = Planner(model, precision, optimizer, recompute)
+        rule, choice = as_rule(rule, depth, form), None
+        cuts = cut(backbone, rule, modules)
+        planner = Planner(model, precision, optimizer, recompute or rule.recompute)
     else:
         budget = parse_bytes(memory_budget)
-        cut(backbone, 2 if depth == "auto" else depth, rule=rule, form=form, modules=modules)  # says what is wrong
-        planner = Planner(model, precision, optimizer, recompute)
+        rules = candidates(rule, depth, form, len(backbone.units))
+        cut(backbone, rules[0], modules)  # says what is wrong
+        planner = Planner(model, precision, optimizer, recompute or rules[0].recompute)
         _check_device(planner.device, budget)
-        cuts, choice = choose(planner, shape, budget, depth, form, rule, modules)
-        depth = choice.depth
-    planned = planner.plan(cuts, shape, rule, depth)
+        cuts, choice = choose(planner, shape, budget, rules, modules)
+        rule = choice.rule
+    planned = planner.plan(cuts, shape, rule)
     return replace(planned, eager=choice.eager if choice else eager_bytes(planner, shape), choice=choice)
 
 
@@ -263,30 +260,35 @@ class Planner:
         self.backbone = as_backbone(self.model)
         self.autocast = torch.bfloat16 if precision == "bf16" else None
 
-    def plan(self, cuts, shape, rule, depth, heads=None, image_dtype=None):
+    def batch(self, shape, dtype=None):
+        """(images, labels) of a batch, on the meta device."""
+        # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
+        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=dtype or self.dtype, device="meta")
+        return images, torch.empty(len(images), dtype=torch.int64, device="meta")
+
+    def plan(self, cuts, shape, rule, heads=None, image_dtype=None):
         """The Plan of `cuts` of the backbone for batches of `shape`.
 
-        heads: the heads that the modules have already, or None to make them.
+        heads: the LocalHeads that the modules have already, or None to make them.
         """
         if heads is None:
             with torch.device("meta"):
-                heads = [build_head(self.backbone, part).to(self.dtype) for part in cuts]
+                heads = [head.to(self.dtype) for head in local_heads(self.backbone, rule, cuts, shape[1:])]
         else:
-            heads = [*(meta_copy(head) for head in heads[:-1]), self.backbone.classifier]
+            heads = [*(meta_copy(head) for head in heads[:-1]), LocalHead(self.backbone.classifier)]
         bodies = [nn.ModuleList(u.module for u in self.backbone.units[part.first : part.last + 1]) for part in cuts]
-        # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=image_dtype or self.dtype, device="meta")
+        images, labels = self.batch(shape, image_dtype)
+        words = [rule.describe(border) for border in borders_of(self.backbone, cuts, shape[1:])]
         optimizers = [self.optimizer_bytes(nn.ModuleList(pair)) for pair in zip(bodies, heads, strict=True)]
-        states = [_bytes({*_tensors(body), *_tensors(head)}) for body, head in zip(bodies, heads, strict=True)]
-        batch_bytes = images.nbytes + 8 * len(images)  # labels are int64
+        states = [bytes_of({*tensors_of(body), *tensors_of(head)}) for body, head in zip(bodies, heads, strict=True)]
+        batch_bytes = images.nbytes + labels.nbytes
         constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers)
 
         def walk(keep=None):
             made, x = [], images
             for index, program in enumerate(programs(self.backbone, cuts, heads, self.autocast, keep, self.recompute)):
-                existing = [*_tensors(bodies[index]), *_tensors(heads[index])]
-                labels = torch.empty(len(images), dtype=torch.int64, device="meta")
-                given, (line, x) = x, timeline(program, x, labels, existing, count_input=index > 0)
+                existing = [*tensors_of(bodies[index]), *tensors_of(heads[index])]
+                given, (line, x) = x, timeline(program, x, labels, existing, index > 0, images)
                 made.append((program, line, line.output or self._output(cuts[index], given)))
             return made
 
@@ -311,21 +313,17 @@ class Planner:
         for index, (part, body, head, (program, line, output)) in enumerate(
             zip(cuts, bodies, heads, walked, strict=True)
         ):
-            sample, (state, scratch), units = part.sample, optimizers[index], self.backbone.units
+            (state, scratch), last = optimizers[index], index == len(cuts) - 1
             modules.append(
                 ModulePlan(
                     index=index,
-                    units=tuple(unit.name for unit in units[part.first : part.last + 1]),
+                    units=tuple(unit.name for unit in self.backbone.units[part.first : part.last + 1]),
                     output_shape=(shape[0], *output[1:]),
-                    aux_units=sample.units if sample else (),
-                    aux_names=tuple(units[unit].name for unit in sample.units) if sample else (),
-                    aux_channels=tuple(units[unit].width for unit in sample.units) if sample else (),
-                    aux_strides=sample.strides if sample else (),
-                    aux_batch_norm=sample.batch_norm_head if sample else False,
-                    parameters=_count(body) if sample else _count(body) + _count(head),
-                    aux_parameters=_count(head) if sample else 0,
+                    aux_net="" if last else words[index],
+                    parameters=_count(body) + _count(head) * last,
+                    aux_parameters=0 if last else _count(head),
                     state_bytes=states[index],
-                    gradient_bytes=_bytes({*body.parameters(), *head.parameters()}),
+                    gradient_bytes=bytes_of({*body.parameters(), *head.parameters()}),
                     optimizer_bytes=state,
                     optimizer_scratch=scratch,
                     kept_bytes=line.kept,
@@ -339,11 +337,11 @@ class Planner:
                 )
             )
         bp_macs = _bp_macs([line for _, line, _ in walked])
-        return Plan(self.name, rule, depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
+        return Plan(self.name, rule.name, rule.depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
 
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""
-        return _bytes(_tensors(self.model)) + self.optimizer_bytes(self.model)[0]
+        return bytes_of(tensors_of(self.model)) + self.optimizer_bytes(self.model)[0]
 
     def _output(self, part, x):
         """The shape of what units of the backbone put out, which the last module's program may never store."""
@@ -363,28 +361,20 @@ class Planner:
         state = [value for value in state if isinstance(value, torch.Tensor)]
         probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
         if all(group.get("fused") for group in probe.param_groups):
-            return _bytes(state), 0
+            return bytes_of(state), 0
         with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live:
             before = live.now
             optimizer.step()
-        return _bytes(state), live.peak - before
+        return bytes_of(state), live.peak - before
 
 
 def _bp_macs(lines):
     """Multiply-accumulates of backpropagation: every convolution of the units forward and twice backward, the first
     one's data gradient excepted, and the classifier's."""
     moments = [moment for line in lines for moment in line.moments if moment.macs]
-    units = [moment.macs for moment in moments if moment.step == "conv" and moment.part != "head"]
+    units = [moment.macs for moment in moments if moment.step == "conv" and moment.part not in ("head", "extra")]
     classifier = [moment.macs for moment in lines[-1].moments if moment.part == "head"]
     return 3 * sum(units) - sum(units[:1]) + sum(classifier)
-
-
-def _tensors(module):
-    return [*module.parameters(), *module.buffers()]
-
-
-def _bytes(tensors):
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _count(module):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .graph import Conv, Head, Island, Loss, Norm, Pool, join, trace
+from .graph import Conv, ExtraLoss, Head, Island, Loss, Norm, Pool, join, trace
 from .ops.batch_norm_act import memory_format
 from .ops.batch_norm_act_max_pool import pool_window
 
@@ -80,20 +80,22 @@ class Program:
     gaps: list[Gap]
     loss: str = "loss"
     labels: str = "labels"
+    images: str = "images"
 
     @torch.no_grad()
-    def run(self, inputs, labels):
+    def run(self, inputs, labels, images=None):
         """Forward and backward; leaves the gradients in the parameters.
 
         Args:
             inputs: a list that holds the module's input alone. It is emptied, so that the input can go as soon as
                 nothing needs it.
             labels: (N,), int64.
+            images: the step's, for an extra loss that looks at them.
 
         Returns:
             (features or None, logits, loss)
         """
-        values = {self.input: _dense(inputs.pop()), self.labels: labels}
+        values = {self.images: images, self.input: _dense(inputs.pop()), self.labels: labels}
         try:
             # An autocast of the caller's would change the dtype of what the steps make.
             device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta
@@ -123,7 +125,7 @@ def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False):
 
     Args:
         backbone, cuts: see `rules.cut`.
-        heads: each module's head, the classifier last.
+        heads: each module's LocalHead, the classifier's last.
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: for each module, the keys of gaps not to drop a value over; None: drop everywhere.
         recompute: see `build`.
@@ -137,16 +139,20 @@ def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False):
 
 
 def module_nodes(backbone, first, last, head, source, trace=trace):
-    """The nodes of a local module, units first..last (inclusive) with a head, and the name of the features it hands on:
-    None behind the backbone's last unit. trace: `graph.trace`, or one that remembers."""
+    """The nodes of a local module, units first..last (inclusive) with a LocalHead, and the name of the features that it
+    hands on: None behind the backbone's last unit. trace: `graph.trace`, or one that remembers."""
     inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
     nodes, out = [], source
     for unit in backbone.units[first : last + 1]:
         unit_nodes, out = trace(unit.module, inside, unit.name, out)
         nodes += unit_nodes
     features = out if last < len(backbone.units) - 1 else None
-    head_nodes, _ = trace(head, inside, "head", out)
-    return join(nodes, head_nodes, features), features
+    extra_weight, weight = head.weights
+    if head.extra is not None:
+        extra_nodes, prediction = trace(head.extra.net, inside, "extra", out)
+        nodes += [*extra_nodes, ExtraLoss("extra loss", "extra", prediction, head.extra.loss, extra_weight)]
+    head_nodes, _ = trace(head.net, inside, "head", out)
+    return join(nodes, head_nodes, features, weight), features
 
 
 def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False):
@@ -164,7 +170,7 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
     emit = _Emitter(nodes, source, features, autocast, recompute)
     for node in nodes:
         emit.forward(node)
-    emit.begin_backward()
+    emit.begin_backward(nodes[-1])
     for node in reversed(nodes):
         emit.backward(node)
     _sum_shared(emit)
@@ -173,7 +179,7 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
     steps, gaps = _with_rebuilds(emit, keep, stay)
     logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
     kept = {features, logits, "loss", *emit.gradients} - {None}
-    _add_frees(steps, {source, "labels"}, kept)
+    _add_frees(steps, {source, "labels", "images"}, kept)
     islands = [node.what for node in nodes if isinstance(node, Island)]
     return Program(steps, source, features, logits, emit.gradients, islands, gaps)
 
@@ -193,6 +199,7 @@ class _Emitter:
         self.waiting = []  # data gradients of convolutions that read one map, after all their weight gradients
         self.first_backward = None
         self.given = 0
+        self.has_extra, self.losses = any(isinstance(node, ExtraLoss) for node in nodes), []  # losses: the terms' names
         self.conv_outputs = {node.out for node in nodes if isinstance(node, Conv)}
         self.constants = {source}  # values that need no gradient: the input, and what has no parameters behind it
         self.readers = {}
@@ -205,7 +212,9 @@ class _Emitter:
     def add(self, node, name, run, reads, writes, macs=None):
         self.steps.append(Step(name, node.part, run, tuple(reads), tuple(writes), macs))
 
-    def begin_backward(self):
+    def begin_backward(self, last):
+        if self.losses != ["loss"]:
+            self.add(last, "add", torch.add, self.losses, ["loss"])
         self.first_backward = len(self.steps)
 
     def forward(self, node):
@@ -236,8 +245,20 @@ class _Emitter:
                 run = partial(_island, node, self.autocast, [name not in self.constants for name in node.sources])
                 self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"])
             case Loss():
-                self.add(node, "loss", _loss, [node.source, "labels"], ["loss", "logits gradient"])
-                self.gradient_of[node.source] = "logits gradient"
+                self._loss(node, partial(_loss, F.cross_entropy, node.weight), ["labels"])
+            case ExtraLoss():
+                self._loss(node, partial(_loss, node.loss, node.weight), ["labels", "images"])
+
+    def _loss(self, node, run, reads):
+        writes = [self._loss_name(node), self._give(node.source)]
+        self.add(node, "loss", run, [node.source, *reads], writes)
+        self._accumulate(node)
+
+    def _loss_name(self, node):
+        self.losses.append(
+            "loss" if not self.has_extra else node.out if isinstance(node, ExtraLoss) else "cross-entropy"
+        )
+        return self.losses[-1]
 
     def _derive(self, node, run, reads, made):
         if isinstance(node, Norm) and node.residual is not None:
@@ -256,8 +277,8 @@ class _Emitter:
             self.add(node, "head norm", partial(_head_norm, head_bn), [pooled], made)
             pooled = made[0]
         weight, bias = self._gradient(linear.weight), self._gradient(linear.bias)
-        writes = ["loss", node.out, f"{node.out}.gradient", *weight, *bias]
-        run = partial(_linear_cross_entropy, linear)
+        writes = [node.out, self._loss_name(node), f"{node.out}.gradient", *weight, *bias]
+        run = partial(_linear_cross_entropy, linear, node.weight)
         self.add(node, "linear and loss", run, [pooled, "labels"], writes, _linear_macs(linear))
 
     def backward(self, node):
@@ -616,19 +637,24 @@ def _head_norm_backward(bn, grad, x, mean, invstd):
 
 def _linear_macs(linear):
     """Of the linear layer and both its gradients, which are computed together."""
-    return lambda pooled: 3 * pooled.numel() * linear.out_features
+    return lambda logits: 3 * logits.numel() * linear.in_features
 
 
-def _linear_cross_entropy(linear, pooled, labels):
-    made = _ops.linear_cross_entropy(pooled, linear.weight, linear.bias, labels, 0.0, -100)
-    return made if linear.bias is not None else made[:-1]
+def _linear_cross_entropy(linear, weight, pooled, labels):
+    given = (pooled, linear.weight, linear.bias, labels, 0.0, -100)
+    loss, logits, *gradients = _ops.linear_cross_entropy(*given)
+    if weight != 1:
+        for value in (loss, *gradients):
+            value.mul_(weight)
+    return logits, loss, *(gradients if linear.bias is not None else gradients[:-1])
 
 
-def _loss(logits, labels):
+def _loss(loss, weight, prediction, *given):
     with torch.enable_grad():
-        given = logits.detach().requires_grad_()
-        loss = F.cross_entropy(given if given.dtype == torch.float64 else given.float(), labels)
-    return loss.detach(), *torch.autograd.grad(loss, given)
+        leaf = prediction.detach().requires_grad_()
+        value = weight * loss(leaf if leaf.dtype == torch.float64 else leaf.float(), *given)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), _dense(gradient)
 
 
 def _island(node, autocast, wanted, *sources):

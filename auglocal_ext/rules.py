@@ -1,80 +1,194 @@
-"""Learning rules: how a backbone is cut into local modules, and what each module's head is."""
+"""The learning rules by name, and how a backbone is cut into local modules with a rule's nets behind them."""
 
 import operator
 from dataclasses import dataclass
 
-from .auxiliary import Sample, aux_depth, build_aux_net, sample_units
+from .auxiliary import aux_depth, build_aux_net, sample_units
+from .baselines import DGL, InfoPro, PredSim
+from .rule import Border, ExtraLoss, LocalHead, Rule
 
-__all__ = ["RULES", "Cut", "build_head", "cut"]
+__all__ = [
+    "DGL",
+    "FORMS",
+    "RULES",
+    "AugLocal",
+    "BP",
+    "Border",
+    "Checkpoint",
+    "Cut",
+    "ExtraLoss",
+    "InfoPro",
+    "LocalHead",
+    "PredSim",
+    "Rule",
+    "as_rule",
+    "borders_of",
+    "cut",
+    "local_heads",
+]
 
-RULES = ("auglocal", "bp")
 FORMS = ("cifar", "imagenet")
+
+
+class AugLocal(Rule):
+    """Aux nets that are uniform samples of the layers behind the module (arXiv:2402.17318).
+
+    Args:
+        depth: the paper's d, the aux nets' layers with their linear classifier: d - 1 sampled units.
+        form: "cifar" (one module per unit, aux nets less deep toward the output, the last `depth` units and
+            the classifier trained jointly), "imagenet" (one module per unit, an aux net of constant depth after
+            every unit but the last), or None: what the authors used for such a network.
+    """
+
+    def __init__(self, depth=4, form=None):
+        self.depth, self.form = _whole(depth), form
+        if form is not None and form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
+        if not isinstance(self.depth, int) or self.depth < 2:
+            raise ValueError(
+                f"depth must be a whole number of at least 2 (one block and the classifier), given {depth!r}"
+            )
+
+    def _pyramid(self, backbone):
+        return (self.form or backbone.form) == "cifar"
+
+    def check(self, backbone):
+        self._check_depth(backbone, len(backbone.units))
+
+    def _check_depth(self, backbone, deepest):
+        if self.depth > deepest:
+            raise ValueError(
+                f"depth must be at most {deepest} for this network of {len(backbone.units)} units, given {self.depth}"
+            )
+
+    def borders(self, backbone):
+        joint = self.depth if self._pyramid(backbone) else 1  # units of the last module
+        self._check_depth(backbone, len(backbone.units) - (joint > 1))
+        return range(len(backbone.units) - joint)
+
+    def sample(self, backbone, unit):
+        """The `auxiliary.Sample` behind a unit."""
+        pyramid = self._pyramid(backbone)
+        blocks = aux_depth(unit, len(backbone.units), self.depth - 1, pyramid)
+        return sample_units(backbone.units, unit, blocks, batch_norm_head=pyramid)
+
+    def aux_net(self, border):
+        return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit))
+
+    def describe(self, border):
+        sample, units = self.sample(border.backbone, border.unit), border.backbone.units
+        copies = [
+            f"{units[unit].name} ({units[unit].width}, /{stride})"
+            for unit, stride in zip(sample.units, sample.strides, strict=True)
+        ]
+        return " ".join([*copies, *["+ BatchNorm1d"] * sample.batch_norm_head])
+
+
+class BP(Rule):
+    """Plain backpropagation: one module, the classifier's loss."""
+
+    def borders(self, backbone):
+        return ()
+
+
+class Checkpoint(BP):
+    """Backpropagation with every unit checkpointed: its convolutions run again in the backward, BatchNorm's statistics
+    are updated once."""
+
+    recompute = True
+
+
+RULES = {rule.name: rule for rule in (AugLocal, DGL, PredSim, InfoPro, BP, Checkpoint)}
+
+
+def as_rule(rule, depth=4, form=None):
+    """The Rule that is meant: one of RULES by name, a subclass of Rule, or an object of one, which is given back.
+    depth and form are AugLocal's."""
+    if isinstance(rule, Rule):
+        return rule
+    kind = RULES.get(rule) if isinstance(rule, str) else rule
+    if not (isinstance(kind, type) and issubclass(kind, Rule)):
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, or an auglocal_ext.Rule of your own, given {rule!r}")
+    if kind is AugLocal:
+        return AugLocal(depth, form)
+    if form is not None:
+        raise ValueError(f"form is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {form!r})")
+    return kind()
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One local module: units first..last (inclusive) and its aux net's sample; None: the classifier."""
+    """One local module: units first..last, inclusive."""
 
     first: int
     last: int
-    sample: Sample | None
 
 
-def cut(backbone, depth=4, *, rule="auglocal", form=None, modules=None, borders=None):
+def cut(backbone, rule, modules=None, borders=None):
     """Cuts a backbone into local modules.
 
     Args:
         backbone: from `as_backbone`.
-        depth: the paper's d, the aux nets' layers with their linear classifier: d - 1 sampled units.
-        rule: "auglocal", or "bp": one module, the classifier's loss, plain backpropagation.
-        form: "cifar" (one module per unit, aux nets less deep toward the output, the last `depth` units and
-            the classifier trained jointly), "imagenet" (one module per unit, an aux net of constant depth after
-            every unit but the last), or None: what the authors used for such a network.
+        rule: a Rule; it says where the borders are, unless modules or borders do.
         modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
             module (by what its convolutions keep for the backward) is as small as possible.
         borders: the last unit of each module but the last one, to cut there instead.
 
     Returns:
-        list of Cut, from the input to the output; the last one ends in the classifier.
+        list of Cut, from the input to the output; behind the last one stands the classifier.
 
     Raises:
         ValueError: an argument is out of the range that this backbone allows.
     """
-    units = backbone.units
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, given {rule!r}")
-    if form is not None and form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
-    if rule == "bp":
+    count = len(backbone.units)
+    if isinstance(rule, BP):
         if modules not in (None, 1) or borders:
-            raise ValueError(f"rule='bp' has one module: leave modules out, or set it to 1 (given {modules})")
-        return [Cut(0, len(units) - 1, None)]
-
-    form = form or backbone.form
-    depth = _whole(depth)
-    if not isinstance(depth, int) or depth < 2:
-        raise ValueError(f"depth must be a whole number of at least 2 (one block and the classifier), given {depth!r}")
-    blocks = depth - 1
-    one_per_unit = modules is None and borders is None
-    deepest = len(units) - 1 if form == "cifar" and one_per_unit else len(units)
-    if depth > deepest:
-        raise ValueError(f"depth must be at most {deepest} for this network of {len(units)} units, given {depth}")
-    if one_per_unit:
-        borders = range((len(units) - blocks if form == "cifar" else len(units)) - 1)
+            raise ValueError(f"rule={rule.name!r} has one module: leave modules out, or set it to 1 (given {modules})")
+        borders = ()
+    elif modules is None and borders is None:
+        borders = rule.borders(backbone)
     elif borders is None:
         modules = _whole(modules)
-        if not isinstance(modules, int) or not 1 <= modules <= len(units):
+        if not isinstance(modules, int) or not 1 <= modules <= count:
             raise ValueError(
-                f"modules must be a whole number from 1 to {len(units)}, the units of this network, given {modules!r}"
+                f"modules must be a whole number from 1 to {count}, the units of this network, given {modules!r}"
             )
-        borders = _balanced_borders([unit.kept for unit in units], modules)
+        borders = _balanced_borders([unit.kept for unit in backbone.units], modules)
+    rule.check(backbone)
+    ends = [*borders, count - 1]
+    if ends != sorted(set(ends)) or ends[0] < 0:
+        raise ValueError(
+            f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last, "
+            f"given {tuple(borders)}"
+        )
+    return [Cut(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
 
-    cuts, first = [], 0
-    for last in borders:
-        m = aux_depth(last, len(units), blocks, pyramid=form == "cifar")
-        cuts.append(Cut(first, last, sample_units(units, last, m, batch_norm_head=form == "cifar")))
-        first = last + 1
-    return [*cuts, Cut(first, len(units) - 1, None)]
+
+def local_heads(backbone, rule, cuts, image_shape):
+    """What stands behind each local module: the rule's new nets, and last the backbone's own classifier.
+
+    Args:
+        image_shape: (C, H, W).
+
+    Returns:
+        list of LocalHead
+    """
+    heads = [
+        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border))
+        for border in borders_of(backbone, cuts, image_shape)
+    ]
+    return [*heads, LocalHead(backbone.classifier)]
+
+
+def borders_of(backbone, cuts, image_shape):
+    """The Border behind each local module but the last, for images of image_shape, (C, H, W)."""
+    if len(cuts) == 1:
+        return []
+    shapes = backbone.feature_shapes(image_shape)
+    return [
+        Border(backbone, part.last, index, len(cuts) - 1, shapes[part.last], tuple(image_shape))
+        for index, part in enumerate(cuts[:-1])
+    ]
 
 
 def _whole(value):
@@ -98,10 +212,3 @@ def _balanced_borders(sizes, parts):
                     choices.append((max(largest, sum(sizes[start:end])), (*borders, end - 1)))
             best[end, used_parts] = min(choices, key=lambda choice: (choice[0], [-b for b in choice[1]]))
     return best[len(sizes), parts][1][:-1]
-
-
-def build_head(backbone, part):
-    """The head of a local module: its new aux net, or for the last one the backbone's own classifier."""
-    if part.sample is None:
-        return backbone.classifier
-    return build_aux_net(backbone, part.last, part.sample)

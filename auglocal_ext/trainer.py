@@ -5,26 +5,26 @@ once; its parameters are stepped, its gradients and activations freed, and only 
 the next module. No loss is ever summed over modules.
 """
 
-import itertools
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from .backbone import as_backbone
-from .memory import format_bytes
+from .memory import format_bytes, tensors_of
 from .optim import make_optimizer, sgd
 from .plan import PRECISIONS, Planner
 from .program import programs
-from .rules import build_head, cut
+from .rules import as_rule, cut, local_heads
 
 __all__ = ["LocalTrainer", "StepResult", "assert_isolated"]
 
 
 class LocalModule(nn.Module):
-    """Consecutive units of the backbone and the head behind them: x -> (features, logits)."""
+    """Consecutive units of the backbone and the LocalHead behind them: x -> (features, logits)."""
 
     def __init__(self, units, head):
         super().__init__()
@@ -58,13 +58,17 @@ class LocalTrainer:
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
-        depth, rule, form, modules, borders: how the model is cut; see `auglocal_ext.rules.cut`. For a cut that fits a
-            memory budget pass `auglocal_ext.plan(..., memory_budget=...).borders`.
+        rule: one of `auglocal_ext.rules.RULES` by name, or a Rule of your own; see `auglocal_ext.Rule`.
+        depth, form: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
+        modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
+            that fits a memory budget pass `auglocal_ext.plan(..., memory_budget=...).borders`.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
             momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
         recompute: keep blocks' inputs only, and run each block's convolutions again in the backward: gradient
             checkpointing, with BatchNorm's statistics updated once.
+        image_size: (height, width) of the images, for a rule whose nets depend on it (predsim, dgl, infopro). Default:
+            32 for the CIFAR networks, 224 for others. Other sizes may follow where they need no other nets.
 
     Attributes:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
@@ -85,11 +89,13 @@ class LocalTrainer:
         optimizer=None,
         precision="fp32",
         recompute=False,
+        image_size=None,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
         backbone = as_backbone(model)
-        self._cuts = cut(backbone, depth, rule=rule, form=form, modules=modules, borders=borders)
+        rule = as_rule(rule, depth, form)
+        self._cuts = cut(backbone, rule, modules, borders)
         first = next(model.parameters())
         for name, parameter in model.named_parameters():
             if parameter.dtype not in (torch.float32, torch.float64):
@@ -107,11 +113,13 @@ class LocalTrainer:
                     f"parameter {name} is frozen: local modules train every parameter; call "
                     f"model.requires_grad_(True), or train with the frozen part outside the model"
                 )
-        self.model, self.precision, self.recompute, self.plan = model, precision, recompute, None
-        self._backbone, self._rule, self._depth = backbone, rule, depth
+        self.model, self.precision, self.plan = model, precision, None
+        self.recompute = recompute or rule.recompute
+        self._backbone, self._rule = backbone, rule
         self.device, self.dtype = first.device, first.dtype
-        heads = [build_head(backbone, part) for part in self._cuts]
-        self.aux_nets = nn.ModuleList(heads[:-1]).to(self.device, self.dtype)
+        self._image_size = _pair(image_size or (32 if backbone.form == "cifar" else 224))
+        heads = [head.to(self.device, self.dtype) for head in self._make_heads(self._image_size)]
+        self.aux_nets = nn.ModuleList(head.net for head in heads[:-1])
         self.local_modules = []
         for part, head in zip(self._cuts, heads, strict=True):
             units = [unit.module for unit in backbone.units[part.first : part.last + 1]]
@@ -148,7 +156,7 @@ class LocalTrainer:
             logits = None  # the module before's
             try:
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
-                features, logits, loss = modules[index].run(inputs, labels)
+                features, logits, loss = modules[index].run(inputs, labels, images)
                 optimizer.step()
             except BaseException as error:
                 _say_where_it_stopped(error, index, len(self.optimizers), self._out_of_memory(error))
@@ -163,13 +171,17 @@ class LocalTrainer:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses)
 
-    def backward(self, index, features, labels):
+    def backward(self, index, features, labels, images=None):
         """Forward and backward of one local module, leaving its gradients in its parameters.
+
+        Args:
+            features: the module's input.
+            images: the step's, for a rule with a loss that looks at them.
 
         Returns:
             (features, logits, loss): the module's output (None for the last one), its head's and its loss.
         """
-        return self._current_programs()[index].run([features], labels)
+        return self._current_programs()[index].run([features], labels, images)
 
     def plan_for(self, images):
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
@@ -188,11 +200,28 @@ class LocalTrainer:
                 f"give batches of one shape, the largest first",
                 stacklevel=3,
             )
-        planner = Planner(self.model, self.precision, self._optimizer, self.recompute)
+        self._rule.check_images(images)
         heads = [module.head for module in self.local_modules]
-        self.plan = planner.plan(self._cuts, shape, self._rule, self._depth, heads, images.dtype)
+        self._check_size(heads, shape[2:])
+        planner = Planner(self.model, self.precision, self._optimizer, self.recompute)
+        self.plan = planner.plan(self._cuts, shape, self._rule, heads, images.dtype)
         self._planned_norms = norms
         self._programs = None
+        self._current_programs()  # here, not in the step: tracing leaves meta tensors behind for a while
+
+    def _make_heads(self, size):
+        return local_heads(self._backbone, self._rule, self._cuts, (self._backbone.image_channels, *size))
+
+    def _check_size(self, heads, size):
+        if size == self._image_size:
+            return
+        with torch.device("meta"):
+            fitting = self._make_heads(size)
+        if str(fitting[:-1]) != str(heads[:-1]):
+            raise ValueError(
+                f"the nets of rule {self._rule.name!r} were made for images of {self._image_size[0]}x"
+                f"{self._image_size[1]} pixels, given {size[0]}x{size[1]}: pass LocalTrainer image_size={tuple(size)}"
+            )
 
     def _current_programs(self):
         """Each module's program, made anew after planning and where a BatchNorm was switched to another mode."""
@@ -239,8 +268,8 @@ class LocalTrainer:
 
     def tensors(self):
         """Every tensor that training keeps between steps: parameters, buffers, optimizer state."""
-        for module in (self.model, self.aux_nets):
-            yield from itertools.chain(module.parameters(), module.buffers())
+        for module in (self.model, *(module.head for module in self.local_modules[:-1])):
+            yield from tensors_of(module)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
@@ -317,10 +346,11 @@ def assert_isolated(trainer, images, labels):
     """Raises AssertionError unless the loss of each local module reaches the parameters of that module and its
     head, all of them, and no others. Changes no parameter; BatchNorm's running statistics see the batch."""
     names = {p: name for name, p in trainer.model.named_parameters()}
-    names |= {p: f"aux_nets.{name}" for name, p in trainer.aux_nets.named_parameters()}
+    for index, module in enumerate(trainer.local_modules[:-1]):
+        names |= {p: f"local_modules.{index}.head.{name}" for name, p in module.head.named_parameters()}
     features = images
     for index, module in enumerate(trainer.local_modules):
-        features, _, _ = trainer.backward(index, features, labels)
+        features, _, _ = trainer.backward(index, features, labels, images)
         reached = {p for p in names if p.grad is not None}
         own = set(module.parameters())
         for optimizer in trainer.optimizers:

@@ -9,7 +9,7 @@ from auglocal_ext import models, plan, search, train
 from auglocal_ext.budget import cut_table, parse_bytes
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.plan import Planner
-from auglocal_ext.rules import cut
+from auglocal_ext.rules import AugLocal, cut
 
 NETWORKS = [
     ("resnet20", (8, 3, 32, 32), 3, {}),
@@ -24,7 +24,8 @@ NETWORKS = [
 def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, shape, depth, options):
     with torch.device("meta"):
         planner = Planner(models.create(name, 10), **options)
-    table, units = cut_table(planner, shape, depth, None), len(planner.backbone.units)
+    rule = AugLocal(depth)
+    table, units = cut_table(planner, shape, rule), len(planner.backbone.units)
     peaks, rng = search.module_peaks(table), random.Random(0)
     for _ in range(4):
         borders = tuple(sorted(rng.sample(range(units - 1), rng.randint(0, 6))))
@@ -34,7 +35,7 @@ def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, s
             table.unit_macs[i][0] + sum(table.unit_macs[k][1] for k in range(i + 1, j + 1)) + table.head_macs[j]
             for i, j in parts
         )
-        planned = planner.plan(cut(planner.backbone, depth, borders=borders), shape, "auglocal", depth)
+        planned = planner.plan(cut(planner.backbone, rule, borders=borders), shape, rule)
         assert table.constant + sum(table.head_state[b] for b in borders) + highest == planned.peak_bytes
         assert macs == planned.macs
 

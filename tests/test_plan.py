@@ -18,8 +18,30 @@ def test_numbers_agree_with_the_trainer():
         assert module.parameters + module.aux_parameters == sum(p.numel() for p in local.parameters())
     assert len(planned.modules) == len(result.module_losses) == 13
     assert planned.modules[6].output_shape == (8, 32, 16, 16)
-    assert planned.modules[0].aux_names == ("layer1.4", "layer2.4", "layer3.4")
-    assert (planned.modules[0].aux_channels, planned.modules[0].aux_strides) == ((16, 32, 64), (1, 2, 2))
+    assert planned.modules[0].aux_net == "layer1.4 (16, /1) layer2.4 (32, /2) layer3.4 (64, /2)"
+    assert planned.modules[-1].aux_net == ""
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("dgl", "Conv2d 32, Conv2d 32, Conv2d 32, Linear 128, Linear 128, Linear 10"),
+        ("predsim", "Linear 10"),
+        ("infopro", "Conv2d 64, Linear 128, Linear 10"),
+    ],
+)
+def test_other_rules_are_planned_as_they_run(rule, words):
+    model, shape = models.resnet20(), (8, 3, 32, 32)
+    planned = plan(model, shape, rule=rule, modules=4)
+    trainer = LocalTrainer(model, rule=rule, modules=4)
+    trainer.step(torch.rand(shape) / 4, torch.arange(8))
+    assert trainer.plan == planned and (planned.rule, planned.depth) == (rule, None)
+    assert planned.modules[2].aux_net == words
+    aux = sum(p.numel() for module in trainer.local_modules[:-1] for p in module.head.parameters())
+    assert planned.aux_parameters == aux > 0
+    assert str(planned).startswith(f"CifarResNet, rule {rule}: 4 local modules, input 8x3x32x32")
+    with pytest.raises(ValueError, match=f"memory_budget chooses the cut of .* with '{rule}' give modules"):
+        plan(model, shape, rule=rule, memory_budget="1GB")
 
 
 def test_table():

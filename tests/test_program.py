@@ -17,7 +17,8 @@ from auglocal_ext.backbone import as_backbone
 from auglocal_ext.graph import join, trace
 from auglocal_ext.memory import LiveBytes
 from auglocal_ext.program import LONGEST_REBUILD, Program, build, programs
-from auglocal_ext.rules import build_head, cut
+from auglocal_ext.rule import LocalHead
+from auglocal_ext.rules import as_rule, cut, local_heads
 from auglocal_ext.trainer import LocalModule
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -34,16 +35,17 @@ def randomise(module, seed=0):
     return module
 
 
-def cut_up(model, dtype=torch.float64, autocast=None, **options):
+def cut_up(model, dtype=torch.float64, autocast=None, size=(32, 32), modules=None, rule="auglocal", **options):
     """[(program, LocalModule)] of a model."""
     torch.manual_seed(0)
-    backbone = as_backbone(model)
-    cuts = cut(backbone, **options)
-    heads = [randomise(build_head(backbone, part).to(dtype)) for part in cuts]
+    backbone, rule = as_backbone(model), as_rule(rule, **options)
+    cuts = cut(backbone, rule, modules)
+    heads = local_heads(backbone, rule, cuts, (backbone.image_channels, *size))
+    heads = [randomise(head.to(dtype)) for head in heads]
     randomise(model.to(dtype))
     units = [[unit.module for unit in backbone.units[part.first : part.last + 1]] for part in cuts]
     modules = [LocalModule(*both) for both in zip(units, heads, strict=True)]
-    return list(zip(programs(backbone, cuts, heads, autocast), modules, strict=True))
+    return list(zip(programs(backbone, cuts, heads, autocast, recompute=rule.recompute), modules, strict=True))
 
 
 def nodes_of(module, inside=(), last=False):
@@ -63,17 +65,17 @@ def tensors_of(module, loss, logits, features):
     return results | {name: b.clone() for name, b in module.named_buffers()}
 
 
-def by_program(program, module, x, labels):
+def by_program(program, module, x, labels, images=None):
     module.zero_grad()
     given = x.clone()
     torch.manual_seed(7)
-    features, logits, loss = program.run([x], labels)
+    features, logits, loss = program.run([x], labels, images)
     assert torch.equal(x, given), "the input was modified"
     assert not any(t.requires_grad for t in (logits, loss, features) if t is not None)
     return tensors_of(module, loss, logits, features)
 
 
-def by_autograd(module, x, labels, last, autocast=None):
+def by_autograd(module, x, labels, last, autocast=None, images=None):
     """On a copy of the module."""
     module = copy.deepcopy(module)
     module.zero_grad()
@@ -81,6 +83,9 @@ def by_autograd(module, x, labels, last, autocast=None):
     with torch.autocast(x.device.type, autocast, autocast is not None):
         features, logits = module(x)
         loss = F.cross_entropy(logits, labels)
+        if isinstance(module.head, LocalHead):
+            (extra_weight, weight), extra = module.head.weights, module.head.extra
+            loss = weight * loss + (0 if extra is None else extra_weight * extra(features, labels, images))
     loss.backward()
     return tensors_of(module, loss.detach(), logits.detach(), None if last else features.detach())
 
@@ -103,20 +108,44 @@ def batch(n, height, width, dtype=torch.float64, layout=torch.contiguous_format,
     return images.to(dtype).contiguous(memory_format=layout), torch.arange(n) % 10
 
 
-def compare_chain(model, images, labels, **options):
+def compare_chain(model, images, labels, islands=(), **options):
     """Every local module on the features that the one before handed on."""
     x = images
-    for program, module in cut_up(model, **options):
-        expected = by_autograd(module, x, labels, program.features is None)
-        results = by_program(program, module, x, labels)
+    for program, module in cut_up(model, size=images.shape[2:], **options):
+        expected = by_autograd(module, x, labels, program.features is None, images=images)
+        results = by_program(program, module, x, labels, images)
         assert_equal(results, expected)
         assert all(p.grad.stride() == p.stride() for p in module.parameters())
-        assert set(program.gradients.values()) == set(module.parameters()) and not program.islands
+        assert set(program.gradients.values()) == set(module.parameters())
+        assert set(program.islands) <= set(islands)
         x = results.get("features")
     assert x is None
 
 
 # ---- the backbones ------------------------------------------------------------------------------------------
+
+
+POOLING = {"0 (AvgPool2d)", "0 (AdaptiveAvgPool2d)", "3 (AdaptiveAvgPool2d)", "10 (AdaptiveAvgPool2d)", "0 (Upsample)"}
+FLAT = {f"{i} ({kind})" for i in range(20) for kind in ("Flatten", "Linear", "BatchNorm1d", "ReLU")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", ["dgl", "predsim", "infopro"])
+@pytest.mark.parametrize(("size", "modules"), [((4, 16, 16), None), ((3, 18, 13), 3)])
+def test_other_rules_equal_autograd(rule, size, modules, layout):
+    """What is no convolution, BatchNorm chain or loss in their nets runs by autograd, and nothing else does."""
+    images, labels = batch(*size, layout=layout)
+    images = images.sigmoid() - 0.5  # from 0 to 1 with InfoPro's normalisation undone
+    compare_chain(models.resnet20(), images, labels, POOLING | FLAT, rule=rule, modules=modules)
+
+
+def test_checkpoint_is_backpropagation_with_convolutions_run_again():
+    images, labels = batch(4, 12, 12)
+    compare_chain(models.resnet20(), images, labels, rule="checkpoint")
+    ((program, _),) = cut_up(models.resnet20(), rule="checkpoint")
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in models.resnet20().modules())
+    again = sum(step.name == "recompute" for step in program.steps)
+    assert convolutions // 2 <= again <= convolutions
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

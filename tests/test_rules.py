@@ -11,7 +11,8 @@ from torch import nn
 from auglocal_ext import models
 from auglocal_ext.auxiliary import aux_depth, build_aux_net, sample_units
 from auglocal_ext.backbone import as_backbone
-from auglocal_ext.rules import _balanced_borders, build_head, cut
+from auglocal_ext.rule import Rule
+from auglocal_ext.rules import DGL, RULES, AugLocal, Cut, InfoPro, _balanced_borders, as_rule, cut, local_heads
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +20,31 @@ def resnet32():
     return as_backbone(models.resnet32())
 
 
+def cut_by(backbone, depth=4, *, rule="auglocal", form=None, modules=None):
+    return cut(backbone, as_rule(rule, depth, form), modules)
+
+
+def samples(backbone, depth, form=None):
+    rule = AugLocal(depth, form)
+    return [rule.sample(backbone, part.last) for part in cut(backbone, rule)[:-1]]
+
+
 def test_cifar_form(resnet32):
     """ResNet-32, d = 4, by hand from the rule: K = 13, and the units of the first and the last aux net."""
-    cuts = cut(resnet32, 4)
-    assert [(part.first, part.last) for part in cuts] == [*((i, i) for i in range(12)), (12, 15)]
-    assert cuts[0].sample.units == (5, 10, 15) and cuts[0].sample.strides == (1, 2, 2)
-    assert cuts[11].sample.units == (13, 15) and cuts[11].sample.strides == (1, 1)
-    assert cuts[-1].sample is None
-    assert not any(part.sample.batch_norm_head for part in cuts[:-1])
-    assert all(part.sample.batch_norm_head for part in cut(resnet32, 2)[:-1])
+    cuts = cut_by(resnet32, 4)
+    assert cuts == [*(Cut(i, i) for i in range(12)), Cut(12, 15)]
+    chosen = samples(resnet32, 4)
+    assert chosen[0].units == (5, 10, 15) and chosen[0].strides == (1, 2, 2)
+    assert chosen[11].units == (13, 15) and chosen[11].strides == (1, 1)
+    assert not any(sample.batch_norm_head for sample in chosen)
+    assert all(sample.batch_norm_head for sample in samples(resnet32, 2))
 
 
 def test_imagenet_form(resnet32):
-    cuts = cut(resnet32, 4, form="imagenet")
-    assert [(part.first, part.last) for part in cuts] == [(i, i) for i in range(16)]
-    assert [len(part.sample.units) for part in cuts[:-1]] == [3] * 13 + [2, 1]
-    assert not any(part.sample.batch_norm_head for part in cuts[:-1])
+    assert cut_by(resnet32, 4, form="imagenet") == [Cut(i, i) for i in range(16)]
+    chosen = samples(resnet32, 4, "imagenet")
+    assert [len(sample.units) for sample in chosen] == [3] * 13 + [2, 1]
+    assert not any(sample.batch_norm_head for sample in chosen)
 
 
 def test_pyramid_rounds_half_to_even():
@@ -45,22 +55,21 @@ def test_pyramid_rounds_half_to_even():
 
 
 def test_bp_is_one_module(resnet32):
-    (whole,) = cut(resnet32, rule="bp")
-    assert (whole.first, whole.last, whole.sample) == (0, 15, None)
-    assert cut(resnet32, rule="bp", modules=1) == [whole] == cut(resnet32, 4, modules=1)
+    assert cut_by(resnet32, rule="bp") == cut_by(resnet32, rule="bp", modules=1) == [Cut(0, 15)]
+    assert cut_by(resnet32, 4, modules=1) == cut_by(resnet32, rule="checkpoint") == [Cut(0, 15)]
+    assert RULES["checkpoint"].recompute and not any(RULES[name].recompute for name in RULES if name != "checkpoint")
 
 
 @pytest.mark.parametrize("modules", range(2, 17))
 def test_modules_cover_the_network(resnet32, modules):
-    cuts = cut(resnet32, 4, modules=modules)
+    rule = AugLocal(4)
+    cuts = cut(resnet32, rule, modules)
     assert len(cuts) == modules
     assert [unit for part in cuts for unit in range(part.first, part.last + 1)] == list(range(16))
-    assert cuts[-1].sample is None
     for part in cuts[:-1]:
-        assert part.sample.units[-1] == 15
-        blocks = min(aux_depth(part.last, 16, 3, pyramid=True), 15 - part.last)
-        assert len(part.sample.units) == blocks
-        assert list(part.sample.units) == sorted(set(part.sample.units)) and part.sample.units[0] > part.last
+        chosen = rule.sample(resnet32, part.last).units
+        assert len(chosen) == min(aux_depth(part.last, 16, 3, pyramid=True), 15 - part.last)
+        assert chosen[-1] == 15 and list(chosen) == sorted(set(chosen)) and chosen[0] > part.last
 
 
 def test_borders_make_the_largest_part_smallest():
@@ -86,44 +95,89 @@ def test_borders_make_the_largest_part_smallest():
         ({"modules": 0}, "modules must be a whole number from 1 to 16, the units of this network, given 0"),
         ({"modules": 17}, "modules must be a whole number from 1 to 16"),
         ({"modules": 2.0}, "modules must be a whole number"),
-        ({"rule": "hebb"}, "rule must be one of auglocal, bp, given 'hebb'"),
+        (
+            {"rule": "hebb"},
+            "rule must be one of auglocal, dgl, .*, checkpoint, or an auglocal_ext.Rule .* given 'hebb'",
+        ),
+        ({"rule": int}, "rule must be one of .*, given <class 'int'>"),
+        ({"rule": "dgl", "form": "cifar"}, "form is a choice of rule 'auglocal': leave it out with 'dgl'"),
+        ({"rule": InfoPro((0, 0), (1, 1))}, "needs a mean and a std for each of the 3 channels .* given 2 and 2"),
         ({"form": "mnist"}, "form must be one of cifar, imagenet or None, given 'mnist'"),
         ({"rule": "bp", "modules": 3}, "rule='bp' has one module"),
     ],
 )
 def test_bad_arguments(resnet32, arguments, message):
     with pytest.raises(ValueError, match=message):
-        cut(resnet32, **arguments)
+        cut_by(resnet32, **arguments)
+
+
+@pytest.mark.parametrize("borders", [(15,), (-1, 3), (5, 3), (3, 3)])
+def test_bad_borders(resnet32, borders):
+    with pytest.raises(ValueError, match="borders must be units from 0 to 14 in rising order"):
+        cut(resnet32, DGL(), borders=borders)
 
 
 def test_whole_numbers_of_any_kind(resnet32):
-    assert cut(resnet32, np.int64(4), modules=np.int32(3)) == cut(resnet32, 4, modules=3)
+    assert cut_by(resnet32, np.int64(4), modules=np.int32(3)) == cut_by(resnet32, 4, modules=3)
 
 
 def test_the_deepest_allowed(resnet32):
-    assert len(cut(resnet32, 15)) == 2
-    assert len(cut(resnet32, 16, form="imagenet")[0].sample.units) == 15
+    assert len(cut_by(resnet32, 15)) == 2
+    assert len(samples(resnet32, 16, "imagenet")[0].units) == 15
 
 
 def test_aux_nets_end_at_the_networks_resolution(resnet32):
-    x = torch.randn(2, 3, 32, 32)
-    for part in cut(resnet32, 4)[:-1]:
-        features = x
-        for unit in resnet32.units[: part.last + 1]:
-            features = unit.module(features)
-        net = build_head(resnet32, part)
-        for block in net[: len(part.sample.units)]:
-            features = block(features)
-        assert features.shape == (2, 64, 8, 8)
-        assert net[len(part.sample.units) :](features).shape == (2, 10)
+    rule, features = AugLocal(4), torch.randn(2, 3, 32, 32)
+    cuts = cut(resnet32, rule)
+    for part, head in zip(cuts[:-1], local_heads(resnet32, rule, cuts, (3, 32, 32)), strict=False):
+        features = resnet32.units[part.last].module(features)
+        blocks, x = len(rule.sample(resnet32, part.last).units), features
+        for block in head.net[:blocks]:
+            x = block(x)
+        assert x.shape == (2, 64, 8, 8)
+        assert head.net[blocks:](x).shape == (2, 10)
 
 
 def test_aux_net_is_its_own(resnet32):
-    part = cut(resnet32, 2)[3]
-    net = build_head(resnet32, part)
+    net = local_heads(resnet32, AugLocal(2), [Cut(0, 3), Cut(4, 15)], (3, 32, 32))[0].net
     assert [type(layer) for layer in net[1:]] == [nn.AdaptiveAvgPool2d, nn.Flatten, nn.BatchNorm1d, nn.Linear]
     own = {p.data_ptr() for unit in resnet32.units for p in unit.module.parameters()}
     assert not own & {p.data_ptr() for p in net.parameters()}
+
+
+def test_weights_go_linearly_from_the_first_border_to_the_last(resnet32):
+    def weights(backbone, rule):
+        heads = local_heads(backbone, rule, cut(backbone, rule), (3, 32, 32))
+        assert heads[-1].weights == (0, 1) and heads[-1].extra is None
+        return np.array([head.weights for head in heads[:-1]])
+
+    np.testing.assert_allclose(weights(resnet32, RULES["predsim"]()), [[0.99, 0.01]] * 15)
+    np.testing.assert_allclose(weights(resnet32, RULES["dgl"]()), [[0, 1]] * 15)
+    np.testing.assert_allclose(weights(resnet32, InfoPro()), np.linspace((5, 0.05), (0.2, 0.5), 15))
+    deep = as_backbone(models.resnet110())
+    np.testing.assert_allclose(weights(deep, InfoPro()), np.linspace((5, 0), (0.5, 1), 54))
+    np.testing.assert_allclose(weights(deep, InfoPro(first=(1, 2), last=(3, 4)))[[0, -1]], [[1, 2], [3, 4]])
+
+
+def test_the_pool_of_predsim_leaves_at_most_512_numbers(resnet32):
+    heads = local_heads(resnet32, RULES["predsim"](), [Cut(0, 0), Cut(1, 6), Cut(7, 11), Cut(12, 15)], (3, 32, 32))
+    assert [head.net[0].kernel_size for head in heads[:-1]] == [(8, 4), (4, 4), (4, 2)]
+    assert [head.net[2].in_features for head in heads[:-1]] == [512, 512, 512]
+    odd = local_heads(resnet32, RULES["predsim"](), [Cut(0, 6), Cut(7, 15)], (3, 37, 30))[0].net
+    assert odd(torch.randn(2, 32, 19, 15)).shape == (2, 10) and odd[2].in_features <= 512
+
+
+class Mine(Rule):
+    pass
+
+
+def test_a_rule_is_a_name_a_class_or_an_object():
+    rule = InfoPro()
+    assert as_rule(rule) is rule and type(as_rule("infopro")) is type(as_rule(InfoPro)) is InfoPro
+    assert (as_rule("auglocal", 5, "cifar").depth, as_rule(AugLocal, 3).depth, as_rule("bp", 5).depth) == (5, 3, None)
+    assert as_rule(Mine).name == "mine" and list(RULES) == [rule().name for rule in RULES.values()]
+    with pytest.raises(NotImplementedError, match=r"Mine must define aux_net\(border\)"):
+        local_heads(as_backbone(models.resnet20()), Mine(), [Cut(0, 0), Cut(1, 9)], (3, 32, 32))
 
 
 def test_initialisation():
@@ -138,9 +192,9 @@ def test_initialisation():
 def test_aux_nets_of_bottlenecks_have_the_sampled_blocks_shape(torchvision):
     with torch.device("meta"):
         backbone = as_backbone(torchvision.models.resnext50_32x4d())
-        part = cut(backbone, 3)[2]
-        net = build_head(backbone, part)
-    for unit, block in zip(part.sample.units, net, strict=False):
+        rule = AugLocal(3)
+        net = local_heads(backbone, rule, cut(backbone, rule), (3, 224, 224))[2].net
+    for unit, block in zip(rule.sample(backbone, 2).units, net, strict=False):
         original = backbone.units[unit].module
         assert type(block) is type(original)
         assert block.conv2.groups == original.conv2.groups == 32

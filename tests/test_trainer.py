@@ -45,7 +45,7 @@ def test_isolation_of_other_cuts(tiny_model, batch, options):
 def test_a_leak_between_modules_is_found(trainer, batch, monkeypatch):
     backward = trainer.backward
 
-    def leaky(index, features, labels):
+    def leaky(index, features, labels, images):
         result = backward(index, features, labels)
         if index == 1:
             for parameter in trainer.local_modules[0].body.parameters():
@@ -110,9 +110,9 @@ def test_activations_are_gone_before_the_next_module_starts(monkeypatch):
     trainer.step(images, labels)
     at_start, run = [], Program.run
 
-    def watched(program, inputs, labels):
+    def watched(program, inputs, labels, images):
         at_start.append(live.now - inputs[0].untyped_storage().nbytes())
-        return run(program, inputs, labels)
+        return run(program, inputs, labels, images)
 
     monkeypatch.setattr(Program, "run", watched)
     existing = [*trainer.tensors(), images, labels]
@@ -271,10 +271,10 @@ def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, mon
     before = snapshot(trainer.model)
     run = Program.run
 
-    def failing(program, inputs, labels):
+    def failing(program, inputs, labels, images):
         if program.features is None:
             raise torch.OutOfMemoryError("out of memory")
-        return run(program, inputs, labels)
+        return run(program, inputs, labels, images)
 
     monkeypatch.setattr(Program, "run", failing)
     message = "out of memory\nThe step stopped in local module 2 of 3. Modules 0 to 1 have taken this step already"
@@ -289,7 +289,7 @@ def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, mon
 
 
 def test_an_error_in_the_first_module_changes_nothing(trainer, batch, monkeypatch):
-    monkeypatch.setattr(Program, "run", lambda program, inputs, labels: 1 / 0)
+    monkeypatch.setattr(Program, "run", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError, match="stopped in local module 0 of 3. No finished module was changed"):
         trainer.step(*batch)
 
@@ -396,7 +396,7 @@ def test_a_larger_batch_is_planned_again_once_and_a_smaller_one_is_not(trainer, 
 
 
 def test_out_of_memory_names_the_plan(trainer, batch, monkeypatch):
-    def failing(program, inputs, labels):
+    def failing(program, inputs, labels, images):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Program, "run", failing)
