@@ -1,8 +1,14 @@
-"""Data sources of the command line: digits, cifar10:ROOT, imagefolder:ROOT, fake:N.
+"""Data sources by name, and a loader as fast as the device: digits, cifar10:ROOT, svhn:ROOT, stl10:ROOT,
+imagefolder:ROOT, fake:N.
 
 Each gives a training and a test loader of (images, labels), float32 images normalised by the training set's
-own mean and deviation. Small images are held in memory as bytes and augmented a batch at a time; large ones
-are read by torchvision's ImageFolder and a DataLoader.
+own mean and deviation. Small images are held as bytes on the device, and shuffled, augmented and normalised there a
+batch at a time; large ones are read by torchvision's ImageFolder and a DataLoader.
+
+With any dataset of small images:
+
+    images, labels = images_in_memory(torchvision.datasets.CIFAR100("data"))
+    loader = DeviceLoader(images, labels, 128, *mean_and_std(images), augment=True, pad=4, flip=True, device="cuda")
 """
 
 from collections.abc import Iterable
@@ -10,15 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from ._torchvision import import_torchvision
+from .loop import _device
 
-__all__ = ["Data", "InMemoryLoader", "load"]
+__all__ = ["AUGMENTATIONS", "Data", "DeviceLoader", "crop_and_flip", "images_in_memory", "load", "mean_and_std"]
 
 SMALL = 96  # pixels along a side up to which images are held in memory
 LARGE_SIDE = 224  # what larger ones are cropped to
+
+# The paper's. It leaves open what SVHN and STL-10 are padded with: reflected here too, as for CIFAR-10.
+AUGMENTATIONS = {
+    "cifar10": {"pad": 4, "flip": True},
+    "svhn": {"pad": 2, "flip": False},
+    "stl10": {"pad": 4, "flip": True},
+}
 
 
 @dataclass(frozen=True)
@@ -32,43 +45,141 @@ class Data:
     description: dict
 
 
-class InMemoryLoader:
-    """Batches from images held as bytes; with `augment`, shuffled, cropped after padding, and flipped.
+class DeviceLoader:
+    """Batches from images held as bytes on a device, and made there; nothing in its loop waits for the device.
+
+    An iterable of (images, labels): images (N, C, H, W), float32, normalised, contiguous, on CUDA channels_last; labels
+    (N,), int64. With `augment` shuffled, cropped after padding, and flipped. All random numbers come from torch's
+    default generator of the device (the CPU's, or that GPU's), which torch.manual_seed and train's `seed` set.
 
     Args:
         images: (N, C, H, W), uint8.
-        labels: (N,), int64.
+        labels: (N,), integers.
+        batch_size: images in a batch; the last one of an epoch has what is left.
         mean, std: (C,), of images scaled to 0..1.
         augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
             random; `flip` mirrors half of the images.
+        device: where the images lie, and the batches are made.
     """
 
-    def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False):
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.mean, self.std = (values.view(1, -1, 1, 1) for values in (mean, std))
-        self.augment, self.pad, self.flip = augment, pad, flip
+    def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False, device="cpu"):
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(f"images must be (N, C, H, W) bytes, given {tuple(images.shape)} of {images.dtype}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, given {batch_size}")
+        if not 0 <= pad < min(images.shape[2:]):  # an image has no more than that to reflect
+            raise ValueError(f"pad must be from 0 to {min(images.shape[2:]) - 1} for these images, given {pad}")
+        device = _device(device)
+        self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
+        self.mean, self.std = (torch.as_tensor(values, device=device) for values in (mean, std))
+        self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
     def __len__(self):
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self):
-        order = torch.randperm(len(self.images)) if self.augment else torch.arange(len(self.images))
+        order = (torch.randperm if self.augment else torch.arange)(len(self.images), device=self.images.device)
         for chosen in order.split(self.batch_size):
-            images = (self.images[chosen].float() / 255 - self.mean) / self.std
-            yield self._augmented(images) if self.augment else images, self.labels[chosen]
+            yield self._batch(self.images[chosen]), self.labels[chosen]  # no name here keeps a batch past its step
 
-    def _augmented(self, images):
-        n, channels, height, width = images.shape
-        if self.pad:
-            padded = F.pad(images, [self.pad] * 4, mode="reflect")
-            top, left = torch.randint(2 * self.pad + 1, (2, n, 1))
-            rows = (top + torch.arange(height)).view(n, 1, height, 1)
-            columns = (left + torch.arange(width)).view(n, 1, 1, width)
-            images = padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), rows, columns]
-        if self.flip:
-            mirrored = torch.rand(n) < 0.5
-            images[mirrored] = images[mirrored].flip(3)
-        return images
+    def _batch(self, images):
+        if self.augment and (self.pad or self.flip):
+            n, device = len(images), images.device
+            top, left = torch.randint(2 * self.pad + 1, (2, n), device=device)
+            mirrored = torch.rand(n, device=device) < (0.5 if self.flip else 0)
+            images = crop_and_flip(images, top, left, mirrored, self.pad)
+        images = images.to(torch.float32, memory_format=self._layout)
+        mean, std = (255 * values.view(-1, 1, 1) for values in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
+
+def crop_and_flip(images, top, left, mirrored, pad):
+    """Crops of the images' own size out of the images with `pad` pixels reflected around them.
+
+    Args:
+        images: (N, C, H, W), of any dtype; pad is less than H and W.
+        top, left: (N,), int64, from 0 to 2 * pad: where the crop begins in the padded image.
+        mirrored: (N,), bool: which crops are flipped left to right.
+    """
+    channels, height, width = images.shape[1:]
+    rows = torch.arange(height, device=images.device) + top[:, None] - pad
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None] - pad
+    # Pixels are picked where the padded image would have them from: no padded image is made.
+    picked = _reflected(rows, height)[:, :, None] * width + _reflected(columns, width)[:, None, :]
+    return images.flatten(2).gather(2, picked.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def _reflected(index, size):
+    """Positions in a row of `size`, those beyond its ends reflected by them."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
+def mean_and_std(images):
+    """(C,) and (C,): mean and deviation of each channel of images (N, C, H, W), uint8, scaled to 0..1."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    # By counting, a channel at a time: exact, and no image becomes float.
+    shares = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    shares /= shares.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.float(), std.clamp_min(1e-3).float()
+
+
+def images_in_memory(dataset, progress=False):
+    """Reads a dataset once, for a DeviceLoader.
+
+    Args:
+        dataset: with len(dataset), and dataset[i] an (image, label), as torchvision's CIFAR10, SVHN, STL10, ImageFolder
+            and the like: the image a PIL image or a (C, H, W) tensor of bytes, all of one size; the label a whole
+            number. A transform that the dataset has is applied once.
+        progress: a progress bar.
+
+    Returns:
+        (N, C, H, W) uint8 images, (N,) int64 labels.
+
+    Raises:
+        ValueError, TypeError: naming the image that does not fit, or cannot be read.
+    """
+    to_tensor = import_torchvision("reading images").transforms.v2.functional.pil_to_tensor
+    if not len(dataset):
+        raise ValueError("the dataset is empty: it must have at least one image")
+    images, labels = None, torch.empty(len(dataset), dtype=torch.int64)
+    title = f"reading {getattr(dataset, 'root', type(dataset).__name__)}"
+    for index in tqdm(range(len(dataset)), title, unit="image", leave=False, disable=not progress):
+        try:
+            image, label = dataset[index]
+        except (OSError, SyntaxError) as error:
+            raise _unreadable(_name(dataset, index), error) from error
+        if not isinstance(image, torch.Tensor):
+            image = to_tensor(image)
+        if image.dtype != torch.uint8 or image.dim() != 3:
+            raise TypeError(
+                f"images must be PIL images or (C, H, W) bytes, given {tuple(image.shape)} of {image.dtype} in "
+                f"{_name(dataset, index)}: leave scaling and normalising to DeviceLoader"
+            )
+        if images is None:
+            images = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError(
+                f"images held in memory must all have one size, given {_size(image)} in {_name(dataset, index)} after "
+                f"{_size(images[0])}: resize them"
+            )
+        images[index], labels[index] = image, label
+    return images, labels
+
+
+def _name(dataset, index):
+    """Of an image, for a message: its file where the dataset tells."""
+    return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
+
+
+def _size(image):
+    channels, height, width = image.shape
+    return (height, width) if channels == 3 else (channels, height, width)
 
 
 class UnreadableImage(ValueError):
@@ -78,48 +189,59 @@ class UnreadableImage(ValueError):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-def load(source, batch_size, *, workers=0, download=False, progress=False):
+def load(
+    source,
+    batch_size,
+    *,
+    device="cpu",
+    workers=0,
+    download=False,
+    progress=False,
+    augmentation=AUGMENTATIONS["cifar10"],
+):
     """The data a source names.
 
     Args:
-        source: "digits" (scikit-learn's 1,797 8x8 digits, embedded), "cifar10:ROOT" (torchvision's CIFAR10),
-            "imagefolder:ROOT" (ROOT/train and ROOT/test or ROOT/val, a folder per class), or "fake:N" (N random
-            32x32 images of 10 classes that can be told apart).
+        source: "digits" (scikit-learn's 1,797 8x8 digits, embedded), "cifar10:ROOT", "svhn:ROOT" or "stl10:ROOT"
+            (torchvision's CIFAR10, SVHN and STL10; the labelled images, no extra ones), "imagefolder:ROOT" (ROOT/train
+            and ROOT/test or ROOT/val, a folder per class), or "fake:N" (N random 32x32 images of 10 classes that can be
+            told apart).
+        device: where small images are held and batches made; batches of large ones are on the CPU.
         workers: DataLoader processes, for large images.
-        download: fetch CIFAR-10 if it is not at ROOT.
-        progress: a progress bar while small images are read from their files.
+        download: fetch CIFAR-10, SVHN or STL-10 if it is not at ROOT.
+        progress: a progress bar while small images are read.
+        augmentation: of an imagefolder's small images, one of AUGMENTATIONS; the other sources have their own.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
     """
     kind, _, where = source.partition(":")
     if kind == "digits" and not where:
-        return _digits(batch_size)
-    if kind == "cifar10" and where:
-        return _cifar10(Path(where), batch_size, download)
+        return _digits(batch_size, device)
+    if kind in _DOWNLOADS and where:
+        return _downloaded(kind, Path(where), batch_size, device, download, progress)
     if kind == "imagefolder" and where:
-        return _image_folder(Path(where), batch_size, workers, progress)
+        return _image_folder(Path(where), batch_size, device, workers, progress, augmentation)
     if kind == "fake" and where.isdecimal() and int(where) >= 20:
-        return _fake(int(where), batch_size)
+        return _fake(int(where), batch_size, device)
     raise ValueError(
-        f"data must be 'digits', 'cifar10:ROOT', 'imagefolder:ROOT' or 'fake:N' (N at least 20), given {source!r}"
+        f"data must be 'digits', 'cifar10:ROOT', 'svhn:ROOT', 'stl10:ROOT', 'imagefolder:ROOT' or 'fake:N' (N at least "
+        f"20), given {source!r}"
     )
 
 
-def _in_memory(train, test, batch_size, classes, pad, flip):
+def _in_memory(train, test, batch_size, device, classes, pad=0, flip=False):
     """Data from (images uint8, labels) pairs."""
-    channels = train[0].transpose(0, 1).flatten(1)  # one at a time: as float all would take four times the memory
-    std, mean = (torch.tensor(v) / 255 for v in zip(*(torch.std_mean(c.float()) for c in channels), strict=True))
-    std = std.clamp_min(1e-3)
+    mean, std = mean_and_std(train[0])
     return Data(
-        InMemoryLoader(*train, batch_size, mean, std, augment=True, pad=pad, flip=flip),
-        InMemoryLoader(*test, batch_size, mean, std, augment=False),
+        DeviceLoader(*train, batch_size, mean, std, augment=True, pad=pad, flip=flip, device=device),
+        DeviceLoader(*test, batch_size, mean, std, augment=False, device=device),
         len(classes),
         {"mean": mean.tolist(), "std": std.tolist(), "image_size": list(train[0].shape[2:]), "classes": classes},
     )
 
 
-def _digits(batch_size):
+def _digits(batch_size, device):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -132,30 +254,50 @@ def _digits(batch_size):
         (images[train], labels[train]),
         (images[test], labels[test]),
         batch_size,
+        device,
         [str(digit) for digit in range(10)],
         pad=2,
-        flip=False,
     )
 
 
-def _cifar10(root, batch_size, download):
-    datasets = import_torchvision("data 'cifar10:ROOT'").datasets
-    parts = []
-    for train in (True, False):
+@dataclass(frozen=True)
+class _Download:
+    """One of torchvision's datasets: its name, its class, what selects its two parts, what lies at its ROOT."""
+
+    name: str
+    dataset: str
+    parts: tuple[dict, dict]
+    files: str
+
+
+_SPLITS = {"split": "train"}, {"split": "test"}
+_DOWNLOADS = {
+    "cifar10": _Download("CIFAR-10", "CIFAR10", ({"train": True}, {"train": False}), "cifar-10-batches-py"),
+    "svhn": _Download("SVHN", "SVHN", _SPLITS, "{train,test}_32x32.mat"),
+    "stl10": _Download("STL-10", "STL10", _SPLITS, "stl10_binary"),
+}
+
+
+def _downloaded(kind, root, batch_size, device, download, progress):
+    known = _DOWNLOADS[kind]
+    make, parts = getattr(import_torchvision(f"data '{kind}:ROOT'").datasets, known.dataset), []
+    for part in known.parts:
         try:
-            dataset = datasets.CIFAR10(root, train=train, download=download)
+            dataset = make(root, download=download, **part)
         except OSError as error:
-            raise OSError(f"CIFAR-10 cannot be fetched to {root}: {error}; put its folder there by hand") from error
+            raise OSError(
+                f"{known.name} cannot be read at {root}, or fetched to it: {error}; put {known.files} there by hand"
+            ) from error
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"no CIFAR-10 at {root}: expected {root / 'cifar-10-batches-py'}; fetch it with --download ({error})"
+                f"no {known.name} at {root}: expected {root / known.files}; fetch it with --download ({error})"
             ) from error
-        images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-        parts.append((images, torch.tensor(dataset.targets)))
-    return _in_memory(*parts, batch_size, list(dataset.classes), pad=4, flip=True)
+        parts.append(images_in_memory(dataset, progress))
+    classes = getattr(dataset, "classes", map(str, range(10)))  # SVHN's are the digits
+    return _in_memory(*parts, batch_size, device, list(classes), **AUGMENTATIONS[kind])
 
 
-def _fake(count, batch_size):
+def _fake(count, batch_size, device):
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 256, (10, 3, 4, 4), generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
@@ -164,12 +306,10 @@ def _fake(count, batch_size):
         noise = torch.randint(-96, 97, (size, 3, 32, 32), generator=generator)
         return (patterns[labels] + noise).clamp(0, 255).to(torch.uint8), labels
 
-    return _in_memory(
-        split(count), split(max(20, count // 5)), batch_size, [str(i) for i in range(10)], pad=0, flip=False
-    )
+    return _in_memory(split(count), split(max(20, count // 5)), batch_size, device, [str(i) for i in range(10)])
 
 
-def _image_folder(root, batch_size, workers, progress):
+def _image_folder(root, batch_size, device, workers, progress, augmentation):
     torchvision = import_torchvision("data 'imagefolder:ROOT'")
     train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
     if not train_root.is_dir() or test_root is None:
@@ -186,8 +326,8 @@ def _image_folder(root, batch_size, workers, progress):
     classes = folders[0].classes
     if max(_read(folders[0], 0).size) > SMALL:
         return _large_images(torchvision, folders, batch_size, workers, classes)
-    parts = [_decode(torchvision, folder, progress) for folder in folders]
-    return _in_memory(*parts, batch_size, classes, pad=4, flip=True)
+    parts = [images_in_memory(folder, progress) for folder in folders]
+    return _in_memory(*parts, batch_size, device, classes, **augmentation)
 
 
 def _read(folder, index):
@@ -196,21 +336,12 @@ def _read(folder, index):
     try:
         return folder.loader(path)
     except (OSError, SyntaxError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableImage(f"cannot read the image {path}: replace or remove it ({reason})") from error
+        raise _unreadable(path, error) from error
 
 
-def _decode(torchvision, folder, progress):
-    to_tensor, images = torchvision.transforms.v2.functional.pil_to_tensor, []
-    samples = tqdm(folder.samples, f"reading {folder.root}", unit="image", leave=False, disable=not progress)
-    for index, (path, _) in enumerate(samples):
-        images.append(to_tensor(_read(folder, index)))
-        if images[-1].shape != images[0].shape:
-            raise ValueError(
-                f"images up to {SMALL} pixels must all have one size, given {tuple(images[-1].shape[1:])} in {path} "
-                f"after {tuple(images[0].shape[1:])}: resize them"
-            )
-    return torch.stack(images), torch.tensor(folder.targets)
+def _unreadable(path, error):
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UnreadableImage(f"cannot read the image {path}: replace or remove it ({reason})")
 
 
 def _large_images(torchvision, folders, batch_size, workers, classes):

@@ -8,7 +8,7 @@ A record:
     accuracy    {"last", "best"}: of the last and of the best epoch on the test images, 0 to 1; top5 likewise where it
                 was measured
     seconds     spent training, without the tests between epochs
-    peak_bytes  the highest memory of a step
+    peak_bytes  the highest memory of a step, without images that loaders hold on its device
     history     one dict per epoch, see `auglocal_ext.TrainResult`
 """
 
@@ -44,13 +44,14 @@ def _processor():
     return f"{models[0].split(': ')[1]}, {torch.get_num_threads()} threads" if models else platform.machine()
 
 
-def record(settings, device, result):
+def record(settings, device, result, data_bytes=0):
     """The record of a finished training.
 
     Args:
         settings: dict of plain values.
         device: where it ran.
         result: `auglocal_ext.TrainResult` of a training with a val_loader.
+        data_bytes: of images that loaders hold on a GPU, which result.peak_bytes counts too.
     """
     history, plan = result.history, result.plan
     made = {
@@ -60,7 +61,7 @@ def record(settings, device, result):
         "macs_per_bp": plan.macs / plan.bp_macs,
         "accuracy": _last_and_best([entry["val_accuracy"] for entry in history]),
         "seconds": sum(entry["seconds"] for entry in history),
-        "peak_bytes": result.peak_bytes,
+        "peak_bytes": result.peak_bytes - data_bytes,
         "history": history,
     }
     top5 = [entry.get("val_top5_accuracy") for entry in history]
@@ -69,6 +70,16 @@ def record(settings, device, result):
 
 def _last_and_best(values):
     return {"last": values[-1], "best": max(values)}
+
+
+def check_writable(path):
+    """Raises OSError where no record can be added to this file: to be known before the training, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise OSError(f"results cannot be written to {path}: {error.strerror}; choose another --results") from None
 
 
 def append(path, made):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from auglocal_ext import _torchvision, models
-from auglocal_ext.data import InMemoryLoader, load
+from auglocal_ext.data import AUGMENTATIONS, DeviceLoader, crop_and_flip, images_in_memory, load, mean_and_std
 
 
 def write_images(root, sizes, classes=("cat", "dog"), per_class=3, splits=("train", "test")):
@@ -42,7 +42,7 @@ def test_training_images_are_normalised():
 
 def loader(augment, **options):
     images = torch.arange(4 * 6 * 6, dtype=torch.uint8).view(4, 1, 6, 6)
-    return InMemoryLoader(
+    return DeviceLoader(
         images, torch.arange(4), 4, torch.zeros(1), torch.full((1,), 1 / 255), augment=augment, **options
     )
 
@@ -78,6 +78,94 @@ def _maybe_flipped(image, mirrored):
     return image.flip(2) if mirrored else image
 
 
+def test_crops_are_slices_of_the_padded_image():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 7, 9), dtype=torch.uint8, generator=generator)
+    top, left = torch.randint(5, (2, 50), generator=generator)
+    mirrored = torch.rand(50, generator=generator) < 0.5
+    cropped = crop_and_flip(images, top, left, mirrored, pad=2)
+    padded = torch.nn.functional.pad(images.float(), [2] * 4, mode="reflect").to(torch.uint8)
+    for i, (y, x) in enumerate(zip(top.tolist(), left.tolist(), strict=True)):
+        assert torch.equal(cropped[i], _maybe_flipped(padded[i, :, y : y + 7, x : x + 9], mirrored[i]))
+
+
+def test_normalised_values_and_layout():
+    images = torch.tensor([[0, 255], [51, 102]], dtype=torch.uint8).view(2, 2, 1, 1).expand(2, 2, 3, 3)
+    mean, std = torch.tensor([0.1, 0.5]), torch.tensor([0.2, 0.25])
+    made = DeviceLoader(images, torch.tensor([1, 0], dtype=torch.int32), 2, mean, std, augment=False)
+    batch, labels = next(iter(made))
+    torch.testing.assert_close(batch[:, :, 0, 0], torch.tensor([[-0.5, 2.0], [0.5, -0.4]]))
+    assert batch.is_contiguous() and labels.dtype == torch.int64
+    assert torch.equal(made.mean, mean) and torch.equal(made.std, std)
+
+
+def test_the_default_generator_decides():
+    made = loader(True, pad=2, flip=True)
+    batches = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        batches.append(next(iter(made))[0])
+    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+def test_mean_and_std_are_exact():
+    images = torch.randint(0, 256, (40, 3, 5, 5), dtype=torch.uint8)
+    std, mean = torch.std_mean(images.double() / 255, (0, 2, 3), correction=0)
+    given = mean_and_std(images)
+    torch.testing.assert_close(given, (mean.float(), std.float()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": torch.zeros(4, 1, 6, 6)},
+            r"images must be \(N, C, H, W\) bytes, given \(4, 1, 6, 6\) of torch.float32",
+        ),
+        ({"labels": torch.zeros(3)}, r"labels must be \(4,\), one per image, given shape \(3,\)"),
+        ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
+        ({"pad": 6}, "pad must be from 0 to 5 for these images, given 6"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+    ],
+)
+def test_what_a_loader_refuses(change, message):
+    given = {
+        "images": torch.zeros(4, 1, 6, 6, dtype=torch.uint8), "labels": torch.zeros(4), "batch_size": 2,
+        "mean": torch.zeros(1), "std": torch.ones(1), "augment": True,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        DeviceLoader(**given | change)
+
+
+def test_images_in_memory_of_an_image_folder(torchvision, tmp_path):
+    from PIL import Image
+
+    dataset = torchvision.datasets.ImageFolder(write_images(tmp_path, (9, 7)) / "train")
+    images, labels = images_in_memory(dataset)
+    assert images.shape == (6, 3, 7, 9) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    last = np.asarray(Image.open(tmp_path / "train" / "dog" / "2.png"))
+    assert torch.equal(images[5], torch.from_numpy(last.copy()).permute(2, 0, 1))
+    (tmp_path / "train" / "dog" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog/2.png: replace or remove it"):
+        images_in_memory(dataset)
+
+
+def test_images_in_memory_of_any_dataset(torchvision):
+    dataset = torchvision.datasets.FakeData(3, (1, 5, 5), transform=lambda image: image.convert("L"))
+    images, labels = images_in_memory(dataset)
+    assert images.shape == (3, 1, 5, 5) and labels.dtype == torch.int64
+    assert torch.equal(images[1, 0], torch.from_numpy(np.array(dataset[1][0]))) and labels[1] == dataset[1][1]
+    sizes = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0), (torch.zeros(3, 4, 5, dtype=torch.uint8), 1)]
+    with pytest.raises(ValueError, match=r"must all have one size, given \(4, 5\) in image 1 after \(4, 4\)"):
+        images_in_memory(sizes)
+    with pytest.raises(
+        TypeError, match=r"must be PIL images or \(C, H, W\) bytes, given .* of torch.float32 in image 0"
+    ):
+        images_in_memory([(torch.zeros(3, 4, 4), 0)])
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        images_in_memory([])
+
+
 def test_each_epoch_has_every_image_once_in_a_new_order():
     torch.manual_seed(0)
     source = load("fake:100", 30)
@@ -98,6 +186,9 @@ def test_small_image_folder(torchvision, tmp_path):
     images, labels = next(iter(source.train))
     assert images.shape == (4, 3, 12, 12) and source.num_classes == 2
     assert [labels.tolist() for _, labels in source.test] == [[0, 0, 0, 1], [1, 1]]
+    assert (source.train.pad, source.train.flip) == (4, True)
+    digits = load(f"imagefolder:{tmp_path}", 4, augmentation=AUGMENTATIONS["svhn"]).train
+    assert (digits.pad, digits.flip) == (2, False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -166,8 +257,45 @@ def test_cifar10(torchvision, tmp_path, monkeypatch):
     source = load(f"cifar10:{tmp_path}", 50)
     images, _ = next(iter(source.train))
     assert images.shape == (50, 3, 32, 32) and source.num_classes == 10 and len(source.train) == 2
-    shown = next(iter(source.test))[0] * source.test.std + source.test.mean
+    mean, std = (values.view(3, 1, 1) for values in (source.test.mean, source.test.std))
+    shown = next(iter(source.test))[0] * std + mean
     torch.testing.assert_close(shown[0].flatten(), torch.from_numpy(batch["data"][0]) / 255)
+    assert (source.train.pad, source.train.flip) == (4, True)
+
+
+def test_svhn(torchvision, tmp_path, monkeypatch):
+    """Files as SVHN has them: (H, W, C, N), and the digit 0 as class 10."""
+    scipy_io = pytest.importorskip("scipy.io")
+    with pytest.raises(FileNotFoundError, match=r"no SVHN at .*: expected .*32x32.mat; fetch it with --download"):
+        load(f"svhn:{tmp_path}", 10)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+    for part in ("train", "test"):
+        content = {"X": pixels, "y": np.array([10, *range(1, 10)] * 2, dtype=np.uint8)[:, None]}
+        scipy_io.savemat(tmp_path / f"{part}_32x32.mat", content)
+    monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
+    source = load(f"svhn:{tmp_path}", 20)
+    assert torch.equal(source.test.images, torch.from_numpy(pixels.transpose(3, 2, 0, 1).copy()))
+    assert source.test.labels.tolist() == [*range(10)] * 2 and source.test.labels.dtype == torch.int64
+    assert source.description["classes"] == [str(digit) for digit in range(10)]
+    assert (source.train.pad, source.train.flip) == (2, False)
+
+
+def test_stl10(torchvision, tmp_path, monkeypatch):
+    """Files as STL-10 has them: each channel column by column, and classes from 1."""
+    with pytest.raises(FileNotFoundError, match=r"no STL-10 at .*: expected .*stl10_binary; fetch it with --download"):
+        load(f"stl10:{tmp_path}", 10)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 96, 96), dtype=np.uint8)
+    for part in ("train", "test"):
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{part}_X.bin")
+        np.arange(1, 11, dtype=np.uint8).tofile(folder / f"{part}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    source = load(f"stl10:{tmp_path}", 10)
+    assert torch.equal(source.train.images, torch.from_numpy(pixels))
+    assert source.train.labels.tolist() == [*range(10)] and source.description["classes"][3] == "class 3"
+    assert (source.train.pad, source.train.flip) == (4, True)
 
 
 def test_where_torchvision_does_not_import_a_sentence_says_so(monkeypatch):

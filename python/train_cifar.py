@@ -1,0 +1,166 @@
+"""CIFAR-10, SVHN and STL-10 by the paper's recipe; adds one line to a file of results.
+
+    python python/train_cifar.py --dataset cifar10 --download --model resnet32 --rule auglocal --depth 4
+    python python/train_cifar.py --dataset svhn --data imagefolder:ROOT --rule bp --epochs 40
+
+SGD with Nesterov momentum 0.9, weight decay 1e-4 on every parameter; CIFAR-10 and SVHN batch 1024, learning rate 0.8;
+STL-10, 96x96 images, batch 128, learning rate 0.1; 400 epochs, which the paper gives for the first two and is assumed
+for STL-10; the learning rate as `schedule` says. Images from a folder are
+padded, cropped and flipped as those of --dataset.
+"""
+
+import argparse
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import records
+
+import auglocal_ext
+from auglocal_ext import data, models, rules
+from auglocal_ext.memory import format_bytes
+from auglocal_ext.optim import sgd
+from auglocal_ext.plan import PRECISIONS
+
+BATCH_SIZES = {"cifar10": 1024, "svhn": 1024, "stl10": 128}
+
+
+def schedule(lr):
+    """The paper's: cosine per epoch, with a warm-up of w = min(10, epochs // 10) epochs.
+
+    In epoch e = 1..w the learning rate is 0.5 lr (1 + cos(pi e / E)) (e - 1) / w + 0.01 (w + 1 - e) / w, where 0.01 is
+    a learning rate, not a share of one; then 0.5 lr (1 + cos(pi e / E)), which is 0 in the last epoch, E.
+
+    Args:
+        lr: the learning rate that the factor is of.
+
+    Returns:
+        (epoch, epochs) -> factor, for `auglocal_ext.train`.
+    """
+
+    def factor(epoch, epochs):
+        e, w = int(epoch) + 1, min(10, epochs // 10)
+        cosine = 0.5 * (1 + math.cos(math.pi * e / epochs))
+        return cosine if e > w else cosine * (e - 1) / w + 0.01 / lr * (w + 1 - e) / w
+
+    return factor
+
+
+def run(options):
+    """Trains as told, and adds the record to options.results; returns it."""
+    batch_size = BATCH_SIZES[options.dataset] if options.batch_size is None else options.batch_size
+    if batch_size < 2:
+        raise ValueError(f"--batch-size must be at least 2, given {batch_size}")
+    lr = 0.1 * batch_size / 128 if options.lr is None else options.lr
+    if not lr > 0:
+        raise ValueError(f"--lr must be above 0, given {lr}")
+    records.check_writable(options.results)
+    torch.manual_seed(options.seed)
+    where = options.data or f"{options.dataset}:data"
+    source = data.load(
+        where,
+        batch_size,
+        device=options.device,
+        download=options.download,
+        progress=not options.quiet,
+        augmentation=data.AUGMENTATIONS[options.dataset],
+    )
+    if not isinstance(source.train, data.DeviceLoader):
+        raise ValueError(
+            f"images must be of up to {data.SMALL} pixels, given larger ones in {where}: train on these with "
+            f"train_imagenet.py"
+        )
+    model = models.create(options.model, source.num_classes)
+    rule = options.rule
+    if rule == "infopro":  # whose loss rebuilds the images as they were before normalisation
+        rule = rules.InfoPro(mean=source.description["mean"], std=source.description["std"])
+    result = auglocal_ext.train(
+        model,
+        source.train,
+        options.depth,
+        val_loader=source.test,
+        epochs=options.epochs,
+        rule=rule,
+        form=options.form,
+        modules=options.modules,
+        optimizer=partial(sgd(batch_size), lr=lr),
+        schedule=schedule(lr),
+        precision=options.precision,
+        device=options.device,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    auglocal, one_module = options.rule == "auglocal", options.rule in ("bp", "checkpoint")
+    settings = {
+        "dataset": options.dataset,
+        "data": where,
+        "model": options.model,
+        "rule": options.rule,
+        "depth": options.depth if auglocal else None,  # None: no choice of this rule, whatever was given
+        "modules": None if one_module else options.modules,
+        "form": options.form if auglocal else None,
+        "epochs": options.epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "precision": options.precision,
+        "seed": options.seed,
+        "train_images": len(source.train.images),
+        "test_images": len(source.test.images),
+    }
+    held = sum(loader.images.nbytes + loader.labels.nbytes for loader in (source.train, source.test))
+    on_cuda = torch.device(options.device).type == "cuda"
+    made = records.record(settings, options.device, result, data_bytes=held if on_cuda else 0)
+    records.append(options.results, made)
+    return made
+
+
+def parse(arguments=None):
+    """The options of `run`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", choices=BATCH_SIZES, default="cifar10", help="the recipe, and the images (default: %(default)s)")
+    add("--data", metavar="SOURCE", help="where they are, as imagefolder:ROOT or fake:N (default: DATASET:data)")
+    add("--download", action="store_true", help="fetch the images if they are not there")
+    add("--model", default="resnet32", help="resnet20 ... resnet110, or torchvision's (default: %(default)s)")
+    add("--rule", choices=list(rules.RULES), default="auglocal", help="(default: %(default)s)")
+    add("--depth", type=int, default=4, help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
+    add("--modules", type=int, metavar="K", help="cut into K local modules instead of one per unit")
+    add("--form", choices=rules.FORMS, help="of AugLocal's cut (default: what its authors used for the network)")
+    add("--epochs", type=int, default=400, help="the last one has learning rate 0 (default: %(default)s)")
+    add("--batch-size", type=int, help="(default: 1024, for stl10 128)")
+    add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    options = parse(arguments)
+    try:
+        made = run(options)
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"train_cifar: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\ntrain_cifar: {str(stopped) or 'interrupted'}: no record", file=sys.stderr)
+        return 130
+    accuracy = made["accuracy"]
+    print(
+        f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
+        f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, after {options.epochs} epochs in "
+        f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}; record in "
+        f"{options.results}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
