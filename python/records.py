@@ -71,6 +71,16 @@ def _last_and_best(values):
     return {"last": values[-1], "best": max(values)}
 
 
+def check_writable(path):
+    """Raises OSError where no record can be added to this file: to be known before the training, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise OSError(f"results cannot be written to {path}: {error.strerror}; choose another --results") from None
+
+
 def append(path, made):
     """Adds one record to a file of them, which is made where there is none."""
     path = Path(path)

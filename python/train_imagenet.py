@@ -49,7 +49,7 @@ def train(options):
         raise ValueError(f"--batch-size must be at least 2, given {options.batch_size}")
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, given {options.workers}")
-    check_writable(options.results)
+    records.check_writable(options.results)
     source = load(options.data, options.batch_size, options.workers)
     torch.manual_seed(options.seed)
     model = models.create(options.model, source.num_classes)
@@ -94,16 +94,6 @@ def train(options):
     made = records.record(settings, options.device, result)
     records.append(options.results, made)
     return made
-
-
-def check_writable(path):
-    """Before the training, not after it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise OSError(f"results cannot be written to {path}: {error.strerror}; choose another --results") from None
 
 
 def main(arguments=None):
