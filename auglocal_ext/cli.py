@@ -14,7 +14,7 @@ from .loop import TrainingInterrupted, train
 from .memory import format_bytes
 from .optim import sgd
 from .plan import PRECISIONS, plan
-from .rules import FORMS, RULES, InfoPro
+from .rules import FORMS, RULES, for_images
 
 __all__ = ["main"]
 
@@ -41,8 +41,12 @@ def _parser():
     training = commands.add_parser("train", help="train a model", description="Trains a model; leaves runs/NAME/.")
     training.set_defaults(run=_train)
     add = training.add_argument
-    add("--data", default="digits", help="digits, cifar10:ROOT, imagefolder:ROOT or fake:N (default: %(default)s)")
-    add("--download", action="store_true", help="fetch CIFAR-10 if it is not at ROOT")
+    add(
+        "--data",
+        default="digits",
+        help="digits, cifar10:ROOT, svhn:ROOT, stl10:ROOT, imagefolder:ROOT or fake:N (default: %(default)s)",
+    )
+    add("--download", action="store_true", help="fetch CIFAR-10, SVHN or STL-10 if it is not at ROOT")
     add("--epochs", type=int, default=15, help="times through the training data (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="images in a step (default: %(default)s)")
     add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
@@ -117,7 +121,12 @@ def _train(options):
     if options.name and Path(options.name).name != options.name:
         raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
     torch.manual_seed(options.seed)
-    reading = {"workers": options.workers, "download": options.download, "progress": not options.quiet}
+    reading = {
+        "workers": options.workers,
+        "download": options.download,
+        "device": options.device,
+        "progress": not options.quiet,
+    }
     source = data.load(options.data, options.batch_size, **reading)
     model = models.create(options.model, source.num_classes)
     folder, created = _new_folder(options)
@@ -139,7 +148,7 @@ def _train(options):
             options.depth,
             val_loader=source.test,
             epochs=options.epochs,
-            rule=_rule(options, source),
+            rule=for_images(options.rule, source.description["mean"], source.description["std"]),
             form=options.form,
             modules=options.modules,
             memory_budget=options.budget,
@@ -173,13 +182,6 @@ def _train(options):
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png"
     )
     return status
-
-
-def _rule(options, source):
-    """InfoPro draws the images as they were before their normalisation, which the data tells."""
-    if options.rule == "infopro":
-        return InfoPro(source.description["mean"], source.description["std"])
-    return options.rule
 
 
 def _settings(options, source):

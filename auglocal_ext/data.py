@@ -18,10 +18,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ._device import usable_device
 from ._torchvision import import_torchvision
-from .loop import _device
 
-__all__ = ["AUGMENTATIONS", "Data", "DeviceLoader", "crop_and_flip", "images_in_memory", "load", "mean_and_std"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Data",
+    "DeviceLoader",
+    "crop_and_flip",
+    "image_folders",
+    "images_in_memory",
+    "large_images",
+    "load",
+    "mean_and_std",
+]
 
 SMALL = 96  # pixels along a side up to which images are held in memory
 LARGE_SIDE = 224  # what larger ones are cropped to
@@ -71,7 +81,7 @@ class DeviceLoader:
             raise ValueError(f"batch_size must be at least 1, given {batch_size}")
         if not 0 <= pad < min(images.shape[2:]):  # an image has no more than that to reflect
             raise ValueError(f"pad must be from 0 to {min(images.shape[2:]) - 1} for these images, given {pad}")
-        device = _device(device)
+        device = usable_device(device)
         self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
         self.mean, self.std = (torch.as_tensor(values, device=device) for values in (mean, std))
         self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
@@ -310,12 +320,27 @@ def _fake(count, batch_size, device):
 
 
 def _image_folder(root, batch_size, device, workers, progress, augmentation):
-    torchvision = import_torchvision("data 'imagefolder:ROOT'")
+    folders = image_folders(root)
+    classes = folders[0].classes
+    if max(_read(folders[0].samples[0][0]).size) > SMALL:
+        return large_images(*folders, batch_size, classes, workers=workers)
+    parts = [images_in_memory(folder, progress) for folder in folders]
+    return _in_memory(*parts, batch_size, device, classes, **augmentation)
+
+
+def image_folders(root):
+    """torchvision's ImageFolders of ROOT/train and of ROOT/test or ROOT/val, which have a folder of images per class;
+    they name a file that cannot be read.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: with what is expected and what to do.
+    """
+    torchvision, root = import_torchvision("data 'imagefolder:ROOT'"), Path(root)
     train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
     if not train_root.is_dir() or test_root is None:
         raise FileNotFoundError(f"no image folder at {root}: expected {root}/train and {root}/test (or val)")
     try:
-        folders = [torchvision.datasets.ImageFolder(part) for part in (train_root, test_root)]
+        folders = [torchvision.datasets.ImageFolder(part, loader=_read) for part in (train_root, test_root)]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no images under {root}: expected a folder of images per class ({error})") from error
     if folders[0].classes != folders[1].classes:
@@ -323,18 +348,13 @@ def _image_folder(root, batch_size, device, workers, progress, augmentation):
             f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and "
             f"{folders[1].classes}"
         )
-    classes = folders[0].classes
-    if max(_read(folders[0], 0).size) > SMALL:
-        return _large_images(torchvision, folders, batch_size, workers, classes)
-    parts = [images_in_memory(folder, progress) for folder in folders]
-    return _in_memory(*parts, batch_size, device, classes, **augmentation)
+    return folders
 
 
-def _read(folder, index):
+def _read(path):
     """One image, or an error that names its file."""
-    path = folder.samples[index][0]
     try:
-        return folder.loader(path)
+        return import_torchvision("reading images").datasets.folder.default_loader(path)
     except (OSError, SyntaxError) as error:
         raise _unreadable(path, error) from error
 
@@ -344,9 +364,17 @@ def _unreadable(path, error):
     return UnreadableImage(f"cannot read the image {path}: replace or remove it ({reason})")
 
 
-def _large_images(torchvision, folders, batch_size, workers, classes):
-    v2 = torchvision.transforms.v2
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, as in torchvision's recipes
+def large_images(train, test, batch_size, classes, *, workers=0):
+    """Data of large images, as in torchvision's ImageNet recipes: for training a random part of each resized to 224x224
+    and half of them mirrored, for testing the middle 224x224 of the image resized to 256; ImageNet's normalisation.
+
+    Args:
+        train, test: datasets of (PIL image, label), for instance `image_folders(ROOT)`.
+        classes: their names.
+        workers: processes that read and transform.
+    """
+    v2 = import_torchvision("large images").transforms.v2
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     to_tensor = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -356,22 +384,24 @@ def _large_images(torchvision, folders, batch_size, workers, classes):
     test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
     options = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
     options["pin_memory"] = torch.cuda.is_available()
-    train, test = (
-        torch.utils.data.DataLoader(_Readable(folder, transform), shuffle=folder is folders[0], **options)
-        for folder, transform in zip(folders, (train_transform, test_transform), strict=True)
+    one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
+    return Data(
+        torch.utils.data.DataLoader(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
+        torch.utils.data.DataLoader(_Transformed(test, test_transform), **options),
+        len(classes),
+        {"mean": mean, "std": std, "image_size": [LARGE_SIDE, LARGE_SIDE], "classes": classes},
     )
-    size = [LARGE_SIDE, LARGE_SIDE]
-    return Data(train, test, len(classes), {"mean": mean, "std": std, "image_size": size, "classes": classes})
 
 
-class _Readable(torch.utils.data.Dataset):
-    """An ImageFolder whose unreadable files are named."""
+class _Transformed(torch.utils.data.Dataset):
+    """A dataset of (image, label) with its images transformed."""
 
-    def __init__(self, folder, transform):
-        self.folder, self.transform = folder, transform
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
 
     def __len__(self):
-        return len(self.folder)
+        return len(self.dataset)
 
     def __getitem__(self, index):
-        return self.transform(_read(self.folder, index)), self.folder.targets[index]
+        image, label = self.dataset[index]
+        return self.transform(image), label

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ._device import usable_device
 from .memory import LiveBytes
 from .optim import constant, cosine, sgd
 from .plan import Plan, plan
@@ -26,8 +27,8 @@ class TrainResult:
     """What `train` returns.
 
     history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
-        (of the training batches, as they were seen), val_accuracy (None without val_loader), images_per_second,
-        seconds, lr (of the last step), peak_bytes.
+        (of the training batches, as they were seen), val_accuracy and val_top5_accuracy (None without val_loader; top-5
+        None for fewer than 6 classes), images_per_second, seconds, lr (of the last step), peak_bytes.
     plan: the cut that was trained.
     peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over the whole training, on
         other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
@@ -124,7 +125,7 @@ def train(
             f"or a list, not a generator"
         )
     if device is not None:
-        model.to(_device(device))
+        model.to(usable_device(device))
     first, batches = _peek(loader, "the loader")
     optimizer = optimizer or sgd(len(first[0]))
     cutting = {"rule": rule, "form": form, "modules": modules}
@@ -164,9 +165,8 @@ def train(
                 with bar:
                     entry, epoch_length = _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
                 if val_loader is not None:
-                    entry["val_accuracy"] = evaluate(
-                        model, val_loader, precision=precision, progress=progress, _stop=stop
-                    )
+                    top1, top5 = _accuracies(model, val_loader, precision, progress, stop)
+                    entry |= {"val_accuracy": top1, "val_top5_accuracy": top5}
                 history.append(entry)
                 if progress:
                     tqdm.write(_epoch_line(entry, epochs))
@@ -182,16 +182,6 @@ def train(
         trainer = meter = batches = None
         gc.collect()
     return outcome
-
-
-def _device(name):
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}; leave it out, or say 'cpu'") from None
-    return device
 
 
 def _peek(loader, name):
@@ -315,6 +305,7 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
         "module_losses": mean_losses,
         "train_accuracy": (correct / seen).item(),
         "val_accuracy": None,
+        "val_top5_accuracy": None,
         "images_per_second": seen / seconds,
         "seconds": seconds,
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -394,22 +385,28 @@ def _until(stop, batches):
         del batch
 
 
-def evaluate(model, loader, *, precision="fp32", progress=False, _stop=None):
+def evaluate(model, loader, *, precision="fp32", progress=False):
     """The model's accuracy on a loader of (images, labels), from 0 to 1, in eval mode; the modes are restored."""
+    return _accuracies(model, loader, precision, progress, threading.Event())[0]
+
+
+def _accuracies(model, loader, precision, progress, stop):
+    """(top-1, top-5) accuracy; top-5 None for fewer than 6 classes."""
     device = next(model.parameters()).device
     modes = _modes(model)
     model.eval()
-    correct, seen, out_of_range = torch.zeros((), device=device), 0, torch.zeros((), dtype=torch.bool, device=device)
+    correct, seen, out_of_range = torch.zeros(2, device=device), 0, torch.zeros((), dtype=torch.bool, device=device)
     bar = tqdm(
         desc="test", total=_length(loader), unit="batch", leave=False, disable=_no_bar(progress), mininterval=0.5
     )
     try:
-        for batch in _until(_stop or threading.Event(), loader):
+        for batch in _until(stop, loader):
             _check_pair(batch)
             images, labels = _move(batch, device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
                 logits = model(images)
-                correct += (logits.argmax(1) == labels).sum()
+                hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                correct += torch.stack([hits[:, 0].sum(), hits.sum()])
                 out_of_range |= ((labels < 0) | (labels >= logits.shape[1])).any()
             seen += len(images)
             bar.update()
@@ -420,4 +417,5 @@ def evaluate(model, loader, *, precision="fp32", progress=False, _stop=None):
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
     if out_of_range:
         raise ValueError(f"validation labels must be from 0 to {logits.shape[1] - 1} for this model: remap them")
-    return correct.item() / seen
+    top1, top5 = (correct.double() / seen).tolist()
+    return top1, top5 if logits.shape[1] > 5 else None

@@ -24,6 +24,7 @@ __all__ = [
     "as_rule",
     "borders_of",
     "cut",
+    "for_images",
     "local_heads",
 ]
 
@@ -114,6 +115,12 @@ def as_rule(rule, depth=4, form=None):
     if form is not None:
         raise ValueError(f"form is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {form!r})")
     return kind()
+
+
+def for_images(rule, mean, std):
+    """The rule for images normalised by mean and std: InfoPro for them where that is named, which draws images as they
+    were before; else the rule as it was given."""
+    return InfoPro(mean, std) if rule == "infopro" else rule
 
 
 @dataclass(frozen=True)

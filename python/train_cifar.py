@@ -5,8 +5,9 @@
 
 SGD with Nesterov momentum 0.9, weight decay 1e-4 on every parameter; CIFAR-10 and SVHN batch 1024, learning rate 0.8;
 STL-10, 96x96 images, batch 128, learning rate 0.1; 400 epochs, which the paper gives for the first two and is assumed
-for STL-10; the learning rate as `schedule` says. Images from a folder are
-padded, cropped and flipped as those of --dataset.
+for STL-10; the learning rate as `schedule` says, in trainings of less than 100 epochs as `auglocal_ext.optim.cosine`,
+which goes to 0 at the end of the last epoch and not before it. Images from a folder are padded, cropped and flipped as
+those of --dataset.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import records
 import auglocal_ext
 from auglocal_ext import data, models, rules
 from auglocal_ext.memory import format_bytes
-from auglocal_ext.optim import sgd
+from auglocal_ext.optim import cosine, sgd
 from auglocal_ext.plan import PRECISIONS
 
 BATCH_SIZES = {"cifar10": 1024, "svhn": 1024, "stl10": 128}
@@ -75,20 +76,17 @@ def run(options):
             f"train_imagenet.py"
         )
     model = models.create(options.model, source.num_classes)
-    rule = options.rule
-    if rule == "infopro":  # whose loss rebuilds the images as they were before normalisation
-        rule = rules.InfoPro(mean=source.description["mean"], std=source.description["std"])
     result = auglocal_ext.train(
         model,
         source.train,
         options.depth,
         val_loader=source.test,
         epochs=options.epochs,
-        rule=rule,
+        rule=rules.for_images(options.rule, source.description["mean"], source.description["std"]),
         form=options.form,
         modules=options.modules,
         optimizer=partial(sgd(batch_size), lr=lr),
-        schedule=schedule(lr),
+        schedule=schedule(lr) if options.epochs >= 100 else cosine,
         precision=options.precision,
         device=options.device,
         seed=options.seed,
@@ -130,7 +128,7 @@ def parse(arguments=None):
     add("--depth", type=int, default=4, help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
     add("--modules", type=int, metavar="K", help="cut into K local modules instead of one per unit")
     add("--form", choices=rules.FORMS, help="of AugLocal's cut (default: what its authors used for the network)")
-    add("--epochs", type=int, default=400, help="the last one has learning rate 0 (default: %(default)s)")
+    add("--epochs", type=int, default=400, help="times through the images (default: %(default)s)")
     add("--batch-size", type=int, help="(default: 1024, for stl10 128)")
     add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")

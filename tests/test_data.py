@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from auglocal_ext import _torchvision, models
-from auglocal_ext.data import AUGMENTATIONS, DeviceLoader, crop_and_flip, images_in_memory, load, mean_and_std
+from auglocal_ext.data import (
+    AUGMENTATIONS,
+    DeviceLoader,
+    crop_and_flip,
+    images_in_memory,
+    large_images,
+    load,
+    mean_and_std,
+)
 
 
 def write_images(root, sizes, classes=("cat", "dog"), per_class=3, splits=("train", "test")):
@@ -199,6 +207,34 @@ def test_large_image_folder(torchvision, tmp_path, workers):
         batches = list(part)
         assert [len(labels) for _, labels in batches] == [4, 2]
         assert batches[0][0].shape == (4, 3, 224, 224) and batches[0][0].dtype == torch.float32
+
+
+def test_large_images_are_augmented_for_training_only(torchvision):
+    """A picture whose left half is black: training flips and crops it anew each time, testing does not."""
+    from PIL import Image
+
+    image = Image.new("RGB", (448, 448))
+    image.paste((255, 255, 255), (224, 0, 448, 448))
+    source = large_images([(image, 1)] * 9, [(image, 1)] * 3, 4, ["a", "b"])
+    torch.manual_seed(0)
+    train, labels = (torch.cat(parts) for parts in zip(*source.train, strict=True))
+    assert train.shape == (8, 3, 224, 224) and labels.tolist() == [1] * 8  # without the one that is left over
+    left, right = train[:, 0, :, :8].mean((1, 2)), train[:, 0, :, -8:].mean((1, 2))
+    assert (left < right).any() and (left > right).any()
+    assert len({image.numpy().tobytes() for image in train}) > 4
+
+    test = torch.cat([images for images, _ in source.test])
+    assert test.shape == (3, 3, 224, 224)
+    black, white = (torch.tensor([(v - m) / s for m, s in zip(*normalisation(source), strict=True)]) for v in (0, 1))
+    for image in test:
+        torch.testing.assert_close(image[:, 100, 0], black)
+        torch.testing.assert_close(image[:, 100, -1], white)
+        torch.testing.assert_close(image, test[0], rtol=0, atol=0)
+    assert source.description["image_size"] == [224, 224] and source.num_classes == 2
+
+
+def normalisation(source):
+    return source.description["mean"], source.description["std"]
 
 
 def test_missing_folders(torchvision, tmp_path):

@@ -47,7 +47,9 @@ def test_result(rule):
     seen = []
     result = train(small(), toy(), depth=2, rule=rule, epochs=2, progress=False, on_epoch=seen.append)
     assert seen == result.history and [entry["epoch"] for entry in seen] == [1, 2]
-    keys = "epoch loss module_losses train_accuracy val_accuracy images_per_second seconds lr peak_bytes"
+    keys = (
+        "epoch loss module_losses train_accuracy val_accuracy val_top5_accuracy images_per_second seconds lr peak_bytes"
+    )
     assert set(seen[0]) == set(keys.split())
     assert seen[0]["val_accuracy"] is None and seen[0]["loss"] == seen[0]["module_losses"][-1]
     assert len(result.plan.modules) == len(seen[0]["module_losses"]) == (3 if rule == "auglocal" else 1)
@@ -311,7 +313,7 @@ def test_ctrl_c_acts_between_steps():
 
 
 def test_a_second_ctrl_c_acts_at_once(monkeypatch):
-    def stuck(self, inputs, labels):
+    def stuck(self, inputs, labels, images):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")

@@ -1,0 +1,473 @@
+"""The paper's tables, its figures beside ours, from files of results; with --run also what is missing in them.
+
+    python python/paper_tables.py [FILE ...]            Markdown; default: every benchmarks/results/*.jsonl
+    python python/paper_tables.py --run [FILE] --data SOURCE --epochs E --batch-size B [--minutes M] [what to run]
+
+One block of tables for each group of runs whose settings agree in everything but the rule, its cut and the seed, on one
+device; means and sample standard deviations are over the seeds. Of two runs of one seed the later line counts.
+
+--run trains by train_cifar.py and train_imagenet.py, and adds to FILE (default: benchmarks/results/paper.jsonl). What
+is there already is not run again, so the same command goes on where it stopped. A run that will not fit into the
+minutes left is skipped, one cut off by them is stopped and leaves no record. Learning rates are the programs' own.
+
+    CPU, an ImageFolder of CIFAR-10 images, every rule, d = 2, 4, 6 and K = 2, 4, 16 at d = 4:
+        --run --data imagefolder:DATA --epochs 5 --batch-size 128 --depths 2 4 6 --modules 2 4 16 --minutes 120
+    GPU, whole CIFAR-10, every rule and d = 2 to 6:
+        --run --data cifar10:DATA --epochs 10 --batch-size 1024 --precision bf16
+    then the cuts into K modules, or the other network: the same and --modules 2 3 4 8, or --networks resnet110
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import records
+
+import auglocal_ext
+from auglocal_ext.memory import format_bytes
+from auglocal_ext.plan import PRECISIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+# ---- the paper: AugLocal, ICLR 2024 (arXiv:2402.17318) ----------------------------------------------------------
+
+METHODS = {
+    "bp": "BP",
+    "checkpoint": "GC",
+    "predsim": "PredSim",
+    "infopro": "InfoPro",
+    "dgl": "DGL",
+    "auglocal": "AugLocal",
+}
+DEPTHS = range(2, 7)
+ROWS = [*((rule, None) for rule in ("bp", "predsim", "infopro", "dgl")), *(("auglocal", d) for d in DEPTHS)]
+
+# Accuracy in %, (mean, standard deviation) of each of ROWS.
+ACCURACY = {
+    ("resnet32", "cifar10"): [(93.73, 0.04), (79.29, 0.37), (87.26, 0.16), (86.30, 0.12)]
+    + [(91.12, 0.24), (92.26, 0.20), (93.08, 0.10), (93.38, 0.11), (93.47, 0.09)],
+    ("resnet32", "svhn"): [(97.01, 0.03), (92.02, 0.35), (93.30, 0.73), (95.14, 0.09)]
+    + [(95.86, 0.04), (96.43, 0.02), (96.79, 0.08), (96.87, 0.03), (96.85, 0.08)],
+    ("resnet32", "stl10"): [(80.80, 0.17), (70.67, 0.39), (70.85, 0.14), (73.13, 1.08)]
+    + [(78.58, 0.66), (79.79, 0.27), (80.65, 0.16), (80.73, 0.18), (80.95, 0.55)],
+    ("resnet110", "cifar10"): [(94.61, 0.18), (74.95, 0.36), (86.95, 0.46), (85.69, 0.32)]
+    + [(90.98, 0.05), (92.62, 0.22), (93.22, 0.17), (93.75, 0.20), (93.96, 0.15)],
+    ("resnet110", "svhn"): [(97.10, 0.05), (89.90, 0.76), (92.26, 0.59), (95.12, 0.06)]
+    + [(95.92, 0.10), (96.45, 0.08), (96.74, 0.11), (96.85, 0.05), (96.96, 0.01)],
+    ("resnet110", "stl10"): [(80.41, 0.74), (68.91, 0.48), (70.61, 0.50), (72.27, 0.51)]
+    + [(78.29, 0.37), (79.30, 0.26), (80.77, 0.33), (80.20, 0.56), (80.40, 0.17)],
+}
+# ImageNet, top-1 and top-5 in %, of one depth.
+IMAGENET = {
+    "vgg13": {"bp": (71.59, 90.37), "dgl": (67.32, 87.81), "auglocal": (70.92, 90.13)},
+    "resnet34": {"bp": (74.28, 91.76), "auglocal": (73.95, 91.70)},
+    "resnet101": {"bp": (77.34, 93.71), "auglocal": (76.70, 93.29)},
+}
+# GPU memory in GB, of one depth: on CIFAR-10 of batches of 1024, on ImageNet summed over the GPUs.
+MEMORY = {
+    ("resnet32", "cifar10"): {"bp": 3.15, "auglocal": 1.67},
+    ("resnet110", "cifar10"): {"bp": 9.27, "checkpoint": 3.03, "auglocal": 1.72},
+    ("resnet34", "imagenet"): {"bp": 42.95, "auglocal": 29.04},
+    ("resnet101", "imagenet"): {"bp": 157.12, "auglocal": 97.65},
+}
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+CUT = ("rule", "depth", "modules", "form", "budget", "recompute")  # the settings that differ within a group
+
+
+class Group:
+    """Runs of equal settings but CUT and the seed.
+
+    settings: those that are equal, and the device.
+    runs: cut, the values of CUT -> the records of its seeds.
+    """
+
+    def __init__(self, settings):
+        self.settings, self._seeds = settings, {}
+
+    def add(self, made):
+        self._seeds.setdefault(cut_of(made), {})[made["settings"]["seed"]] = made
+
+    @property
+    def runs(self):
+        return {
+            cut: list(seeds.values()) for cut, seeds in sorted(self._seeds.items(), key=lambda item: _rank(item[0]))
+        }
+
+    def uncut(self, rule, depth=None):
+        """The records of a rule as the paper has it: one module per unit, or one for BP and GC."""
+        return list(self._seeds.get((rule, depth, None, None, None, None), {}).values())
+
+    @property
+    def network(self):
+        return self.settings["model"].removesuffix("_bn")
+
+    @property
+    def dataset(self):
+        return self.settings["dataset"]
+
+
+def cut_of(made):
+    return tuple(made["settings"].get(name) or None for name in CUT)
+
+
+def _rank(cut):
+    rule, depth, modules, *others = cut
+    order = list(METHODS)
+    known = order.index(rule) if rule in order else len(order)
+    return known, depth or 0, any(others), modules or 0, str(others)
+
+
+def grouped(all_records):
+    """The Groups of some records, in the order of their first ones."""
+    groups = {}
+    for made in all_records:
+        settings = {name: value for name, value in made["settings"].items() if name not in (*CUT, "seed")}
+        settings["device"] = made["machine"]["device"]
+        key = json.dumps(settings, sort_keys=True)
+        groups.setdefault(key, Group(settings)).add(made)
+    return list(groups.values())
+
+
+def block(group):
+    """Everything about a group, as Markdown."""
+    tables = [
+        ("Accuracy on the test images after the last epoch, %; gap to BP in points", accuracy_table(group)),
+        ("Peak memory: the paper's of its GPUs, ours of one step", memory_table(group)),
+        ("All runs: seconds of training, multiply-accumulates of a step against BP's", all_runs(group)),
+    ]
+    about = [f"{name} {_plain(value)}" for name, value in group.settings.items() if name not in ("model", "dataset")]
+    parts = [f"## {group.settings['model']} on {group.dataset}", ", ".join(about)]
+    for title, rows in tables:
+        if len(rows) > 1:
+            parts += [f"{title}:", markdown(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(value):
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def accuracy_table(group):
+    imagenet = group.dataset == "imagenet"
+    paper = _paper_imagenet(group) if imagenet else _paper_small(group)
+    header = ["method", "paper", "ours", "seeds", "paper's gap", "our gap"]
+    rows = [header[:1] + ["paper top-1", "our top-1", "paper top-5", "our top-5"] + header[3:] if imagenet else header]
+    bp, paper_bp = group.uncut("bp"), paper.get(("bp", None))
+    for rule, depth in paper:
+        theirs, ours = paper[rule, depth], group.uncut(rule, depth)
+        cells = [_method(rule, depth)]
+        for index, name in enumerate(("accuracy", "top5") if imagenet else ("accuracy",)):
+            values = [100 * made[name]["last"] for made in ours if name in made]
+            cells += [_mean_std(*theirs[index]) if theirs else "", _measured(values)]
+        cells.append(str(len(ours) or ""))
+        is_bp = rule == "bp"
+        cells.append(f"{theirs[0][0] - paper_bp[0][0]:+.2f}" if theirs and paper_bp and not is_bp else "")
+        cells.append(f"{100 * (_mean_last(ours) - _mean_last(bp)):+.2f}" if ours and bp and not is_bp else "")
+        rows.append(cells)
+    return rows
+
+
+def _paper_small(group):
+    """(rule, depth) -> ((mean, std),) of the paper's rows, None where it has no figure."""
+    figures = ACCURACY.get((group.network, group.dataset), [None] * len(ROWS))
+    return {row: figure and (figure,) for row, figure in zip(ROWS, figures, strict=True)}
+
+
+def _paper_imagenet(group):
+    """(rule, depth) -> top-1's and top-5's (mean, None); AugLocal's figures at each depth that we have."""
+    figures, rows = IMAGENET.get(group.network, {}), {}
+    for rule in ("bp", "predsim", "infopro", "dgl", "auglocal"):
+        depths = _depths(group) if rule == "auglocal" else [None]
+        if rule in figures or any(group.uncut(rule, depth) for depth in depths):
+            figure = tuple((value, None) for value in figures[rule]) if rule in figures else None
+            rows |= {(rule, depth): figure for depth in depths}
+    return rows
+
+
+def _depths(group):
+    """Those AugLocal was run with, one module per unit; [None] for none."""
+    return sorted({depth for rule, depth, *_ in group.runs if rule == "auglocal" and group.uncut(rule, depth)}) or [
+        None
+    ]
+
+
+def memory_table(group):
+    rows = [["method", "paper, GB", "paper, of BP", "ours, GB", "ours, of BP"]]
+    figures, bp = MEMORY.get((group.network, group.dataset), {}), group.uncut("bp")
+    for rule in figures:
+        for depth in _depths(group) if rule == "auglocal" else [None]:
+            ours, theirs = group.uncut(rule, depth), figures[rule]
+            cells = [_method(rule, depth), f"{theirs:.2f}", _saved(theirs, figures["bp"])]
+            cells.append(f"{_peak(ours) / 1e9:.3f}" if ours else "")
+            cells.append(_saved(_peak(ours), _peak(bp)) if ours and bp else "")
+            rows.append(cells)
+    return rows
+
+
+def _saved(size, whole):
+    return f"{100 * (size / whole - 1):+.1f} %" if size != whole else ""
+
+
+def all_runs(group):
+    header = ["method", "cut", "modules", "accuracy, %", "seeds", "MACs / BP", "seconds", "peak"]
+    rows = [header]
+    for cut, made in group.runs.items():
+        rule, depth, modules, form, budget, recompute = cut
+        parts = ["one per unit"] if rule not in ("bp", "checkpoint") and not modules and not budget else []
+        parts += [f"K={modules}"] if modules else []
+        parts += [f"budget {budget}"] if budget else []
+        parts += [f"form {form}"] if form else []
+        parts += ["recompute"] if recompute else []
+        rows.append(
+            [
+                _method(rule, depth),
+                ", ".join(parts),
+                str(made[-1]["local_modules"]),
+                _measured([100 * one["accuracy"]["last"] for one in made]),
+                str(len(made)),
+                f"{made[-1]['macs_per_bp']:.2f}",
+                f"{statistics.mean(one['seconds'] for one in made):.1f}",
+                format_bytes(_peak(made)),
+            ]
+        )
+    return rows
+
+
+def _method(rule, depth):
+    return METHODS.get(rule, rule) + (f" d={depth}" if depth else "")
+
+
+def _mean_last(made):
+    return statistics.mean(one["accuracy"]["last"] for one in made)
+
+
+def _peak(made):
+    return max(one["peak_bytes"] for one in made)
+
+
+def _measured(values):
+    if not values:
+        return ""
+    return _mean_std(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _mean_std(mean, std):
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def markdown(rows):
+    """Rows of cells, the first one the header, as a table that is aligned as plain text too; the first column left."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    ruler = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    return "\n".join([lines[0], "| " + " | ".join(ruler) + " |", *lines[1:]])
+
+
+# ---- running what is missing --------------------------------------------------------------------------------------
+
+# Pixels along a side, classes: what a cut's arithmetic is planned with, where no run of it has told.
+DATASETS = {"cifar10": (32, 10), "svhn": (32, 10), "stl10": (96, 10), "imagenet": (224, 1000)}
+
+# The most useful rows first.
+ORDER = [("bp", None), ("auglocal", 4), ("auglocal", 2), ("auglocal", 6), ("dgl", None), ("predsim", None)]
+ORDER += [("infopro", None), ("checkpoint", None), ("auglocal", 3), ("auglocal", 5)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training; the names are those of its record's settings, and of the programs' options."""
+
+    dataset: str
+    data: str
+    model: str
+    rule: str
+    depth: int | None
+    modules: int | None
+    epochs: int
+    batch_size: int
+    precision: str
+    seed: int
+
+    def __str__(self):
+        cut = f" K={self.modules}" if self.modules else ""
+        return f"{self.model} {self.dataset} {_method(self.rule, self.depth)}{cut} seed {self.seed}"
+
+    def command(self, device, results):
+        program = "train_imagenet.py" if self.dataset == "imagenet" else "train_cifar.py"
+        command = [sys.executable, str(ROOT / "python" / program)]
+        for name, value in asdict(self).items():
+            if value is not None and not (name == "dataset" and value == "imagenet"):
+                command += ["--" + name.replace("_", "-"), str(value)]
+        return [*command, "--device", device, "--results", str(results), "--quiet"]
+
+
+def wanted_runs(options):
+    """What the options ask for, in the order to run it: all of one seed before the next."""
+    cuts = [(rule, depth, None) for rule, depth in ORDER if rule in options.rules and depth in (None, *options.depths)]
+    if "auglocal" in options.rules:
+        depth = 4 if 4 in options.depths else options.depths[0]
+        cuts += [("auglocal", depth, count) for count in options.modules]
+    return [
+        Run(dataset, source, model, *cut, options.epochs, options.batch_size, options.precision, seed)
+        for seed in options.seeds
+        for model in options.networks
+        for dataset, source in zip(options.datasets, options.data, strict=True)
+        for cut in cuts
+    ]
+
+
+class Runner:
+    """Runs trainings within the minutes; a line for each."""
+
+    def __init__(self, device, results, files, minutes):
+        self.device, self.results, self.files = device, results, files
+        self.machine = records.machine(device)["device"]
+        self.until = time.perf_counter() + 60 * minutes
+        self.overhead = 0  # seconds of the last run that its record does not count: start, reading, tests
+
+    def finished(self, **settings):
+        """The records that have these settings and were made on this device, and whose cut is not special."""
+        return [
+            made
+            for made in records.read(*self.files)
+            if made["machine"]["device"] == self.machine
+            and cut_of(made)[3:] == (None, None, None)
+            and all(made["settings"].get(name) == value for name, value in settings.items())
+        ]
+
+    def run_missing(self, runs):
+        """Runs those without a record; returns how many failed."""
+        missing = [run for run in runs if not self.finished(**asdict(run))]
+        print(f"{len(runs)} runs, {len(runs) - len(missing)} of them there already", flush=True)
+        failed = 0
+        for number, run in enumerate(missing, 1):
+            print(f"[{number}/{len(missing)}] {run}: ", end="", flush=True)
+            outcome, output = self._run(run)
+            print(outcome, output, sep="\n" if output else "", flush=True)
+            failed += outcome.startswith("FAILED")
+        return failed
+
+    def _run(self, run):
+        """(what came of it, what to show of the program's own output)"""
+        left = self.until - time.perf_counter()
+        needed = self.estimate(run) if left > 0 else None
+        if left <= 0 or (needed is not None and needed > left):
+            about = "" if needed is None else f", needs about {needed:.0f} s"
+            return f"skipped: {max(left, 0):.0f} s left{about}", ""
+        started = time.perf_counter()
+        try:
+            command = run.command(self.device, self.results)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=self.until - started
+            )
+        except subprocess.TimeoutExpired:
+            return "stopped: the time is up, no record", ""
+        if done.returncode:
+            return f"FAILED ({done.returncode})", done.stdout
+        found = self.finished(**asdict(run))
+        if not found:
+            return f"FAILED: no record of these settings in {self.results}", done.stdout
+        made = found[-1]
+        self.overhead = time.perf_counter() - started - made["seconds"]
+        return f"{made['accuracy']['last']:.2%}, {made['seconds']:.1f} s, {format_bytes(made['peak_bytes'])}", ""
+
+    def estimate(self, run):
+        """Seconds that a run will take: those of the finished one, else equal, that is nearest in arithmetic, in
+        proportion to it; None where nothing tells."""
+        settings = asdict(run)
+        same = self.finished(**{name: value for name, value in settings.items() if name != "seed"})
+        settings = {name: value for name, value in settings.items() if name not in (*CUT, "seed")}
+        others = self.finished(**settings)
+        macs = same[-1]["macs_per_bp"] if same else planned_macs(run) if others else None
+        if macs is None:
+            return None
+        nearest = min(same or others, key=lambda made: abs(made["macs_per_bp"] - macs))
+        return nearest["seconds"] * macs / nearest["macs_per_bp"] + self.overhead
+
+
+def planned_macs(run):
+    """Multiply-accumulates of a run's step against BP's; None for what cannot be planned: its program says why."""
+    side, classes = DATASETS[run.dataset]
+    try:
+        model = auglocal_ext.models.create(run.model, classes)
+        shape, cut = (run.batch_size, 3, side, side), {"rule": run.rule, "modules": run.modules}
+        plan = auglocal_ext.plan(model, shape, run.depth or 4, **cut)
+    except (ValueError, ImportError):
+        return None
+    return plan.macs / plan.bp_macs
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl)"
+    )
+    add = parser.add_argument_group("what to run").add_argument
+    add("--run", action="store_true", help="first run what is missing")
+    add("--minutes", type=float, default=10, help="for all runs together (default: %(default)s)")
+    add("--networks", nargs="+", default=["resnet32"], metavar="MODEL", help="(default: resnet32)")
+    add("--datasets", nargs="+", default=["cifar10"], choices=DATASETS, help="(default: cifar10)")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="--data of train_cifar.py or train_imagenet.py, one a dataset",
+    )
+    add("--rules", nargs="+", default=list(METHODS), choices=METHODS, help="(default: all)")
+    add("--depths", nargs="+", type=int, default=list(DEPTHS), choices=DEPTHS, help="of AugLocal (default: all)")
+    add("--modules", nargs="+", type=int, default=[], metavar="K", help="cut AugLocal of depth 4 into K modules too")
+    add("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--precision", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(RESULTS.glob("*.jsonl"))
+    failed = 0
+    try:
+        if options.run:
+            if options.epochs is None or options.batch_size is None:
+                parser.error("--run needs --epochs and --batch-size")
+            if len(options.data) != len(options.datasets):
+                parser.error(f"--data must name a source for each of --datasets {' '.join(options.datasets)}")
+            results = options.files[0] if options.files else RESULTS / "paper.jsonl"
+            records.check_writable(results)
+            files = list(dict.fromkeys([*files, results]))
+            failed = Runner(options.device, results, files, options.minutes).run_missing(wanted_runs(options))
+            print()
+        found = records.read(*files)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: torch's, of a device
+        print(f"paper_tables: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npaper_tables: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if not found:
+        where = ", ".join(map(str, files)) or RESULTS
+        print(f"paper_tables: no records in {where}: make some with --run, see --help", file=sys.stderr)
+        return 1
+    print("\n".join(block(group) for group in grouped(found)))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

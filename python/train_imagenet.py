@@ -1,0 +1,136 @@
+"""ImageNet by the paper's recipe, or any folder of large images; adds one line to a file of results.
+
+    python python/train_imagenet.py --data ROOT --model resnet34 --rule auglocal --depth 5 --precision bf16 --workers 16
+    python python/train_imagenet.py --data fake:512 --epochs 1 --batch-size 32       without data: does it run, how fast
+
+Images: a random part resized to 224x224 and flipped for training, resized to 256 and cropped to 224 for testing. SGD
+with Nesterov momentum 0.9, weight decay 1e-4; 200 epochs, batch 1024, learning rate 0.4 (in proportion for another
+batch), cosine. The paper gives this for ResNet-34. What it leaves open is chosen the same: a warm-up as in its CIFAR
+recipe (`auglocal_ext.optim.cosine`), and ResNet-101 and VGG13 trained as ResNet-34 is.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import records
+
+import auglocal_ext
+from auglocal_ext import data, models, rules
+from auglocal_ext._torchvision import import_torchvision
+from auglocal_ext.memory import format_bytes
+from auglocal_ext.optim import sgd
+from auglocal_ext.plan import PRECISIONS
+
+
+def load(source, batch_size, workers):
+    """Data of ROOT, which has train/ and val/ (or test/) with a folder of images per class, or of fake:N: N training
+    images of noise, 224x224 in 1,000 classes, and a fifth as many for testing."""
+    kind, _, count = source.partition(":")
+    if kind != "fake":
+        folders = data.image_folders(source)
+        return data.large_images(*folders, batch_size, folders[0].classes, workers=workers)
+    if not count.isdecimal() or int(count) < 10:
+        raise ValueError(f"--data must be a folder or fake:N (N at least 10), given {source!r}")
+    fake, size = import_torchvision("data 'fake:N'").datasets.FakeData, int(count)
+    image = {"image_size": (3, data.LARGE_SIDE, data.LARGE_SIDE), "num_classes": 1000}
+    parts = fake(size, **image), fake(size // 5, **image, random_offset=size)
+    return data.large_images(*parts, batch_size, [str(label) for label in range(1000)], workers=workers)
+
+
+def train(options):
+    """Trains as told; returns the record."""
+    if options.batch_size < 2:
+        raise ValueError(f"--batch-size must be at least 2, given {options.batch_size}")
+    if options.workers < 0:
+        raise ValueError(f"--workers must be at least 0, given {options.workers}")
+    records.check_writable(options.results)
+    source = load(options.data, options.batch_size, options.workers)
+    torch.manual_seed(options.seed)
+    model = models.create(options.model, source.num_classes)
+    lr = 0.4 * options.batch_size / 1024 if options.lr is None else options.lr
+    result = auglocal_ext.train(
+        model,
+        source.train,
+        options.depth,
+        val_loader=source.test,
+        epochs=options.epochs,
+        rule=rules.for_images(options.rule, source.description["mean"], source.description["std"]),
+        modules=options.modules,
+        memory_budget=options.budget,
+        recompute=options.recompute,
+        optimizer=partial(sgd(options.batch_size), lr=lr),
+        precision=options.precision,
+        device=options.device,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    settings = {
+        "dataset": "imagenet",
+        "data": options.data,
+        "model": options.model,
+        "rule": options.rule,
+        "depth": options.depth if options.rule == "auglocal" else None,
+        "modules": options.modules,
+        "budget": options.budget,
+        "recompute": options.recompute,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "lr": lr,
+        "precision": options.precision,
+        "seed": options.seed,
+        "train_images": len(source.train.dataset),
+        "test_images": len(source.test.dataset),
+        "image_size": data.LARGE_SIDE,
+    }
+    made = records.record(settings, options.device, result)
+    records.append(options.results, made)
+    return made
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="ROOT with train/ and val/ or test/, a folder of images per class; or fake:N")
+    add("--model", default="resnet34", help="a classifier of torchvision's (default: %(default)s)")
+    add("--rule", choices=rules.RULES, default="auglocal", help="(default: %(default)s)")
+    add("--depth", type=int, default=5, help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
+    add("--modules", type=int, metavar="K", help="cut into K local modules instead of one per unit")
+    add("--budget", metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the least work")
+    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
+    add("--epochs", type=int, default=200, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=1024, help="(default: %(default)s)")
+    add("--lr", type=float, help="learning rate (default: 0.4 x batch size / 1024)")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, help="processes that read images (default here: %(default)s)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
+    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    options = parser.parse_args(arguments)
+    try:
+        made = train(options)
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"train_imagenet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(f"\ntrain_imagenet: {str(stopped) or 'interrupted'}: no record", file=sys.stderr)
+        return 130
+    top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
+    print(
+        f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
+        f"{made['accuracy']['last']:.2%}{top5} after {options.epochs} epochs in {made['seconds']:.1f} s of training, "
+        f"peak memory {format_bytes(made['peak_bytes'])}; record in {options.results}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
