@@ -104,6 +104,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
     """
     walk = _Walk(program, x, labels, count_input, images)
     with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted:
+        walk.base = counted.now - walk.live
         for index in range(len(program.steps)):
             walk.step(index, counted)
     return Timeline(tuple(walk.moments), tuple(walk.finished()), walk.shape(program.features)), walk.features()
@@ -115,7 +116,7 @@ class _Walk:
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held = {}  # value -> its storage's key
         self.moments, self.buffers = [], []
-        self.live = self.gradients = 0
+        self.live = self.gradients = self.base = 0
         self.turn = next(
             (i for i, step in enumerate(program.steps) if "backward" in step.name), len(program.steps)
         )  # the first step of the backward pass
@@ -133,7 +134,7 @@ class _Walk:
         start = counted.peak = counted.now
         made = step.run(*reads)
         made = (made,) if len(step.writes) == 1 else made
-        scratch, stays = counted.peak - start, counted.now - start
+        scratch = counted.peak - start
         tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
@@ -141,21 +142,29 @@ class _Walk:
         del reads, made
         for name, tensor in tensors.items():
             self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)
-        hidden = stays - (self.live - before)  # what an island's graph holds, or lets go in its backward
-        if hidden > 0:
-            graph = next(name for name in step.writes if name not in tensors)
-            self.open[graph] = [graph, step.part, "kept", hidden, index]
-            self.held[graph] = graph
-        elif hidden < 0:
-            graph = next(name for name in step.reads if name in self.open)
-            self.open[graph][3] += hidden
-        self.live += hidden
+        self._settle(counted, index, step.part)
         high = before + scratch
         gradients = self.gradients
+        tensors.clear()
         for name in step.frees:
             self._free(name, index + 1)
             del values[name]
+        self._settle(counted, index + 1, step.part)
         self.moments.append(Moment(step.name, step.part, before, high, self.live, gradients, macs, traffic))
+
+    def _settle(self, counted, index, part):
+        """Opens or resizes the buffer of what only islands' graphs hold: the rest of what lives."""
+        hidden = counted.now - self.base - self.live
+        if not hidden:
+            return
+        before = 0
+        if "graphs" in self.open:
+            before = self.open["graphs"][3]
+            self._close("graphs", index)
+            del self.open["graphs"]
+        if before + hidden:
+            self.open["graphs"] = ["autograd's graphs", part, "kept", before + hidden, index]
+        self.live += hidden
 
     def _kind(self, name, index):
         if name in self.program.gradients:
@@ -177,6 +186,8 @@ class _Walk:
         if key is None or key in self.held.values() or key not in self.open:
             return
         self.live -= self.open[key][3]
+        if name == self.program.input:
+            self.base += self.open[key][3]  # the walk's caller holds it, unlike the program's
         self._close(key, index)
         del self.open[key]
 

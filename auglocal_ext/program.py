@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from .graph import Conv, ExtraLoss, Head, Island, Loss, Norm, Pool, join, trace
 from .ops.batch_norm_act import memory_format
@@ -665,18 +666,25 @@ def _island(node, autocast, wanted, *sources):
         with torch.enable_grad():
             out = node.call(*(x.to(torch.float32, copy=node.may_write) for x in given))
             out = out.to(autocast if node.parameters else given[0].dtype)
-        return _dense(out.detach()), (out, [x for x in given if x.requires_grad], node.parameters)
+        return _dense(out.detach()), _graph(out, given, node)
     bf16 = torch.autocast(device, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
     with torch.enable_grad(), bf16:
         # What may write over its input must not change what others read: it gets a copy.
         out = node.call(*(x.clone() for x in given) if node.may_write else given)
-    return _dense(out.detach()), (out, [x for x in given if x.requires_grad], node.parameters)
+    return _dense(out.detach()), _graph(out, given, node)
+
+
+def _graph(out, given, node):
+    """What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go."""
+    with torch.enable_grad():
+        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None  # the view: out may be a given leaf
+    return edge, [x for x in given if x.requires_grad], node.parameters
 
 
 def _island_backward(graph, grad, *_sources):
-    out, given, parameters = graph
+    edge, given, parameters = graph
     wanted = [*given, *parameters]
-    found = torch.autograd.grad(out, wanted, grad, allow_unused=True) if out.requires_grad else [None] * len(wanted)
+    found = [None] * len(wanted) if edge is None else torch.autograd.grad(edge, wanted, grad, allow_unused=True)
     # Autograd may hand out one tensor twice, for both sides of an add. Here gradients are written over: each gets
     # memory of its own.
     gradients, taken = [], set()
