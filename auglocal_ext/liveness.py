@@ -113,6 +113,7 @@ class _Walk:
         self.program, self.values = program, {program.input: x, program.labels: labels}
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held = {}  # value -> its storage's key
+        self.graphs = {}  # an island's graph -> the keys of what went into it and came out, which it holds too
         self.moments, self.buffers = [], []
         self.live = self.gradients = 0
         self.turn = next(
@@ -134,6 +135,10 @@ class _Walk:
         made = (made,) if len(step.writes) == 1 else made
         scratch, stays = counted.peak - start, counted.now - start
         tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
+        if step.name == "island":
+            out, given, _ = made[1]
+            self.graphs[step.writes[1]] = [t.untyped_storage()._cdata for t in (out, *given)]
+            del out, given
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
         macs = step.macs(reads[0] if "gradient" in step.name else next(iter(tensors.values()))) if step.macs else 0
@@ -172,12 +177,11 @@ class _Walk:
         self.held[name] = key
 
     def _free(self, name, index):
-        key = self.held.pop(name, None)
-        if key is None or key in self.held.values() or key not in self.open:
-            return
-        self.live -= self.open[key][3]
-        self._close(key, index)
-        del self.open[key]
+        for key in {self.held.pop(name, None), *self.graphs.pop(name, ())} & self.open.keys():
+            if key not in self.held.values() and not any(key in keys for keys in self.graphs.values()):
+                self.live -= self.open[key][3]
+                self._close(key, index)
+                del self.open[key]
 
     def _close(self, key, index):
         name, part, kind, size, born = self.open[key]
