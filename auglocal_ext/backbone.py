@@ -1,7 +1,8 @@
 """A model as an ordered list of units and a classifier, without changing the model.
 
-A unit is the smallest part that a local module can end after: the stem, then each residual block. Units
-hold the model's own submodules, so training them trains the model.
+A unit is the smallest part that a local module can end after: of a ResNet the stem, then each residual block; of a
+VGG each convolution with what follows it up to the next one. Units hold the model's own submodules, so training them
+trains the model.
 """
 
 import math
@@ -31,6 +32,7 @@ class Unit:
     reduction: int  # image pixels per output pixel, along a side
     kept: float  # convolution output elements per image pixel: what its backward keeps, by the main part
     copy: Callable[[int, int], nn.Module] | None  # (in_channels, stride) -> new block like it; None: the stem
+    plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
 
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched."""
@@ -40,7 +42,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Backbone:
-    """units[0] is the stem; `classifier` takes the last unit's output to (N, num_classes)."""
+    """`classifier` takes the last unit's output to (N, num_classes)."""
 
     units: tuple[Unit, ...]
     classifier: nn.Module
@@ -62,11 +64,12 @@ def as_backbone(model):
     """Reads a model as units and classifier.
 
     Args:
-        model: a torchvision ResNet (resnet*, wide_resnet*, resnext*) or one of `auglocal_ext.models`; its
-            stem and its fc may have been replaced.
+        model: a torchvision ResNet (resnet*, wide_resnet*, resnext*), a torchvision VGG (vgg*, vgg*_bn) or one of
+            `auglocal_ext.models`; a ResNet's stem and fc and a VGG's classifier may have been replaced, and layers
+            of a VGG's features.
 
     Raises:
-        ValueError: it is neither, or a part of it is not understood; names the first such part.
+        ValueError: it is none of them, or a part of it is not understood; names the first such part.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -78,23 +81,26 @@ def as_backbone(model):
         raise ValueError("cannot cut a model from torch.compile into units: pass the model it was made from")
     if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
         return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
-    torchvision_resnet = _torchvision_resnet()
+    torchvision_resnet, torchvision_vgg = _imported("resnet"), _imported("vgg")
     resnet = torchvision_resnet and torchvision_resnet.ResNet
     if resnet and isinstance(model, resnet) and _keeps_forward(model, resnet):
         return _residual_backbone(model, stem=("conv1", "bn1", "relu", "maxpool"), form="imagenet")
-    if hasattr(model, "layer1"):
+    vgg = torchvision_vgg and torchvision_vgg.VGG
+    if vgg and isinstance(model, vgg) and _keeps_forward(model, vgg):
+        return _plain_backbone(model)
+    if hasattr(model, "layer1") or (vgg and isinstance(model, vgg)):
         raise ValueError(f"cannot cut {type(model).__name__} into units: its own forward() is not understood")
     first, child = next(model.named_children(), ("forward()", None))
     kind = f" ({type(child).__name__})" if child is not None else ""
     raise ValueError(
         f"cannot cut {type(model).__name__} into units: its part {first!r}{kind} is not understood; expected a "
-        f"ResNet of torchvision.models or of auglocal_ext.models"
+        f"ResNet or VGG of torchvision.models, or a ResNet of auglocal_ext.models"
     )
 
 
-def _torchvision_resnet():
-    """torchvision's ResNet module if it was imported: a model made by it cannot exist otherwise."""
-    return sys.modules.get("torchvision.models.resnet")
+def _imported(family):
+    """torchvision's module of that name if it was imported: a model made by it cannot exist otherwise."""
+    return sys.modules.get(f"torchvision.models.{family}")
 
 
 def _keeps_forward(model, base):
@@ -124,17 +130,57 @@ def _residual_backbone(model, stem, form):
             width, copy = _read_block(model, f"{stage}.{name}", block)
             parts.append((f"{stage}.{name}", block, width, copy))
 
-    linear = [m for m in model.fc.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise _not_understood(model, "fc", model.fc)
+    classes = _classes(model, "fc")
     classifier = nn.Sequential(getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1)), nn.Flatten(1), model.fc)
+    return Backbone(_units(parts, first_conv), classifier, first_conv.in_channels, classes, form)
 
+
+def _plain_backbone(model):
+    """Of a VGG: a unit begins with each convolution. The pool behind it belongs to it: its BatchNorm and ReLU then run
+    with the pool, and what is handed on to the next module is small."""
+    for name, child in model.named_children():
+        if name not in ("features", "avgpool", "classifier"):
+            raise _not_understood(model, name, child)
+    if type(model.features) is not nn.Sequential:
+        raise _not_understood(model, "features", model.features)
+    layers = []  # of each unit
+    for name, layer in model.features.named_children():
+        if isinstance(layer, nn.Conv2d):
+            layers.append({})
+        elif not layers or any(isinstance(part, nn.Conv2d) for part in layer.modules()):
+            raise _not_understood(model, f"features.{name}", layer)
+        layers[-1][name] = layer
+    if not layers:
+        raise _not_understood(model, "features", model.features)
+    parts = []
+    for unit in layers:
+        name, conv = next(iter(unit.items()))
+        parts.append(
+            (f"features.{name}", nn.Sequential(*unit.values()), conv.out_channels, _plain_copy(*unit.values()))
+        )
+    first_conv, classes = parts[0][1][0], _classes(model, "classifier")
+    classifier = nn.Sequential(model.avgpool, nn.Flatten(1), model.classifier)
+    return Backbone(_units(parts, first_conv, plain=True), classifier, first_conv.in_channels, classes, "imagenet")
+
+
+def _classes(model, name):
+    """How many classes the last linear layer of the model's part of that name tells apart."""
+    part = getattr(model, name)
+    linear = [m for m in part.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise _not_understood(model, name, part)
+    return linear[-1].out_features
+
+
+def _units(parts, first_conv, plain=False):
+    """The units of (name, module, width or None for its output's, copy), with the shapes that tracing tells."""
     units, side = [], _SIDE
     x = torch.empty(2, first_conv.in_channels, side, side, device="meta", dtype=first_conv.weight.dtype)
     for name, module, width, copy in parts:
         x, kept = _trace(module, x)
-        units.append(Unit(name, module, width or x.shape[1], x.shape[1], side // x.shape[2], kept / side**2, copy))
-    return Backbone(tuple(units), classifier, first_conv.in_channels, linear[-1].out_features, form)
+        reduction = side // x.shape[2]
+        units.append(Unit(name, module, width or x.shape[1], x.shape[1], reduction, kept / side**2, copy, plain))
+    return tuple(units)
 
 
 _SIDE = 256  # a power of two, so that every stride divides it: strides are read off traced shapes
@@ -169,7 +215,7 @@ def _not_understood(model, name, part):
 
 def _read_block(model, name, block):
     """(base width, copy function) of a residual block."""
-    torchvision_resnet = _torchvision_resnet()
+    torchvision_resnet = _imported("resnet")
     if type(block) is models.BasicBlock:
         width = block.conv1.out_channels
         return width, lambda in_channels, stride: models.BasicBlock(in_channels, width, stride)
@@ -181,7 +227,7 @@ def _read_block(model, name, block):
 
 
 def _read_torchvision_block(block):
-    kind, norm = type(block), partial(type(block.bn1), eps=block.bn1.eps, momentum=block.bn1.momentum)
+    kind, norm = type(block), _like(block.bn1)
     bottleneck = hasattr(block, "conv3")
     last = block.conv3 if bottleneck else block.conv2
     width, groups = last.out_channels // kind.expansion, block.conv2.groups
@@ -201,3 +247,21 @@ def _read_torchvision_block(block):
         return kind(in_channels, width, stride, downsample, norm_layer=norm, **options)
 
     return width, copy
+
+
+def _plain_copy(conv, *behind):
+    """The copy function of conv-[BN-]ReLU-[pool]: conv-BN-ReLU, in any case with a BatchNorm, which makes a bias
+    useless; a stride of 2 is a max-pool before it."""
+    norm = next((_like(layer) for layer in behind if isinstance(layer, _BatchNorm)), nn.BatchNorm2d)
+    shape = {"kernel_size": conv.kernel_size, "padding": conv.padding, "dilation": conv.dilation, "bias": False}
+
+    def copy(in_channels, stride):
+        layers = [nn.Conv2d(in_channels, conv.out_channels, **shape), norm(conv.out_channels), nn.ReLU()]
+        return nn.Sequential(*([nn.MaxPool2d(2)] if stride == 2 else []), *layers)
+
+    return copy
+
+
+def _like(bn):
+    """channels -> a new BatchNorm of the same kind."""
+    return partial(type(bn), eps=bn.eps, momentum=bn.momentum)

@@ -1,12 +1,13 @@
-"""A module as a short list of nodes: convolutions, BatchNorm chains, heads, and islands of everything else.
+"""A module as a short list of nodes: convolutions, BatchNorm chains, pools, heads, and islands of everything else.
 
 The nodes hold the module's own submodules, so running them trains the module; the module itself is left as it was.
 Nothing here runs: `program` makes a training step of such a list.
 """
 
+import itertools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
@@ -16,7 +17,7 @@ from torch.nn.modules.utils import _pair
 
 from ._meta import meta_copy
 
-__all__ = ["Conv", "ExtraLoss", "Head", "Island", "Loss", "Norm", "Pool", "join", "trace"]
+__all__ = ["Conv", "ExtraLoss", "Head", "Island", "Loss", "MaxPool", "Norm", "Pool", "Relu", "join", "trace"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class Pool(OneSource):
     """out = max_pool(relu(bn(source)))"""
 
     bn: nn.BatchNorm2d
+    pool: nn.MaxPool2d
+
+
+@dataclass(frozen=True)
+class Relu(OneSource):
+    """out = relu(source), written over the source: what a Conv or a MaxPool made and nothing else reads."""
+
+
+@dataclass(frozen=True)
+class MaxPool(OneSource):
+    """out = max_pool(source)"""
+
     pool: nn.MaxPool2d
 
 
@@ -137,7 +150,7 @@ def trace(module, inside, part, source="x"):
         if node.op == "placeholder":
             values[node] = source
         elif node.op == "output":
-            return _beside(nodes), values[node.args[0]]
+            return _beside(_pools_first(nodes)), values[node.args[0]]
         elif node not in done:
             made, last = _match(node, parts, values, f"{part}/{node.name}", part)
             done.update(_chain(node, last))
@@ -196,6 +209,10 @@ def _match(node, parts, values, name, part):
     module = parts.get(node.target) if node.op == "call_module" else None
     if _is_plain_conv(module) and not node.kwargs:
         return Conv(name, part, values[node.args[0]], module), node
+    if _is_relu_of_conv(node, parts):
+        return Relu(name, part, values[node.all_input_nodes[0]]), node
+    if _is_plain_pool(module) and not node.kwargs:
+        return MaxPool(name, part, values[node.args[0]], module), node
     if type(module) is nn.BatchNorm2d and _is_plain_norm(module) and not node.kwargs:
         return _match_norm(node, module, parts, values, name, part)
     return _island(node, module, values, name, part), node
@@ -258,6 +275,23 @@ def _may_write(node, module):
     return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
 
 
+def _pools_first(nodes):
+    """The nodes with each max-pool that alone reads a Relu before it: the values are the same, and of the two only the
+    small map has to be kept."""
+    ordered = list(nodes)
+    readers = [source for node in nodes for source in node.sources]
+    for i, (relu, pool) in enumerate(itertools.pairwise(nodes)):
+        if (
+            isinstance(relu, Relu)
+            and isinstance(pool, MaxPool)
+            and pool.source == relu.out
+            and readers.count(relu.out) == 1
+        ):
+            ordered[i] = replace(pool, source=relu.source, out=relu.out)
+            ordered[i + 1] = replace(relu, source=relu.out, out=pool.out)
+    return ordered
+
+
 def _beside(nodes):
     """The nodes with each convolution moved up beside the first one that reads the same map: the map can go after
     both, and their weight gradients share one rebuild of it."""
@@ -301,6 +335,14 @@ def _is_plain_pool(module):
         and not module.return_indices
         and max(_pair(module.kernel_size)) <= 16
     )
+
+
+def _is_relu_of_conv(node, parts):
+    if not _is_relu(node, parts) or len(node.all_input_nodes) != 1:
+        return False
+    (before,) = node.all_input_nodes
+    conv = parts.get(before.target) if before.op == "call_module" else None
+    return _is_plain_conv(conv) and not before.kwargs and _only_reader(before) is node
 
 
 def _only_reader(node):

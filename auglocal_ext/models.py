@@ -113,6 +113,6 @@ def create(name, num_classes):
         return get_model(name, weights=None, num_classes=num_classes)
     except ValueError:
         raise ValueError(
-            f"no model is named {name!r}: expected one of {', '.join(_CIFAR)}, or a ResNet of torchvision.models "
-            f"such as resnet18"
+            f"no model is named {name!r}: expected one of {', '.join(_CIFAR)}, or a ResNet or VGG of "
+            f"torchvision.models such as resnet18 or vgg13_bn"
         ) from None

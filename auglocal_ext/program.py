@@ -2,7 +2,8 @@
 
 Running the step, predicting its memory and drawing it are three readings of that list (`Program.run`, and `timeline`).
 
-The schedule. Of the forward pass only convolution outputs, batch statistics and the module's input are kept. What is
+The schedule. Of the forward pass only convolution outputs, batch statistics and the module's input are kept; the output
+of a ReLU that follows a convolution in the convolution's place; of a max-pool its output and a byte each. What is
 elementwise in them, every activation and block output, is *derived*: dropped after its last forward reader, and rebuilt
 where the backward needs it. A backward takes the weight gradient first and the data gradient second, so that the
 rebuilt activation is gone before the data gradient is born; BatchNorm's backward writes over the incoming gradient or
@@ -10,7 +11,8 @@ over its own input; the module's input gets no gradient; the head's feature-map 
 module's output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
 
 With `recompute`, convolution outputs are derived too, by running the convolution again, and what is kept is what more
-than one node reads, the blocks' inputs: gradient checkpointing of every block, BatchNorm's statistics taken once.
+than one node or the next unit reads, the units' inputs: gradient checkpointing of every unit, BatchNorm's statistics
+taken once.
 """
 
 import contextlib
@@ -22,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.utils import _pair
 
-from .graph import Conv, ExtraLoss, Head, Island, Loss, Norm, Pool, join, trace
+from .graph import Conv, ExtraLoss, Head, Island, Loss, MaxPool, Norm, Pool, Relu, join, trace
 from .ops.batch_norm_act import memory_format
 from .ops.batch_norm_act_max_pool import pool_window
 
@@ -202,13 +205,18 @@ class _Emitter:
         self.given = 0
         self.has_extra, self.losses = any(isinstance(node, ExtraLoss) for node in nodes), []  # losses: the terms' names
         self.conv_outputs = {node.out for node in nodes if isinstance(node, Conv)}
+        self.checkpoints = set()  # with recompute: what is kept, of all that can be rebuilt
         self.constants = {source}  # values that need no gradient: the input, and what has no parameters behind it
-        self.readers = {}
+        self.readers, parts = {}, {node.out: node.part for node in nodes}
         for node in nodes:
-            if isinstance(node, Island) and not node.parameters and self.constants.issuperset(node.sources):
+            without_parameters = isinstance(node, MaxPool) or (isinstance(node, Island) and not node.parameters)
+            if without_parameters and self.constants.issuperset(node.sources):
                 self.constants.add(node.out)
             for name in node.sources:
                 self.readers[name] = self.readers.get(name, 0) + 1
+                leaves = not isinstance(node, Head) and node.part != parts.get(name) and name not in self.conv_outputs
+                if recompute and (self.readers[name] > 1 or leaves):
+                    self.checkpoints.add(name)
 
     def add(self, node, name, run, reads, writes, macs=None):
         self.steps.append(Step(name, node.part, run, tuple(reads), tuple(writes), macs))
@@ -232,19 +240,24 @@ class _Emitter:
                 statistics = _statistics(node)
                 self.add(node, "norm", partial(_norm, node.bn, node.relu), node.sources, [node.out, *statistics])
                 self._derive(node, partial(_rebuild_norm, node.bn, node.relu), [node.source, *statistics], [node.out])
-                if not (self.recompute and self.readers[node.out] > 1):  # then the value itself is kept
+                if node.out not in self.checkpoints:
                     self.shape_of[node.out] = self.shape_of.get(node.source, node.source)
             case Pool():
                 made, statistics = [node.out, f"{node.out}.index"], _statistics(node)
                 self.add(node, "statistics", partial(_batch_statistics, node.bn), [node.source], statistics)
                 self.add(node, "pool", partial(_pool, node), [node.source, *statistics], made)
                 self._derive(node, partial(_rebuild_pool, node), [node.source, *statistics], made)
+            case Relu():
+                self.add(node, "relu", torch.Tensor.relu_, [node.source], [node.out])
+            case MaxPool():
+                made = [node.out, f"{node.out}.place", f"{node.out}.like"]
+                self.add(node, "max pool", partial(_max_pool, node.pool), [node.source], made)
             case Head():
                 self._head_forward(node)
             case Island():
                 self.pinned.update(node.sources)
                 run = partial(_island, node, self.autocast, [name not in self.constants for name in node.sources])
-                self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"])
+                self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"], _island_macs(node))
             case Loss():
                 self._loss(node, partial(_loss, F.cross_entropy, node.weight), ["labels"])
             case ExtraLoss():
@@ -256,10 +269,9 @@ class _Emitter:
         self._accumulate(node)
 
     def _loss_name(self, node):
-        self.losses.append(
-            "loss" if not self.has_extra else node.out if isinstance(node, ExtraLoss) else "cross-entropy"
-        )
-        return self.losses[-1]
+        name = node.out if isinstance(node, ExtraLoss) else "cross-entropy" if self.has_extra else "loss"
+        self.losses.append(name)
+        return name
 
     def _derive(self, node, run, reads, made):
         if isinstance(node, Norm) and node.residual is not None:
@@ -295,6 +307,16 @@ class _Emitter:
                 writes = [self._give(node.source), *self._gradient(node.bn.weight), *self._gradient(node.bn.bias)]
                 reads += [node.out] if node.out == self.features else []
                 self.add(node, "pool backward", partial(_pool_backward, node, self._owns(node.source)), reads, writes)
+                self._accumulate(node)
+            case Relu():
+                reads = [self._take(node.out), node.out]
+                self.add(node, "relu backward", _relu_backward, reads, [self._give(node.source)])
+                self._accumulate(node)
+            case MaxPool() if node.out not in self.constants:
+                reads = [self._take(node.out), f"{node.out}.place", f"{node.out}.like"]
+                self.add(
+                    node, "max pool backward", partial(_max_pool_backward, node.pool), reads, [self._give(node.source)]
+                )
                 self._accumulate(node)
             case Head():
                 self._head_backward(node)
@@ -356,7 +378,8 @@ class _Emitter:
         reads = [f"{node.out}.graph", self._take(node.out), *node.sources]
         gives = [self._give(name) for name in wanted]
         parameters = [name for parameter in node.parameters for name in self._gradient(parameter)]
-        self.add(node, "island backward", _island_backward, reads, [*gives, *parameters])
+        macs = _island_backward_macs(node) if wanted else None
+        self.add(node, "island backward", _island_backward, reads, [*gives, *parameters], macs)
         self._accumulate(node)
 
     def _gradient(self, parameter):
@@ -410,9 +433,7 @@ def _sum_shared(emit):
 def _with_rebuilds(emit, keep, stay):
     """The steps with each derived value rebuilt where it is read and not there, and the gaps between."""
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: derived values only
-    stay = emit.pinned | stay
-    if emit.recompute:
-        stay |= {name for name in emit.derived if emit.readers.get(name, 0) > 1}
+    stay = emit.pinned | emit.checkpoints | stay
     reads_of = {name: [] for name in emit.derived}
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -609,6 +630,39 @@ def _pool_backward(node, over, grad, x, index, mean, var, _output=None):
     return dx, *_ops.batch_norm_act_max_pool_backward_out(*given)
 
 
+def _relu_backward(grad, y):
+    grad = _like(grad, y)
+    return _aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+
+
+def _max_pool(pool, x):
+    """(max_pool(x), the place of each maximum in its window, the shape and layout of x)"""
+    geometry = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    y, index = _aten.max_pool2d_with_indices(x, *geometry)
+    kernel_w, width = _pair(pool.kernel_size)[1], x.shape[3]
+    row = index.div(width, rounding_mode="floor")
+    place = index.add_(row, alpha=kernel_w - width).sub_(_window_starts(pool, y, kernel_w))
+    return y, place.to(torch.uint8), (x.shape, memory_format(x))
+
+
+def _max_pool_backward(pool, grad, place, like):
+    (shape, layout), kernel_w = like, _pair(pool.kernel_size)[1]
+    index = place.long().add_(place // kernel_w, alpha=shape[3] - kernel_w)
+    index.add_(_window_starts(pool, place, shape[3]))
+    dx = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    geometry = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    # Of the pool's input it takes the shape alone, so that dx can stand for it.
+    given = grad.contiguous(memory_format=layout), dx, *geometry, index
+    return _aten.max_pool2d_with_indices_backward.grad_input(*given, grad_input=dx)
+
+
+def _window_starts(pool, y, width):
+    """Where each window of a pool begins, counted along rows of `width`; goes with a map of the pool's outputs."""
+    (stride_h, stride_w), (padding_h, padding_w) = _pair(pool.stride), _pair(pool.padding)
+    rows, columns = (torch.arange(size, device=y.device) for size in y.shape[2:])
+    return (rows[:, None] * stride_h - padding_h) * width + columns * stride_w - padding_w
+
+
 def _pooled_norm(bn, relu, x, mean, var, residual=None):
     residual = None if residual is None else _like(residual, x)
     return _ops.batch_norm_act_mean_apply(x, *_affine(bn), mean, var, residual, bn.eps, relu)
@@ -648,6 +702,15 @@ def _linear_cross_entropy(linear, weight, pooled, labels):
         for value in (loss, *gradients):
             value.mul_(weight)
     return logits, loss, *(gradients if linear.bias is not None else gradients[:-1])
+
+
+def _island_macs(node):
+    """Multiply-accumulates of an island that is a linear layer; others' are not counted."""
+    return (lambda y: y.numel() * node.call.in_features) if type(node.call) is nn.Linear else None
+
+
+def _island_backward_macs(node):
+    return (lambda dx: 2 * dx.numel() * node.call.out_features) if type(node.call) is nn.Linear else None
 
 
 def _loss(loss, weight, prediction, *given):

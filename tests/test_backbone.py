@@ -1,4 +1,4 @@
-"""Models as units: the ResNet families, replaced parts, and what cannot be cut."""
+"""Models as units: the ResNet families, VGGs, replaced parts, and what cannot be cut."""
 
 import pytest
 import torch
@@ -45,6 +45,83 @@ def test_torchvision_resnets(torchvision, name, units):
         copy = unit.copy(before.out_channels, unit.reduction // before.reduction)
         assert [p.shape for p in copy.parameters()] == [p.shape for p in unit.module.parameters()], unit.name
         assert not {id(p) for p in copy.parameters()} & {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize(("name", "units"), {"vgg11": 8, "vgg13": 10, "vgg16": 13, "vgg19": 16}.items())
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vggs(torchvision, name, units, batch_norm):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name + "_bn" * batch_norm, num_classes=12)
+    backbone = as_backbone(model)
+    assert len(backbone.units) == units
+    assert (backbone.form, backbone.image_channels, backbone.num_classes) == ("imagenet", 3, 12)
+    assert (backbone.units[0].kept, backbone.units[-1].kept) == (64, 512 / 16**2)
+    # A copy is conv-BN-ReLU, behind a pool where it halves.
+    for unit in backbone.units:
+        pool, conv, bn, relu = unit.copy(7, 2)
+        assert [type(layer) for layer in (pool, bn, relu)] == [nn.MaxPool2d, nn.BatchNorm2d, nn.ReLU]
+        assert conv.weight.shape == (unit.out_channels, 7, 3, 3) and conv.padding == (1, 1)
+        assert [type(layer) for layer in unit.copy(7, 1)] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("vgg13", [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]), ("vgg13_bn", [0, 3, 7, 10, 14, 17, 21, 24, 28, 31])],
+)
+def test_vgg13s_units(torchvision, name, places):
+    """The pool behind a convolution belongs to its unit."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    units = as_backbone(model).units
+    assert [unit.name for unit in units] == [f"features.{place}" for place in places]
+    assert [unit.out_channels for unit in units] == [64, 64, 128, 128, 256, 256, 512, 512, 512, 512]
+    assert [unit.reduction for unit in units] == [1, 2, 2, 4, 4, 8, 8, 16, 16, 32]
+    assert [layer for unit in units for layer in unit.module] == list(model.features)
+
+
+def narrow_vgg(torchvision, batch_norm):
+    vgg = torchvision.models.vgg
+    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M"], batch_norm), num_classes=5)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 5))
+    return model
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vgg_units_compose(torchvision, batch_norm):
+    model = narrow_vgg(torchvision, batch_norm)
+    check_units_compose_to_the_model(model, as_backbone(model), 32)
+
+
+def test_replaced_parts_of_a_vgg(torchvision):
+    model = narrow_vgg(torchvision, True)
+    model.features[0] = nn.Conv2d(1, 8, 5, 2, 2)
+    model.features[1] = nn.BatchNorm2d(8, eps=1e-3, momentum=0.2)
+    model.features[2] = nn.LeakyReLU()
+    model.features[3] = nn.Identity()
+    model.classifier = nn.Linear(64, 3)
+    backbone = as_backbone(model)
+    assert (backbone.image_channels, backbone.num_classes) == (1, 3)
+    assert [unit.reduction for unit in backbone.units] == [2, 2, 4]
+    assert (backbone.units[0].copy(4, 1)[1].eps, backbone.units[0].copy(4, 1)[1].momentum) == (1e-3, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("features", nn.Conv2d(3, 16, 3), r"'features' \(Conv2d\)"),
+        ("features", nn.Sequential(), r"'features' \(Sequential\)"),
+        ("features", nn.Sequential(nn.ReLU(), nn.Conv2d(3, 16, 3)), r"'features.0' \(ReLU\)"),
+        ("features", nn.Sequential(nn.Conv2d(3, 4, 3), models.BasicBlock(4, 16)), r"'features.1' \(BasicBlock\)"),
+        ("attention", nn.Linear(3, 3), r"'attention' \(Linear\)"),
+        ("classifier", nn.Identity(), r"'classifier' \(Identity\)"),
+    ],
+)
+def test_what_is_not_understood_in_a_vgg_is_named(torchvision, name, part, message):
+    model = narrow_vgg(torchvision, False)
+    setattr(model, name, part)
+    with pytest.raises(ValueError, match=f"cannot cut VGG into units: its part {message} is not understood"):
+        as_backbone(model)
 
 
 def check_units_compose_to_the_model(model, backbone, side):
@@ -121,8 +198,8 @@ def test_what_is_not_understood_is_named(kind, part):
 
 
 def test_other_models_are_refused(torchvision):
-    with pytest.raises(ValueError, match=r"cannot cut VGG into units: its part 'features' \(Sequential\)"):
-        as_backbone(torchvision.models.vgg11())
+    with pytest.raises(ValueError, match=r"cannot cut AlexNet into units: its part 'features' \(Sequential\)"):
+        as_backbone(torchvision.models.alexnet())
     with pytest.raises(ValueError, match=r"'layer1.0.bn1' \(GroupNorm\)"):
         as_backbone(torchvision.models.resnet18(norm_layer=lambda c: nn.GroupNorm(2, c)))
     with pytest.raises(ValueError, match=r"its part 'forward\(\)' is not understood"):
@@ -145,3 +222,12 @@ def test_a_subclass_with_its_own_forward_is_refused():
 
     with pytest.raises(ValueError, match=r"cannot cut Wrapped into units: its own forward\(\)"):
         as_backbone(Wrapped(1))
+
+
+def test_a_vgg_with_its_own_forward_is_refused(torchvision):
+    class Wrapped(torchvision.models.VGG):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    with pytest.raises(ValueError, match=r"cannot cut Wrapped into units: its own forward\(\)"):
+        as_backbone(Wrapped(nn.Sequential(nn.Conv2d(3, 4, 3)), num_classes=5))

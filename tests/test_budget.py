@@ -17,6 +17,8 @@ NETWORKS = [
     ("resnet110", (4, 3, 32, 32), 4, {"optimizer": torch.optim.AdamW}),
     ("resnet18", (4, 3, 64, 64), 4, {}),
     ("resnet50", (4, 3, 64, 64), 5, {}),
+    ("vgg13", (4, 3, 70, 70), 5, {}),
+    ("vgg11_bn", (4, 3, 32, 32), 3, {"precision": "bf16"}),
 ]
 
 

@@ -126,7 +126,39 @@ def test_a_relu_with_two_readers_is_not_pooled():
             x = F.relu(self.bn(x))
             return self.pool(x) + self.conv(x)
 
-    assert kinds(read(Both())) == ["Norm", "Island", "Conv", "Island"]
+    assert kinds(read(Both())) == ["Norm", "MaxPool", "Conv", "Island"]
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_relu_behind_a_convolution(relu):
+    nodes = read(nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1)))
+    assert kinds(nodes) == ["Conv", "Relu", "Conv"]
+    assert [nodes[i].source for i in (1, 2)] == [nodes[i].out for i in (0, 1)]
+
+
+def test_a_pool_goes_before_the_relu_of_a_convolution():
+    pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+    nodes, out = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(True), pool), set(), "part")
+    assert kinds(nodes) == ["Conv", "MaxPool", "Relu"] and nodes[1].pool is pool
+    assert [node.source for node in nodes] == ["x", nodes[0].out, nodes[1].out] and nodes[2].out == out
+    assert len({node.out for node in nodes}) == 3
+
+
+def test_relus_that_may_not_write_over_what_they_read():
+    class Others(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.pool = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            a = self.a(x)  # two readers
+            b = F.relu(self.b(F.relu(a) + a))  # another reader beside the pool
+            return self.pool(b) + self.pool(F.relu(x)) + b.mean()
+
+    nodes = read(Others())
+    assert [node.what for node in nodes if isinstance(node, Island)][:2] == ["part: relu", "part: add"]
+    assert kinds(nodes).count("Relu") == 1 and kinds(nodes).index("Relu") < kinds(nodes).index("MaxPool")
+    assert kinds(read(nn.Sequential(nn.Conv2d(3, 4, 1, padding="same"), nn.ReLU()))) == ["Island", "Island"]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,40 @@ def test_recomputed_convolutions(name, cutting):
     assert planned.macs <= planned.choice.point.macs  # what fits under the peak is kept, not run again
 
 
+def narrow_vgg(torchvision, batch_norm):
+    vgg = torchvision.models.vgg
+    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M", 32, 32, "M"], batch_norm), num_classes=10)
+    model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 10)
+    return model
+
+
+@pytest.mark.parametrize("cutting", [{}, {"modules": 2}, {"rule": "bp"}])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vggs(torchvision, batch_norm, cutting):
+    """With the peak in the aux nets' linear islands: what their graphs hold is counted too."""
+    trainer = LocalTrainer(narrow_vgg(torchvision, batch_norm), 4, **cutting)
+    assert measured_peak(trainer, *batch(8, 41)) == trainer.plan.peak_bytes
+
+
+def test_vgg13s_are_predicted_whole(torchvision):
+    trainer = LocalTrainer(torchvision.models.vgg13_bn(num_classes=10), 4, modules=3)
+    assert measured_peak(trainer, *batch(2, 64)) == trainer.plan.peak_bytes
+
+
+@pytest.mark.parametrize(("batch_norm", "cheaper"), [(True, True), (False, False)])
+def test_recomputed_convolutions_of_a_vgg(torchvision, batch_norm, cheaper):
+    """Units' outputs are kept, of a VGG each read once; without BatchNorm they are all that is kept anyway."""
+    model = narrow_vgg(torchvision, batch_norm)
+    twin, given = copy.deepcopy(model), batch(8, 32)
+    plain, again = (LocalTrainer(m, rule="bp", recompute=r) for m, r in ((model, False), (twin, True)))
+    assert measured_peak(plain, *given) == plain.plan.peak_bytes
+    assert measured_peak(again, *given) == again.plan.peak_bytes <= plain.plan.peak_bytes
+    assert (again.plan.modules[0].kept_bytes < plain.plan.modules[0].kept_bytes) == cheaper
+    assert (again.plan.macs > plain.plan.macs) == cheaper
+    for ours, theirs in zip(twin.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_another_optimizer():
     trainer = LocalTrainer(models.resnet20(), 3, modules=2, optimizer=torch.optim.AdamW)
     assert measured_peak(trainer, *batch(2, 8)) == trainer.plan.peak_bytes

@@ -31,5 +31,6 @@ def test_shapes():
 
 def test_torchvisions_by_name(torchvision):
     assert isinstance(models.create("resnet18", 5), torchvision.models.ResNet)
-    with pytest.raises(ValueError, match="no model is named 'resnet19': expected one of resnet20, .*, or a ResNet of"):
+    assert isinstance(models.create("vgg11_bn", 5), torchvision.models.VGG)
+    with pytest.raises(ValueError, match="'resnet19': expected one of resnet20, .*, or a ResNet or VGG of torchvision"):
         models.create("resnet19", 5)

@@ -189,6 +189,42 @@ def test_initialisation():
     assert torch.equal(net[2].bn2.weight, torch.ones(64)) and not net[2].bn2.bias.any()
 
 
+def test_samples_of_vgg13(torchvision):
+    """d = 5, by hand from the rule: a pool where the channels change."""
+    with torch.device("meta"):
+        backbone = as_backbone(torchvision.models.vgg13())
+    assert cut_by(backbone, 5) == [Cut(i, i) for i in range(10)]
+    assert [(sample.units, sample.strides) for sample in samples(backbone, 5)] == [
+        ((2, 4, 7, 9), (2, 2, 2, 1)),
+        ((3, 5, 7, 9), (2, 2, 2, 1)),
+        ((4, 6, 7, 9), (2, 2, 1, 1)),
+        ((4, 6, 8, 9), (2, 2, 1, 1)),
+        ((5, 6, 8, 9), (1, 2, 1, 1)),
+        ((6, 7, 8, 9), (2, 1, 1, 1)),
+        ((7, 8, 9), (1, 1, 1)),
+        ((8, 9), (1, 1)),
+        ((9,), (1,)),
+    ]
+    assert not any(sample.batch_norm_head for sample in samples(backbone, 2, "cifar"))
+
+
+def test_aux_nets_of_vggs(torchvision):
+    vgg = torchvision.models.vgg
+    # Channels change where the network does not halve: pools stop at its last resolution.
+    model = vgg.VGG(vgg.make_layers([4, 8, 16, "M", 32, 32]), num_classes=10)
+    backbone = as_backbone(model)
+    chosen = samples(backbone, 5)
+    assert [sample.strides for sample in chosen] == [(2, 1, 1, 1), (2, 1, 1), (1, 1), (1,)]
+    net, features = build_aux_net(backbone, 0, chosen[0]), torch.randn(2, 4, 2, 2)
+    kinds = [type(layer) for layer in net[4:]]
+    middle = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert kinds == [nn.Flatten, nn.AdaptiveAvgPool1d, *middle, *middle, nn.Linear]
+    assert [layer.weight.shape for layer in net if isinstance(layer, nn.Linear)] == [(512, 512), (512, 512), (10, 512)]
+    assert net[:4](features).shape == (2, 32, 1, 1) and net(features).shape == (2, 10)
+    conv = net[3][0]
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 32)), rel=0.05) and conv.bias is None
+
+
 def test_aux_nets_of_bottlenecks_have_the_sampled_blocks_shape(torchvision):
     with torch.device("meta"):
         backbone = as_backbone(torchvision.models.resnext50_32x4d())

@@ -90,6 +90,26 @@ def test_a_step_is_the_plain_step(tiny_model, batch):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_vgg_learns_and_stays_a_plain_one(torchvision, batch_norm):
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg
+    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M"], batch_norm), num_classes=4)
+    model.avgpool, model.classifier = nn.Identity(), nn.Sequential(nn.Linear(256, 32), nn.ReLU(True), nn.Linear(32, 4))
+    keys = list(model.state_dict())
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+    trainer = LocalTrainer(model, depth=3, optimizer=SGD)
+    first = trainer.step(images, labels).module_losses
+    for _ in range(10):
+        last = trainer.step(images, labels).module_losses
+    assert len(first) == 3 and (last < 0.8 * first).all()
+    assert_isolated(trainer, images, labels)
+    assert type(model) is torchvision.models.VGG and list(model.state_dict()) == keys
+    fresh = copy.deepcopy(model)
+    fresh.load_state_dict(model.state_dict())
+    assert fresh.eval()(images).argmax(1).eq(labels).float().mean() > 0.5
+
+
 def test_result_and_freed_gradients(trainer, batch):
     result = trainer.step(*batch)
     assert result.logits.shape == (8, 10) and result.module_losses.shape == (3,)
