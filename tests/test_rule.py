@@ -1,6 +1,7 @@
 """The interface of learning rules, and the README's rule of one's own."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,12 @@ def test_a_rule_of_ones_own_trains(readme_rule):
     torch.manual_seed(0)
     model = models.CifarResNet(1)
     names = list(model.state_dict())
-    result = train(model, batches(), rule=readme_rule, val_loader=batches(1), epochs=4, progress=False)
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9), "epochs": 5, "progress": False}
+    result = train(model, batches(), rule=readme_rule, val_loader=batches(1), **options)
     first, last = result.history[0], result.history[-1]
-    assert all(
-        after < 0.7 * before for before, after in zip(first["module_losses"], last["module_losses"], strict=True)
-    )
+    for before, after in zip(first["module_losses"], last["module_losses"], strict=True):
+        assert after < before
+    assert last["loss"] < 0.5 * first["loss"]
     assert last["val_accuracy"] > 0.8
     assert list(model.state_dict()) == names and len(result.plan.modules) == 4
     assert result.plan.rule == "decorrelated" and "Linear 10" in str(result.plan)
