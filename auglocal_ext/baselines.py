@@ -51,7 +51,9 @@ class _Similarity(ExtraLoss):
 
     def loss(self, prediction, labels, images):
         targets = F.one_hot(labels, self.num_classes).to(prediction.dtype)
-        return F.mse_loss(_similarity(prediction.flatten(2).std(2)), _similarity(targets))
+        maps = prediction.flatten(2)
+        rows = maps.std(2) if maps.shape[2] > 1 else maps.flatten(1)  # one pixel has no deviation
+        return F.mse_loss(_similarity(rows), _similarity(targets))
 
 
 def _similarity(rows):
@@ -154,7 +156,7 @@ class _ImageLoss(ExtraLoss):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def loss(self, prediction, labels, images):
-        target = images.to(prediction.dtype) * self.std + self.mean
+        target = (images.to(prediction.dtype) * self.std + self.mean).clamp(0, 1)  # rounding goes beyond
         # Not ..._with_logits: where float32's sigmoid is 1, the authors' loss is 100 and has no gradient.
         return F.binary_cross_entropy(prediction.sigmoid(), target)
 

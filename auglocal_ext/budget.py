@@ -53,7 +53,7 @@ class Choice:
     next_cheaper: search.Point | None
     next_smaller: search.Point | None
     eager: dict[str, int]
-    bp_macs: int
+    bp_macs: int = 0  # known when the choice is planned
 
     def __str__(self):
         depth = f", depth {self.rule.depth}" if self.rule.depth else ""
@@ -76,10 +76,12 @@ class Choice:
 def candidates(rule, depth, form, units):
     """The rules to search under a budget for a backbone of so many units: one, or with depth "auto" AugLocal's of every
     depth."""
-    if depth == "auto" and rule == "auglocal":
+    if depth == "auto" and rule in ("auglocal", AugLocal):
         return [AugLocal(d, form) for d in DEPTHS if d <= units]
+    if depth == "auto" and isinstance(rule, AugLocal):
+        raise ValueError(f"depth='auto' goes with rule='auglocal', given a rule that has its depth, {rule.depth}")
     rule = as_rule(rule, 2 if depth == "auto" else depth, form)
-    if not isinstance(rule, AugLocal | BP):
+    if not (type(rule) is AugLocal or isinstance(rule, BP)):  # whose heads are the same wherever the borders are
         raise ValueError(
             f"memory_budget chooses the cut of rules 'auglocal', 'bp' and 'checkpoint': with {rule.name!r} give "
             f"modules, and see auglocal_ext.plan for what a step then needs"
@@ -124,7 +126,6 @@ def choose(planner, shape, budget, rules, modules=None):
         min(cheaper, key=lambda p: (p.bytes, p.macs), default=None),
         min(smaller, key=lambda p: (p.macs, p.bytes), default=None),
         eager_bytes(planner, shape),
-        bp_macs=search.cheapest(table, 2**62, 1).macs,
     )
     return cut(planner.backbone, rule, borders=point.borders), choice
 

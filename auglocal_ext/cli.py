@@ -69,7 +69,9 @@ def _parser():
     for command in (training, planning):
         add = command.add_argument
         add(
-            "--model", default="resnet20", help="resnet20 ... resnet110, or a torchvision ResNet (default: %(default)s)"
+            "--model",
+            default="resnet20",
+            help="resnet20 ... resnet110, or a ResNet or VGG of torchvision (default: %(default)s)",
         )
         add(
             "--rule",

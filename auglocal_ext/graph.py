@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 
 from ._meta import meta_copy
 
-__all__ = ["Conv", "ExtraLoss", "Head", "Island", "Loss", "MaxPool", "Norm", "Pool", "Relu", "join", "trace"]
+__all__ = ["AddedLoss", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "Pool", "Relu", "join", "trace"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Loss(OneSource):
 
 
 @dataclass(frozen=True)
-class ExtraLoss(OneSource):
+class AddedLoss(OneSource):
     """weight x loss(source, labels, images), differentiated by autograd in the source."""
 
     loss: Callable

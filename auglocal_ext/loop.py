@@ -30,7 +30,7 @@ class TrainResult:
         (of the training batches, as they were seen), val_accuracy and val_top5_accuracy (None without val_loader; top-5
         None for fewer than 6 classes), images_per_second, seconds, lr (of the last step), peak_bytes.
     plan: the cut that was trained.
-    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over the whole training, on
+    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on
         other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
     aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
     """
@@ -73,7 +73,7 @@ def train(
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
     Args:
-        model: a torchvision ResNet or one of `auglocal_ext.models`.
+        model: a torchvision ResNet or VGG, or one of `auglocal_ext.models`.
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
             the CPU are moved to the model's device.
         depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
@@ -135,7 +135,8 @@ def train(
         cutting = {"rule": planned.choice.rule, "borders": planned.borders}
         if progress:
             tqdm.write(str(planned.choice))
-    trainer = LocalTrainer(model, depth, **cutting, **options, image_size=first[0].shape[2:])
+    size = first[0].shape[2:] if first[0].dim() == 4 else None  # what else it may be is refused below
+    trainer = LocalTrainer(model, depth, **cutting, **options, image_size=size)
     _check_device(first[0], trainer.device)
     del first  # its images would live through the whole training
     if val_loader is not None:
@@ -327,24 +328,23 @@ class _PeakMeter:
 
     def __init__(self, trainer):
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
-        self._peak, self._steps = 0, 0
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(trainer.device)
-
-    @property
-    def peak(self):
-        return torch.cuda.max_memory_allocated(self.trainer.device) if self.cuda else self._peak
+        self.peak, self._steps = 0, 0
 
     @contextlib.contextmanager
     def __call__(self, *batch):
         self._steps += 1
-        # Counting slows a step down; the second step, when all optimizer state exists, is like every later one.
-        if self.cuda or self._steps > 2:
+        if self.cuda:
+            device = self.trainer.device
+            torch.cuda.reset_peak_memory_stats(device)  # an evaluation's peak is none of a step
             yield
-            return
-        with LiveBytes([*self.trainer.tensors(), *batch]) as live:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
+        elif self._steps > 2:
+            # Counting slows a step down; the second one, when all optimizer state exists, is like every later one.
             yield
-        self._peak = max(self._peak, live.peak)
+        else:
+            with LiveBytes([*self.trainer.tensors(), *batch]) as live:
+                yield
+            self.peak = max(self.peak, live.peak)
 
 
 @contextlib.contextmanager

@@ -217,6 +217,7 @@ def plan(
         cuts, choice = choose(planner, shape, budget, rules, modules)
         rule = choice.rule
     planned = planner.plan(cuts, shape, rule)
+    choice = choice and replace(choice, bp_macs=planned.bp_macs)
     return replace(planned, eager=choice.eager if choice else eager_bytes(planner, shape), choice=choice)
 
 

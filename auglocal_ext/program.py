@@ -26,7 +26,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.utils import _pair
 
-from .graph import Conv, ExtraLoss, Head, Island, Loss, MaxPool, Norm, Pool, Relu, join, trace
+from .graph import AddedLoss, Conv, Head, Island, Loss, MaxPool, Norm, Pool, Relu, join, trace
 from .ops.batch_norm_act import memory_format
 from .ops.batch_norm_act_max_pool import pool_window
 
@@ -154,7 +154,7 @@ def module_nodes(backbone, first, last, head, source, trace=trace):
     extra_weight, weight = head.weights
     if head.extra is not None:
         extra_nodes, prediction = trace(head.extra.net, inside, "extra", out)
-        nodes += [*extra_nodes, ExtraLoss("extra loss", "extra", prediction, head.extra.loss, extra_weight)]
+        nodes += [*extra_nodes, AddedLoss("extra loss", "extra", prediction, head.extra.loss, extra_weight)]
     head_nodes, _ = trace(head.net, inside, "head", out)
     return join(nodes, head_nodes, features, weight), features
 
@@ -203,7 +203,7 @@ class _Emitter:
         self.waiting = []  # data gradients of convolutions that read one map, after all their weight gradients
         self.first_backward = None
         self.given = 0
-        self.has_extra, self.losses = any(isinstance(node, ExtraLoss) for node in nodes), []  # losses: the terms' names
+        self.has_extra, self.losses = any(isinstance(node, AddedLoss) for node in nodes), []  # losses: the terms' names
         self.conv_outputs = {node.out for node in nodes if isinstance(node, Conv)}
         self.checkpoints = set()  # with recompute: what is kept, of all that can be rebuilt
         self.constants = {source}  # values that need no gradient: the input, and what has no parameters behind it
@@ -260,7 +260,7 @@ class _Emitter:
                 self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"], _island_macs(node))
             case Loss():
                 self._loss(node, partial(_loss, F.cross_entropy, node.weight), ["labels"])
-            case ExtraLoss():
+            case AddedLoss():
                 self._loss(node, partial(_loss, node.loss, node.weight), ["labels", "images"])
 
     def _loss(self, node, run, reads):
@@ -269,7 +269,7 @@ class _Emitter:
         self._accumulate(node)
 
     def _loss_name(self, node):
-        name = node.out if isinstance(node, ExtraLoss) else "cross-entropy" if self.has_extra else "loss"
+        name = node.out if isinstance(node, AddedLoss) else "cross-entropy" if self.has_extra else "loss"
         self.losses.append(name)
         return name
 

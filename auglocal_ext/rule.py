@@ -38,7 +38,7 @@ class Border:
 
 
 class ExtraLoss(nn.Module):
-    """A loss beside the cross-entropy: derive, and define `loss`.
+    """A loss beside the cross-entropy: derive, and define `loss`. All its parameters are its net's.
 
     Args:
         net: features (N, C, H, W) -> prediction. It runs on the fused ops where they know its layers.
@@ -49,7 +49,8 @@ class ExtraLoss(nn.Module):
         self.net = net
 
     def loss(self, prediction, labels, images):
-        """A scalar, differentiable by autograd in the prediction.
+        """A scalar, differentiable by autograd in the prediction. It also runs on meta tensors, when a step is planned:
+        no .item(), no branch on values; constant tensors belong into buffers (register_buffer).
 
         Args:
             prediction: what the net made, at least float32.
@@ -67,6 +68,10 @@ class LocalHead(nn.Module):
 
     def __init__(self, net, extra=None, weights=(0.0, 1.0)):
         super().__init__()
+        if extra is not None and set(extra.parameters()) != set(extra.net.parameters()):
+            raise ValueError(
+                f"{type(extra).__name__} has parameters outside its net, which nothing would train: put them into it"
+            )
         self.net, self.extra, self.weights = net, extra, weights
 
     def forward(self, features):
@@ -79,7 +84,7 @@ class Rule:
     A local module's loss is weights[0] x the extra loss + weights[1] x the cross-entropy of the aux net's logits. The
     last module's is the cross-entropy of the backbone's own classifier.
 
-    name: the class's, in lower case.
+    name: for people; the class's in lower case unless it says another.
     depth: the paper's d, for rules that have one.
     recompute: see `LocalTrainer`.
     """
@@ -88,7 +93,7 @@ class Rule:
     recompute = False
 
     def __init_subclass__(cls):
-        cls.name = cls.__name__.lower()
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def check(self, backbone):
         """Raises ValueError where the rule does not fit a backbone."""

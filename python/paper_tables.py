@@ -185,33 +185,31 @@ def _paper_small(group):
 
 
 def _paper_imagenet(group):
-    """(rule, depth) -> top-1's and top-5's (mean, None); AugLocal's figures at each depth that we have."""
+    """(rule, depth) -> top-1's and top-5's (mean, None); AugLocal's, whose depth is not known, in a row of its own."""
     figures, rows = IMAGENET.get(group.network, {}), {}
     for rule in ("bp", "predsim", "infopro", "dgl", "auglocal"):
-        depths = _depths(group) if rule == "auglocal" else [None]
-        if rule in figures or any(group.uncut(rule, depth) for depth in depths):
-            figure = tuple((value, None) for value in figures[rule]) if rule in figures else None
-            rows |= {(rule, depth): figure for depth in depths}
-    return rows
+        if rule in figures or group.uncut(rule):
+            rows[rule, None] = tuple((value, None) for value in figures[rule]) if rule in figures else None
+    return rows | {("auglocal", depth): None for depth in _depths(group)}
 
 
 def _depths(group):
-    """Those AugLocal was run with, one module per unit; [None] for none."""
-    return sorted({depth for rule, depth, *_ in group.runs if rule == "auglocal" and group.uncut(rule, depth)}) or [
-        None
-    ]
+    """Those AugLocal was run with, one module per unit."""
+    return sorted({depth for rule, depth, *_ in group.runs if rule == "auglocal" and group.uncut(rule, depth)})
 
 
 def memory_table(group):
     rows = [["method", "paper, GB", "paper, of BP", "ours, GB", "ours, of BP"]]
     figures, bp = MEMORY.get((group.network, group.dataset), {}), group.uncut("bp")
-    for rule in figures:
-        for depth in _depths(group) if rule == "auglocal" else [None]:
-            ours, theirs = group.uncut(rule, depth), figures[rule]
-            cells = [_method(rule, depth), f"{theirs:.2f}", _saved(theirs, figures["bp"])]
-            cells.append(f"{_peak(ours) / 1e9:.3f}" if ours else "")
-            cells.append(_saved(_peak(ours), _peak(bp)) if ours and bp else "")
-            rows.append(cells)
+    same_batch = group.settings["batch_size"] == 1024  # the paper's
+    cuts = [(rule, None) for rule in figures] + [("auglocal", depth) for depth in _depths(group) if figures]
+    for rule, depth in cuts:
+        ours, theirs = group.uncut(rule, depth), None if depth else figures[rule]
+        cells = [_method(rule, depth), f"{theirs:.2f}" if theirs and same_batch else ""]
+        cells.append(_saved(theirs, figures["bp"]) if theirs else "")
+        cells.append(f"{_peak(ours) / 1e9:.3f}" if ours else "")
+        cells.append(_saved(_peak(ours), _peak(bp)) if ours and bp else "")
+        rows.append(cells)
     return rows
 
 

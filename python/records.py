@@ -24,17 +24,24 @@ import auglocal_ext
 
 def machine(device):
     """What a figure depends on besides the code and its settings."""
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _processor()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "auglocal_ext": auglocal_ext.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit():
+    """Empty where this is no checkout, or git is not there to tell."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _processor():

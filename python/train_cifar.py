@@ -45,8 +45,8 @@ def schedule(lr):
 
     def factor(epoch, epochs):
         e, w = int(epoch) + 1, min(10, epochs // 10)
-        cosine = 0.5 * (1 + math.cos(math.pi * e / epochs))
-        return cosine if e > w else cosine * (e - 1) / w + 0.01 / lr * (w + 1 - e) / w
+        share = 0.5 * (1 + math.cos(math.pi * e / epochs))
+        return share if e > w else share * (e - 1) / w + 0.01 / lr * (w + 1 - e) / w
 
     return factor
 

@@ -34,6 +34,26 @@ def test_similarity_loss():
     assert extra(features, labels, None).item() == pytest.approx(sum(terms) / 16, rel=1e-6)
 
 
+def test_similarity_of_maps_of_one_pixel():
+    """Which have no deviation: the features themselves are compared."""
+    extra = head(PredSim(), 3).extra.double()
+    features, labels = torch.randn(4, 16, 1, 1, dtype=torch.float64), torch.tensor([1, 1, 3, 9])
+    rows, one_hot = extra.net(features).flatten(1), torch.eye(10, dtype=torch.float64)[labels]
+    expected = (torch.corrcoef(rows) - torch.corrcoef(one_hot)).square().mean()
+    assert extra(features, labels, None).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_black_and_white_pixels_are_images_in_any_normalisation():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        mean, std = torch.rand(3, generator=generator), torch.rand(3, generator=generator) / 2 + 0.05
+        extra = head(InfoPro(mean.tolist(), std.tolist()), 3).extra
+        pixels = torch.tensor([0.0, 1.0]).expand(2, 3, 4, 2)
+        images = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        for given in (images, images.bfloat16()):
+            assert extra.loss(torch.zeros(2, 3, 4, 2), None, given).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
 def test_image_loss():
     """A prediction of the very image has its entropy as loss; elsewhere it is larger."""
     rule = InfoPro((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))

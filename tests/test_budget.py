@@ -115,6 +115,22 @@ def test_what_does_not_go_together():
         plan(models.resnet20(), (8, 3, 32, 32), 3).save_front("front.png")
 
 
+def test_which_rules_have_a_budget():
+    class Deep(AugLocal):
+        pass
+
+    model, shape = models.resnet20(), (8, 3, 32, 32)
+    by_name = plan(model, shape, "auto", memory_budget="8MB")
+    assert plan(model, shape, "auto", rule=AugLocal, memory_budget="8MB") == by_name
+    with pytest.raises(ValueError, match="depth='auto' goes with rule='auglocal', given a rule that has its depth, 3"):
+        plan(model, shape, "auto", rule=AugLocal(3), memory_budget="8MB")
+    with pytest.raises(ValueError, match="with 'deep' give modules"):
+        plan(model, shape, rule=Deep, memory_budget="8MB")
+    again = plan(model, shape, rule="checkpoint", memory_budget="9GB")
+    assert again.choice.point.macs >= again.macs > 1.2 * again.bp_macs
+    assert f"MACs {again.choice.point.macs / again.bp_macs:.3f} x BP" in str(again)
+
+
 def test_train_cuts_by_the_budget(capsys):
     torch.manual_seed(0)
     shape, loader = (16, 3, 32, 32), [(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)] * 3

@@ -110,6 +110,24 @@ def test_the_weights_weigh():
     torch.testing.assert_close(step(2.0, 0.5), 2 * step(1.0, 0.0) + 0.5 * step(0.0, 1.0))
 
 
+def test_parameters_outside_the_net_are_refused():
+    class Tempered(Squares):
+        def __init__(self):
+            super().__init__(nn.Identity())
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    class Cold(Scaled):
+        name = "ice"
+
+        def extra_loss(self, border):
+            return Tempered()
+
+    rule = Cold(1, 1)
+    assert rule.name == "ice"
+    with pytest.raises(ValueError, match="Tempered has parameters outside its net, which nothing would train"):
+        LocalTrainer(models.CifarResNet(1), rule=rule)
+
+
 def test_borders_know_their_place():
     backbone = as_backbone(models.resnet20())
     places = [Border(backbone, 0, index, 5, (16, 8, 8), (3, 8, 8)).place for index in range(5)]

@@ -171,10 +171,15 @@ class Mine(Rule):
     pass
 
 
+class Deep(AugLocal):
+    pass
+
+
 def test_a_rule_is_a_name_a_class_or_an_object():
     rule = InfoPro()
     assert as_rule(rule) is rule and type(as_rule("infopro")) is type(as_rule(InfoPro)) is InfoPro
     assert (as_rule("auglocal", 5, "cifar").depth, as_rule(AugLocal, 3).depth, as_rule("bp", 5).depth) == (5, 3, None)
+    assert as_rule(Deep, 6).depth == 6 and as_rule(Deep, 6).name == "deep"
     assert as_rule(Mine).name == "mine" and list(RULES) == [rule().name for rule in RULES.values()]
     with pytest.raises(NotImplementedError, match=r"Mine must define aux_net\(border\)"):
         local_heads(as_backbone(models.resnet20()), Mine(), [Cut(0, 0), Cut(1, 9)], (3, 32, 32))
