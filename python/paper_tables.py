@@ -448,7 +448,7 @@ def main(arguments=None):
             if len(options.data) != len(options.datasets):
                 parser.error(f"--data must name a source for each of --datasets {' '.join(options.datasets)}")
             results = options.files[0] if options.files else RESULTS / "paper.jsonl"
-            records.check_writable(results)
+            records.check_writable(results, "FILE")
             files = list(dict.fromkeys([*files, results]))
             failed = Runner(options.device, results, files, options.minutes).run_missing(wanted_runs(options))
             print()

@@ -79,14 +79,19 @@ def _last_and_best(values):
     return {"last": values[-1], "best": max(values)}
 
 
-def check_writable(path):
-    """Raises OSError where no record can be added to this file: to be known before the training, not after it."""
+def check_writable(path, option):
+    """Raises OSError where a file cannot be written: to be known before the training, not after it."""
+    existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
             pass
     except OSError as error:
-        raise OSError(f"results cannot be written to {path}: {error.strerror}; choose another --results") from None
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}: {error.filename}; choose another {option}"
+        ) from None
+    if not existed:
+        path.unlink()
 
 
 def append(path, made):

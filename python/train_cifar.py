@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import recipes
 import records
 
 import auglocal_ext
 from auglocal_ext import data, models, rules
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.optim import cosine, sgd
-from auglocal_ext.plan import PRECISIONS
 
 BATCH_SIZES = {"cifar10": 1024, "svhn": 1024, "stl10": 128}
 
@@ -54,12 +54,8 @@ def schedule(lr):
 def run(options):
     """Trains as told, and adds the record to options.results; returns it."""
     batch_size = BATCH_SIZES[options.dataset] if options.batch_size is None else options.batch_size
-    if batch_size < 2:
-        raise ValueError(f"--batch-size must be at least 2, given {batch_size}")
     lr = 0.1 * batch_size / 128 if options.lr is None else options.lr
-    if not lr > 0:
-        raise ValueError(f"--lr must be above 0, given {lr}")
-    records.check_writable(options.results)
+    recipes.check(options, batch_size, lr)
     torch.manual_seed(options.seed)
     where = options.data or f"{options.dataset}:data"
     source = data.load(
@@ -91,6 +87,7 @@ def run(options):
         device=options.device,
         seed=options.seed,
         progress=not options.quiet,
+        on_epoch=recipes.saver(options, model),
     )
     auglocal, one_module = options.rule == "auglocal", options.rule in ("bp", "checkpoint")
     settings = {
@@ -123,41 +120,26 @@ def parse(arguments=None):
     add("--dataset", choices=BATCH_SIZES, default="cifar10", help="the recipe, and the images (default: %(default)s)")
     add("--data", metavar="SOURCE", help="where they are, as imagefolder:ROOT or fake:N (default: DATASET:data)")
     add("--download", action="store_true", help="fetch the images if they are not there")
-    add("--model", default="resnet32", help="resnet20 ... resnet110, or torchvision's (default: %(default)s)")
-    add("--rule", choices=list(rules.RULES), default="auglocal", help="(default: %(default)s)")
-    add("--depth", type=int, default=4, help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
-    add("--modules", type=int, metavar="K", help="cut into K local modules instead of one per unit")
     add("--form", choices=rules.FORMS, help="of AugLocal's cut (default: what its authors used for the network)")
-    add("--epochs", type=int, default=400, help="times through the images (default: %(default)s)")
     add("--batch-size", type=int, help="(default: 1024, for stl10 128)")
     add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
-    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    recipes.add_options(parser, model="resnet32", depth=4, epochs=400)
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Runs the program; returns the exit status."""
     options = parse(arguments)
-    try:
-        made = run(options)
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"train_cifar: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(f"\ntrain_cifar: {str(stopped) or 'interrupted'}: no record", file=sys.stderr)
-        return 130
-    accuracy = made["accuracy"]
-    print(
-        f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
-        f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, after {options.epochs} epochs in "
-        f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}; record in "
-        f"{options.results}"
-    )
-    return 0
+
+    def summary(made):
+        accuracy = made["accuracy"]
+        return (
+            f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
+            f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, after {options.epochs} epochs in "
+            f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}"
+        )
+
+    return recipes.main("train_cifar", run, options, summary)
 
 
 if __name__ == "__main__":

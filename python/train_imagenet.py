@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import recipes
 import records
 
 import auglocal_ext
@@ -25,7 +26,6 @@ from auglocal_ext import data, models, rules
 from auglocal_ext._torchvision import import_torchvision
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.optim import sgd
-from auglocal_ext.plan import PRECISIONS
 
 
 def load(source, batch_size, workers):
@@ -45,15 +45,13 @@ def load(source, batch_size, workers):
 
 def train(options):
     """Trains as told; returns the record."""
-    if options.batch_size < 2:
-        raise ValueError(f"--batch-size must be at least 2, given {options.batch_size}")
+    lr = 0.4 * options.batch_size / 1024 if options.lr is None else options.lr
+    recipes.check(options, options.batch_size, lr)
     if options.workers < 0:
         raise ValueError(f"--workers must be at least 0, given {options.workers}")
-    records.check_writable(options.results)
     source = load(options.data, options.batch_size, options.workers)
     torch.manual_seed(options.seed)
     model = models.create(options.model, source.num_classes)
-    lr = 0.4 * options.batch_size / 1024 if options.lr is None else options.lr
     result = auglocal_ext.train(
         model,
         source.train,
@@ -69,6 +67,7 @@ def train(options):
         device=options.device,
         seed=options.seed,
         progress=not options.quiet,
+        on_epoch=recipes.saver(options, model),
     )
     settings = {
         "dataset": "imagenet",
@@ -98,38 +97,24 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="ROOT with train/ and val/ or test/, a folder of images per class; or fake:N")
-    add("--model", default="resnet34", help="a classifier of torchvision's (default: %(default)s)")
-    add("--rule", choices=rules.RULES, default="auglocal", help="(default: %(default)s)")
-    add("--depth", type=int, default=5, help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
-    add("--modules", type=int, metavar="K", help="cut into K local modules instead of one per unit")
     add("--budget", metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the least work")
     add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
-    add("--epochs", type=int, default=200, help="(default: %(default)s)")
     add("--batch-size", type=int, default=1024, help="(default: %(default)s)")
     add("--lr", type=float, help="learning rate (default: 0.4 x batch size / 1024)")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, help="processes that read images (default here: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
-    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    recipes.add_options(parser, model="resnet34", depth=5, epochs=200)
     options = parser.parse_args(arguments)
-    try:
-        made = train(options)
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"train_imagenet: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(f"\ntrain_imagenet: {str(stopped) or 'interrupted'}: no record", file=sys.stderr)
-        return 130
-    top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
-    print(
-        f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
-        f"{made['accuracy']['last']:.2%}{top5} after {options.epochs} epochs in {made['seconds']:.1f} s of training, "
-        f"peak memory {format_bytes(made['peak_bytes'])}; record in {options.results}"
-    )
-    return 0
+
+    def summary(made):
+        top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
+        return (
+            f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
+            f"{made['accuracy']['last']:.2%}{top5} after {options.epochs} epochs in {made['seconds']:.1f} s of "
+            f"training, peak memory {format_bytes(made['peak_bytes'])}"
+        )
+
+    return recipes.main("train_imagenet", train, options, summary)
 
 
 if __name__ == "__main__":

@@ -352,4 +352,4 @@ def test_files_without_records(tables, tmp_path, capsys):
     assert tables.main([str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl, line 2, is not a record" in capsys.readouterr().err
     assert tables.main([str(tmp_path / "bad.jsonl" / "x"), *RUN]) == 2
-    assert "results cannot be written to" in capsys.readouterr().err
+    assert "x cannot be written: File exists" in capsys.readouterr().err

@@ -40,7 +40,8 @@ def test_the_papers_schedule(recipe):
 
 
 def test_a_training_adds_its_record(recipe, capsys):
-    assert recipe.main([*SMALL, "--results", "of/results.jsonl", "--seed", "3", "--modules", "2"]) == 0
+    saved = ["--save", "of/model.pt"]
+    assert recipe.main([*SMALL, "--results", "of/results.jsonl", "--seed", "3", "--modules", "2", *saved]) == 0
     assert recipe.main([*SMALL, "--results", "of/results.jsonl", "--rule", "bp", "--depth", "7", "--lr", "0.05"]) == 0
     local, bp = recipe.records.read("of/results.jsonl")
     assert local["settings"] == {
@@ -65,6 +66,9 @@ def test_a_training_adds_its_record(recipe, capsys):
     out = capsys.readouterr().out
     assert "resnet20 on cifar10, rule auglocal, 2 local modules: test accuracy " in out
     assert "peak memory " in out and "record in of/results.jsonl" in out
+    model, images = auglocal_ext.models.resnet20(10), data.load("fake:40", 16).test
+    model.load_state_dict(torch.load("of/model.pt"))
+    assert auglocal_ext.evaluate(model, images) == local["accuracy"]["last"]
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def test_the_papers_settings(recipe, asked, dataset, batch_size, lr, augmentatio
     assert group["lr"] == pytest.approx(lr)
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
     assert "train_cifar: interrupted: no record" in capsys.readouterr().err
-    assert not Path("results.jsonl").read_text()
+    assert not Path("results.jsonl").exists()
 
 
 def test_infopro_is_told_the_normalisation(recipe, asked, monkeypatch):
@@ -119,7 +123,11 @@ def test_infopro_is_told_the_normalisation(recipe, asked, monkeypatch):
     [
         (["--batch-size", "1"], "--batch-size must be at least 2, given 1"),
         (["--lr", "0"], "--lr must be above 0, given 0.0"),
-        (["--results", "/dev/null/x"], "results cannot be written to /dev/null/x: "),
+        (
+            ["--results", "/dev/null/x"],
+            "/dev/null/x cannot be written: File exists: /dev/null; choose another --results",
+        ),
+        (["--save", "/dev/null/x"], "/dev/null/x cannot be written: File exists: /dev/null; choose another --save"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--data", "mnist"], "data must be 'digits'"),
         (["--data", "imagefolder:nowhere"], "no image folder at nowhere"),

@@ -158,12 +158,13 @@ def test_infopro_is_told_the_normalisation(recipe, monkeypatch, tmp_path):
         (["--data", "/nowhere"], "no image folder at /nowhere: expected /nowhere/train and /nowhere/test (or val)"),
         (["--data", "fake:9"], "--data must be a folder or fake:N (N at least 10), given 'fake:9'"),
         (["--data", "fake:10", "--batch-size", "1"], "--batch-size must be at least 2, given 1"),
+        (["--data", "fake:10", "--lr", "0"], "--lr must be above 0, given 0.0"),
         (["--data", "fake:10", "--workers", "-1"], "--workers must be at least 0, given -1"),
         (["--data", "fake:10", "--model", "resnet"], "no model is named 'resnet'"),
         (["--data", "fake:10", "--epochs", "0"], "epochs must be a whole number of at least 1, given 0"),
         (
             ["--data", "fake:10", "--results", "/dev/null/of/r"],
-            "results cannot be written to /dev/null/of/r: Not a directory",
+            "/dev/null/of/r cannot be written: Not a directory: /dev/null/of; choose another --results",
         ),
     ],
 )
