@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models
-from ._meta import meta_copy
+from ._meta import meta_copy, replaced_methods, skip_hooks
 
 __all__ = ["Backbone", "Unit", "as_backbone"]
 
@@ -35,9 +35,12 @@ class Unit:
     plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
 
     def trace(self, x):
-        """The output for x, both on the meta device: shapes without arithmetic, the module untouched."""
-        with torch.no_grad():
-            return _shapes_only(self.module)(x)
+        """The output for x, both on the meta device: shapes without arithmetic, the module untouched.
+
+        Raises:
+            ValueError: the unit cannot take x.
+        """
+        return _Shapes(self.name, self.module)(x)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Backbone:
     image_channels: int
     num_classes: int
     form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+
+    def without_hooks(self):
+        """Of a meta copy: lets calls of what is put around the model's own modules go past the process's hooks too."""
+        for module in (*(unit.module for unit in self.units), self.classifier):
+            skip_hooks(module)
+        return self
 
     def feature_shapes(self, image_shape):
         """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
@@ -79,6 +88,19 @@ def as_backbone(model):
         raise ValueError(f"cannot cut {type(model).__name__} into units: pass the model in it, model.module")
     if hasattr(model, "_orig_mod"):
         raise ValueError("cannot cut a model from torch.compile into units: pass the model it was made from")
+    try:
+        return _read(model)
+    except ValueError as error:
+        if replaced := replaced_methods(model):
+            raise ValueError(
+                f"cannot cut {type(model).__name__} into units: {replaced[0]} was replaced on the object, and what it "
+                f"does now cannot be read: put that into a layer's class instead ({error})"
+            ) from error
+        raise
+
+
+def _read(model):
+    meta_copy(model)  # says what cannot be copied, by its path in the model
     if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
         return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
     torchvision_resnet, torchvision_vgg = _imported("resnet"), _imported("vgg")
@@ -104,14 +126,17 @@ def _imported(family):
 
 
 def _keeps_forward(model, base):
-    names = ("forward", "_forward_impl")
-    return all(getattr(type(model), name, None) is getattr(base, name, None) for name in names)
+    names = ("forward", "_forward_impl", "__call__")
+    return all(
+        name not in vars(model) and getattr(type(model), name, None) is getattr(base, name, None) for name in names
+    )
 
 
 def _residual_backbone(model, stem, form):
-    stages = [name for name, _ in model.named_children() if name.startswith("layer")]
+    # ._modules, here and below: named_children() leaves out a module that stands at a second place.
+    stages = [name for name in model._modules if name.startswith("layer")]
     known = {*stem, *stages, "avgpool", "fc"}
-    for name, child in model.named_children():
+    for name, child in model._modules.items():
         if name not in known:
             raise _not_understood(model, name, child)
 
@@ -124,27 +149,27 @@ def _residual_backbone(model, stem, form):
     parts = [("stem", stem_module, None, None)]
     for stage in stages:
         blocks = getattr(model, stage)
-        if type(blocks) is not nn.Sequential or not len(blocks):
+        if type(blocks) is not nn.Sequential or "forward" in vars(blocks) or not len(blocks):
             raise _not_understood(model, stage, blocks)
-        for name, block in blocks.named_children():
+        for name, block in blocks._modules.items():
             width, copy = _read_block(model, f"{stage}.{name}", block)
             parts.append((f"{stage}.{name}", block, width, copy))
 
-    classes = _classes(model, "fc")
     classifier = nn.Sequential(getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1)), nn.Flatten(1), model.fc)
-    return Backbone(_units(parts, first_conv), classifier, first_conv.in_channels, classes, form)
+    units = _units(parts, first_conv)
+    return Backbone(units, classifier, first_conv.in_channels, _classes("fc", classifier, units[-1], model), form)
 
 
 def _plain_backbone(model):
     """Of a VGG: a unit begins with each convolution. The pool behind it belongs to it: its BatchNorm and ReLU then run
     with the pool, and what is handed on to the next module is small."""
-    for name, child in model.named_children():
+    for name, child in model._modules.items():
         if name not in ("features", "avgpool", "classifier"):
             raise _not_understood(model, name, child)
-    if type(model.features) is not nn.Sequential:
+    if type(model.features) is not nn.Sequential or "forward" in vars(model.features):
         raise _not_understood(model, "features", model.features)
     layers = []  # of each unit
-    for name, layer in model.features.named_children():
+    for name, layer in model.features._modules.items():
         if isinstance(layer, nn.Conv2d):
             layers.append({})
         elif not layers or any(isinstance(part, nn.Conv2d) for part in layer.modules()):
@@ -158,18 +183,35 @@ def _plain_backbone(model):
         parts.append(
             (f"features.{name}", nn.Sequential(*unit.values()), conv.out_channels, _plain_copy(*unit.values()))
         )
-    first_conv, classes = parts[0][1][0], _classes(model, "classifier")
+    units = _units(parts, parts[0][1][0], plain=True)
     classifier = nn.Sequential(model.avgpool, nn.Flatten(1), model.classifier)
-    return Backbone(_units(parts, first_conv, plain=True), classifier, first_conv.in_channels, classes, "imagenet")
+    classes = _classes("classifier", classifier, units[-1], model)
+    return Backbone(units, classifier, parts[0][1][0].in_channels, classes, "imagenet")
 
 
-def _classes(model, name):
-    """How many classes the last linear layer of the model's part of that name tells apart."""
-    part = getattr(model, name)
-    linear = [m for m in part.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise _not_understood(model, name, part)
-    return linear[-1].out_features
+def _classes(name, classifier, last_unit, model):
+    """How many classes a classifier tells apart: what it puts out, not what its layers are called.
+
+    A pool of a fixed size, or none, makes it depend on the size of the images, which is not known here: maps are tried
+    until one fits, square ones and then those of one row.
+    """
+    if not list(getattr(model, name).parameters()):
+        raise _not_understood(model, name, getattr(model, name))
+    dtype = next(classifier.parameters()).dtype
+    shapes, error = _Shapes(name, classifier), None
+    for height, width in [*((side, side) for side in range(1, 33)), *((1, length) for length in range(2, 1025))]:
+        try:
+            logits = shapes(torch.empty(2, last_unit.out_channels, height, width, dtype=dtype, device="meta"))
+        except ValueError as refused:
+            error = error or refused
+            continue
+        if logits.dim() != 2 or len(logits) != 2:
+            raise ValueError(
+                f"cannot cut {type(model).__name__} into units: its {name} must put out (N, classes), given "
+                f"{('N', *logits.shape[1:])} for N images"
+            )
+        return logits.shape[1]
+    raise ValueError(f"cannot cut {type(model).__name__} into units: {error}")
 
 
 def _units(parts, first_conv, plain=False):
@@ -177,7 +219,7 @@ def _units(parts, first_conv, plain=False):
     units, side = [], _SIDE
     x = torch.empty(2, first_conv.in_channels, side, side, device="meta", dtype=first_conv.weight.dtype)
     for name, module, width, copy in parts:
-        x, kept = _trace(module, x)
+        x, kept = _trace(name, module, x)
         reduction = side // x.shape[2]
         units.append(Unit(name, module, width or x.shape[1], x.shape[1], reduction, kept / side**2, copy, plain))
     return tuple(units)
@@ -186,25 +228,42 @@ def _units(parts, first_conv, plain=False):
 _SIDE = 256  # a power of two, so that every stride divides it: strides are read off traced shapes
 
 
-def _trace(module, x):
+def _trace(name, module, x):
     """The module's output on meta tensors, and the elements its convolutions put out, per image."""
     elements = 0
 
-    def count(_module, _inputs, output):
+    def counted(forward, *given):
         nonlocal elements
+        output = forward(*given)
         elements += output[0].numel()
+        return output
 
-    traced = _shapes_only(module)
-    for part in traced.modules():
+    traced = _Shapes(name, module)
+    for part in traced.module.modules():
         if isinstance(part, nn.Conv2d):
-            part.register_forward_hook(count)
-    with torch.no_grad():
-        return traced(x), elements
+            vars(part)["_compiled_call_impl"] = partial(counted, part.forward)
+    return traced(x), elements
 
 
-def _shapes_only(module):
-    """A meta copy in eval mode: training mode looks at values here and there, and has no other shapes."""
-    return meta_copy(module).eval()
+class _Shapes:
+    """x -> the shape of what a module makes of it, as a meta tensor: without arithmetic, the module left alone."""
+
+    def __init__(self, name, module):
+        # In eval mode: training mode looks at values here and there, and has no other shapes.
+        self.name, self.module = name, meta_copy(module).eval()
+
+    @torch.no_grad()
+    def __call__(self, x):
+        try:
+            out = self.module(x)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{self.name} ({type(self.module).__name__}) cannot take an input of shape {tuple(x.shape)}: {reason}"
+            ) from error
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(f"{self.name} ({type(self.module).__name__}) must put out a tensor, given {type(out)}")
+        return out
 
 
 def _not_understood(model, name, part):
@@ -264,4 +323,15 @@ def _plain_copy(conv, *behind):
 
 def _like(bn):
     """channels -> a new BatchNorm of the same kind."""
-    return partial(type(bn), eps=bn.eps, momentum=bn.momentum)
+
+    def make(channels):
+        try:
+            return type(bn)(channels, eps=bn.eps, momentum=bn.momentum)
+        except TypeError as error:
+            raise ValueError(
+                f"auxiliary nets have BatchNorms like the model's, and {type(bn).__name__}(channels, eps=, momentum=) "
+                f"makes none ({error}): let its constructor take these, or train with a rule that copies no block, "
+                f"such as rule='dgl' or 'bp'"
+            ) from error
+
+    return make

@@ -9,16 +9,15 @@ the search (`search`) puts them together to the peak of any module, to the byte.
 import re
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from . import search
 from .eager import eager_bytes
-from .graph import Norm, Pool, trace
+from .graph import Norm, Pool
 from .liveness import timeline
 from .memory import bytes_of, format_bytes, tensors_of
 from .program import LONGEST_REBUILD, build, module_nodes
-from .rules import BP, AugLocal, Cut, LocalHead, Rule, as_rule, cut, local_heads
+from .rules import BP, AugLocal, Cut, LocalHead, Rule, as_rule, cut
 
 __all__ = ["Choice", "candidates", "choose", "cut_table", "parse_bytes"]
 
@@ -195,9 +194,7 @@ def cut_table(planner, shape, rule):
 
 def _heads(planner, rule, shape):
     """The rule's head behind each unit, the last one's being the classifier."""
-    cuts = [Cut(unit, unit) for unit in range(len(planner.backbone.units))]
-    with torch.device("meta"):
-        return [head.to(planner.dtype) for head in local_heads(planner.backbone, rule, cuts, shape[1:])]
+    return planner.heads([Cut(unit, unit) for unit in range(len(planner.backbone.units))], shape, rule)
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ class _Walker:
     """Walks modules of one to three units, for what their segments do; equal ones once."""
 
     def __init__(self, planner, shape):
-        self.planner, self.units, self.known, self.traced = planner, planner.backbone.units, {}, {}
+        self.planner, self.units, self.known = planner, planner.backbone.units, {}
         images, self.labels = planner.batch(shape)
         self.inputs, self.outputs, x = [], [], images
         for index, unit in enumerate(self.units):
@@ -224,20 +221,13 @@ class _Walker:
             self.outputs.append(module_nodes(planner.backbone, index, index, LocalHead(nn.Flatten(1)), "unit input")[1])
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
 
-    def trace(self, module, inside, part, source):
-        """`graph.trace`, which remembers: it takes longer than all else, and units come in many modules."""
-        key = id(module), part, source
-        if key not in self.traced:
-            self.traced[key] = module, *trace(module, inside, part, source)
-        return self.traced[key][1:]
-
     def walk(self, first, last, head, kept=()):
         """The Timeline of a module of units first..last, the outputs of units `kept` kept and no others."""
         source = self.outputs[first - 1] if first else "images"
-        nodes, features = module_nodes(self.planner.backbone, first, last, head, source, self.trace)
+        nodes, features = module_nodes(self.planner.backbone, first, last, head, source, self.planner.reader.trace)
         stay = {self.outputs[unit] for unit in kept}
-        options = {"autocast": self.planner.autocast, "stay": stay, "recompute": self.planner.recompute}
-        program = build(nodes, source, features, **options)
+        options = {"autocast": self.planner.autocast, "recompute": self.planner.recompute}
+        program = build(nodes, source, features, stay=stay, device_type=self.planner.device.type, **options)
         existing = [t for unit in self.units[first : last + 1] for t in tensors_of(unit.module)] + tensors_of(head)
         return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
 

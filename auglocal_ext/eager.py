@@ -31,7 +31,7 @@ def eager_bytes(planner, shape):
 def _step(planner, shape, checkpointed):
     dtype = planner.autocast or planner.dtype
     model = meta_copy(planner.model).to(dtype)  # autocast does not know meta tensors
-    backbone = as_backbone(model)
+    backbone = as_backbone(model).without_hooks()
     images, labels = planner.batch(shape)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.enable_grad():
         existing = live.now

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.utils import _pair
 
-from ._meta import meta_copy
+from .tracing import Untraceable, symbolic_graph
 
-__all__ = ["AddedLoss", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "Pool", "Relu", "join", "trace"]
+__all__ = ["AddedLoss", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "Pool", "Relu", "Reader", "join", "trace"]
 
 
 @dataclass(frozen=True)
@@ -117,23 +116,11 @@ class AddedLoss(OneSource):
     weight: float
 
 
-class _Tracer(torch.fx.Tracer):
-    """Looks into modules of the types named, not of their subclasses; everything else stays one call."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.inside = inside
-
-    def is_leaf_module(self, module, qualified_name):
-        return type(module) not in self.inside
-
-
 def trace(module, inside, part, source="x"):
-    """The nodes of one part of a network, a unit or a head.
+    """The nodes of one part of a network, in the order in which a step runs them.
 
     Args:
-        module: what to read, of one input and one output. What is looked into has no parameters but its parts', and
-            uses all that it computes.
+        module: what to read, of one input and one output.
         inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these, and on the
             modules that nodes hold, do not run.
         part: its name, the beginning of its values' names.
@@ -142,15 +129,42 @@ def trace(module, inside, part, source="x"):
     Returns:
         (nodes, out): list of Node in the order of execution, and the name of the part's output.
     """
+    return Reader().trace(module, inside, part, source)
+
+
+class Reader:
+    """Reads parts of networks, each once, for as long as their modules stay as they are."""
+
+    def __init__(self):
+        self._known = {}
+
+    def trace(self, module, inside, part, source="x"):
+        """See `trace`."""
+        nodes, out = self.read(module, inside, part, source)
+        return _beside(_pools_first(nodes)), out
+
+    def read(self, module, inside, part, source="x"):
+        """As `trace`, in the order in which the module's own forward runs them."""
+        key = id(module), part, source
+        if key not in self._known:
+            self._known[key] = module, *_read(module, inside, part, source)
+        return self._known[key][1:]
+
+
+def _read(module, inside, part, source):
     root = nn.Sequential(module)
-    # The copy is traced, so that no hook of the user's sees what tracing passes around.
-    graph = _Tracer({nn.Sequential, *inside}).trace(meta_copy(root))
+    try:
+        graph = symbolic_graph(root, {nn.Sequential, *inside})
+    except Untraceable:  # as a whole it runs as it is
+        whole = Island(f"{part}/whole", part, (source,), module, f"{part} ({type(module).__name__})",
+                       tuple(module.parameters()), _may_write(None, module))  # fmt: skip
+        return [whole], whole.out
     parts, values, nodes, done = dict(root.named_modules()), {}, [], set()
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = source
         elif node.op == "output":
-            return _beside(_pools_first(nodes)), values[node.args[0]]
+            return nodes, values[node.args[0]]
         elif node not in done:
             made, last = _match(node, parts, values, f"{part}/{node.name}", part)
             done.update(_chain(node, last))
@@ -193,15 +207,15 @@ def join(units, head, features, weight=1.0):
 
 
 def _is_global_pool(call):
-    return type(call) is nn.AdaptiveAvgPool2d and _pair(call.output_size) == (1, 1)
+    return _is(call, nn.AdaptiveAvgPool2d) and _pair(call.output_size) == (1, 1)
 
 
 def _is_flatten(call):
-    return type(call) is nn.Flatten and (call.start_dim, call.end_dim) == (1, -1)
+    return _is(call, nn.Flatten) and (call.start_dim, call.end_dim) == (1, -1)
 
 
 def _is_head_norm(middle):
-    return len(middle) == 1 and type(middle[0]) is nn.BatchNorm1d and _is_plain_norm(middle[0])
+    return len(middle) == 1 and _is_plain_norm(middle[0], nn.BatchNorm1d)
 
 
 def _match(node, parts, values, name, part):
@@ -213,7 +227,7 @@ def _match(node, parts, values, name, part):
         return Relu(name, part, values[node.all_input_nodes[0]]), node
     if _is_plain_pool(module) and not node.kwargs:
         return MaxPool(name, part, values[node.args[0]], module), node
-    if type(module) is nn.BatchNorm2d and _is_plain_norm(module) and not node.kwargs:
+    if _is_plain_norm(module, nn.BatchNorm2d) and not node.kwargs:
         return _match_norm(node, module, parts, values, name, part)
     return _island(node, module, values, name, part), node
 
@@ -306,9 +320,26 @@ def _beside(nodes):
     return ordered
 
 
+# What the kinds of modules that are known by heart run, as torch defines it.
+_FORWARDS = {
+    kind: {name: getattr(kind, name) for name in ("forward", "_conv_forward", "__call__") if hasattr(kind, name)}
+    for kind in (
+        nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.Linear, nn.MaxPool2d, nn.ReLU
+    )
+}  # fmt: skip
+
+
+def _is(module, kind):
+    """Whether a module is of this very kind and computes what torch's class does: it is no subclass, and nobody has put
+    another forward on the object or on the class."""
+    return type(module) is kind and all(
+        name not in vars(module) and getattr(kind, name) is function for name, function in _FORWARDS[kind].items()
+    )
+
+
 def _is_plain_conv(module):
     return (
-        type(module) is nn.Conv2d
+        _is(module, nn.Conv2d)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and _has_own_weight(module)
@@ -316,21 +347,32 @@ def _is_plain_conv(module):
 
 
 def _is_plain_linear(module):
-    return type(module) is nn.Linear and _has_own_weight(module)
+    return _is(module, nn.Linear) and _has_own_weight(module) and module.weight.is_contiguous()
 
 
-def _is_plain_norm(bn):
-    return bn.affine and bn.training and bn.track_running_stats and _has_own_weight(bn)
+def _is_plain_norm(bn, kind):
+    return (
+        _is(bn, kind)
+        and bn.affine
+        and bn.training
+        and bn.track_running_stats
+        and bn.running_mean is not None
+        and bn.running_var is not None
+        and _has_own_weight(bn)
+        and bn.weight.is_contiguous()
+        and bn.bias is not None
+        and bn.bias.is_contiguous()
+    )
 
 
 def _has_own_weight(module):
-    """False where a hook computes the weight from other parameters: torch.nn.utils.spectral_norm, for instance."""
-    return isinstance(module.weight, nn.Parameter)
+    """False where a hook computes weight or bias from other parameters: torch.nn.utils.spectral_norm, for instance."""
+    return isinstance(module.weight, nn.Parameter) and isinstance(module.bias, nn.Parameter | None)
 
 
 def _is_plain_pool(module):
     return (
-        type(module) is nn.MaxPool2d
+        _is(module, nn.MaxPool2d)
         and module.dilation in (1, (1, 1))
         and not module.return_indices
         and max(_pair(module.kernel_size)) <= 16
@@ -360,5 +402,5 @@ def _is_add(node):
 
 def _is_relu(node, parts):
     if node.op == "call_module":
-        return type(parts.get(node.target)) is nn.ReLU
+        return _is(parts.get(node.target), nn.ReLU)
     return node.op == "call_function" and node.target in (F.relu, torch.relu)

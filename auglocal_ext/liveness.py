@@ -4,11 +4,13 @@ The program is walked on meta tensors, so that nothing is computed; sizes come f
 births from its writes, deaths from its frees, shared memory from what a step wrote over.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
-from .memory import LiveBytes
+from .as_real import RealLayouts
+from .memory import LiveBytes, MultiplyAccumulates
 
 __all__ = ["Buffer", "Moment", "Timeline", "fill", "timeline"]
 
@@ -103,7 +105,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
     labels and images, which the caller holds, are not counted.
     """
     walk = _Walk(program, x, labels, count_input, images)
-    with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted:
+    with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted, RealLayouts():
         walk.base = counted.now - walk.live
         for index in range(len(program.steps)):
             walk.step(index, counted)
@@ -132,13 +134,17 @@ class _Walk:
         reads = [values[name] for name in step.reads]
         before = self.live
         start = counted.peak = counted.now
-        made = step.run(*reads)
+        with MultiplyAccumulates() if step.macs is None else contextlib.nullcontext() as called:
+            made = step.run(*reads)
         made = (made,) if len(step.writes) == 1 else made
         scratch = counted.peak - start
         tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
-        macs = step.macs(reads[0] if "gradient" in step.name else next(iter(tensors.values()))) if step.macs else 0
+        if step.macs is None:
+            macs = called.count
+        else:
+            macs = step.macs(reads[0] if "gradient" in step.name else next(iter(tensors.values())))
         del reads, made
         for name, tensor in tensors.items():
             self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)

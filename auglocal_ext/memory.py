@@ -5,8 +5,9 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
-__all__ = ["LiveBytes", "bytes_of", "format_bytes", "tensors_of"]
+__all__ = ["LiveBytes", "MultiplyAccumulates", "bytes_of", "format_bytes", "tensors_of"]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -48,6 +49,25 @@ class LiveBytes(TorchDispatchMode):
     def _release(self, key, size):
         self._seen.discard(key)
         self.now -= size
+
+
+class MultiplyAccumulates(TorchDispatchMode):
+    """Counts the multiply-accumulates of the convolutions and matrix products that are called while the mode is on, by
+    torch's formulas, those of torch.utils.flop_counter.FlopCounterMode, which counts an addition and a product as two.
+
+    count: so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.count += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result) // 2
+        return result
 
 
 def tensors_of(module):

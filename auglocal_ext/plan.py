@@ -11,13 +11,16 @@ from ._meta import meta_copy
 from .backbone import as_backbone
 from .budget import Choice, candidates, choose, parse_bytes
 from .eager import eager_bytes
+from .equivalence import assert_same_function
+from .graph import Reader
 from .liveness import Timeline, fill, timeline
 from .memory import LiveBytes, bytes_of, format_bytes, tensors_of
+from .ops.batch_norm_act import memory_format
 from .optim import make_optimizer, sgd
 from .program import programs
-from .rules import LocalHead, as_rule, borders_of, cut, local_heads
+from .rules import LocalHead, as_rule, assert_apart, borders_of, cut, local_heads
 
-__all__ = ["ModulePlan", "Plan", "plan"]
+__all__ = ["ModulePlan", "Plan", "plan", "train_mode"]
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -170,6 +173,7 @@ class Plan:
         )
 
 
+@torch.inference_mode(False)
 def plan(
     model,
     input_shape,
@@ -255,39 +259,46 @@ class Planner:
         self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.model = meta_copy(model)
-        if not model.training:
-            self.model.train()
+        train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
-        self.backbone = as_backbone(self.model)
+        self.backbone = as_backbone(self.model).without_hooks()
         self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.reader = Reader()
 
-    def batch(self, shape, dtype=None):
-        """(images, labels) of a batch, on the meta device."""
+    def batch(self, shape, like=None):
+        """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-        images = torch.empty((max(shape[0], 2), *shape[1:]), dtype=dtype or self.dtype, device="meta")
+        dtype, layout = (self.dtype, torch.contiguous_format) if like is None else (like.dtype, memory_format(like))
+        size = (max(shape[0], 2), *shape[1:])
+        images = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
-    def plan(self, cuts, shape, rule, heads=None, image_dtype=None):
+    def plan(self, cuts, shape, rule, heads=None, like=None, given_optimizers=()):
         """The Plan of `cuts` of the backbone for batches of `shape`.
 
         heads: the LocalHeads that the modules have already, or None to make them.
+        like: see `batch`.
+        given_optimizers: the modules' own, where there are any: for state of parameters that were frozen since.
         """
         if heads is None:
-            with torch.device("meta"):
-                heads = [head.to(self.dtype) for head in local_heads(self.backbone, rule, cuts, shape[1:])]
+            heads = self.heads(cuts, shape, rule)
         else:
             heads = [*(meta_copy(head) for head in heads[:-1]), LocalHead(self.backbone.classifier)]
         bodies = [nn.ModuleList(u.module for u in self.backbone.units[part.first : part.last + 1]) for part in cuts]
-        images, labels = self.batch(shape, image_dtype)
+        pairs = [nn.ModuleList(pair) for pair in zip(bodies, heads, strict=True)]
+        assert_apart(pairs, {parameter: name for name, parameter in self.model.named_parameters()})
+        images, labels = self.batch(shape, like)
+        assert_same_function(self.model, self.backbone, images.to(self.dtype), self.reader)
         words = [rule.describe(border) for border in borders_of(self.backbone, cuts, shape[1:])]
-        optimizers = [self.optimizer_bytes(nn.ModuleList(pair)) for pair in zip(bodies, heads, strict=True)]
+        optimizers = [self.optimizer_bytes(pair) for pair in pairs]
         states = [bytes_of({*tensors_of(body), *tensors_of(head)}) for body, head in zip(bodies, heads, strict=True)]
         batch_bytes = images.nbytes + labels.nbytes
-        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers)
+        idle = sum(_frozen_state(optimizer) for optimizer in given_optimizers)
+        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers) + idle
 
         def walk(keep=None):
             made, x = [], images
-            for index, program in enumerate(programs(self.backbone, cuts, heads, self.autocast, keep, self.recompute)):
+            for index, program in enumerate(self.programs(cuts, heads, keep)):
                 existing = [*tensors_of(bodies[index]), *tensors_of(heads[index])]
                 given, (line, x) = x, timeline(program, x, labels, existing, index > 0, images)
                 made.append((program, line, line.output or self._output(cuts[index], given)))
@@ -324,7 +335,7 @@ class Planner:
                     parameters=_count(body) + _count(head) * last,
                     aux_parameters=0 if last else _count(head),
                     state_bytes=states[index],
-                    gradient_bytes=bytes_of({*body.parameters(), *head.parameters()}),
+                    gradient_bytes=bytes_of({p for p in (*body.parameters(), *head.parameters()) if p.requires_grad}),
                     optimizer_bytes=state,
                     optimizer_scratch=scratch,
                     kept_bytes=line.kept,
@@ -340,6 +351,16 @@ class Planner:
         bp_macs = _bp_macs([line for _, line, _ in walked])
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
 
+    def heads(self, cuts, shape, rule):
+        """The LocalHead behind each module, new ones on the meta device and last the classifier's."""
+        with torch.device("meta"):
+            *made, classifier = local_heads(self.backbone, rule, cuts, shape[1:])
+        return [*(meta_copy(head.to(self.dtype)) for head in made), classifier]
+
+    def programs(self, cuts, heads, keep=None):
+        options = {"recompute": self.recompute, "trace": self.reader.trace, "device_type": self.device.type}
+        return programs(self.backbone, cuts, heads, self.autocast, keep, **options)
+
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""
         return bytes_of(tensors_of(self.model)) + self.optimizer_bytes(self.model)[0]
@@ -353,29 +374,58 @@ class Planner:
 
     def optimizer_bytes(self, module):
         """(bytes of state, bytes that a step needs for a moment) of the optimizer of one module."""
-        parameters = [nn.Parameter(p.detach()) for p in module.parameters()]
+        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
+        fused = all(group.get("fused") for group in probe.param_groups)
+        try:
+            state, scratch = self._optimizer_step(module, "meta")
+        except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
+            state, scratch = self._optimizer_step(module, self.device)
+        return state, 0 if fused else scratch
+
+    def _optimizer_step(self, module, device):
+        def like(parameter):
+            strided = parameter.shape, parameter.stride()
+            return torch.empty_strided(*strided, dtype=parameter.dtype, device=device).zero_()
+
+        trained = [p for p in module.parameters() if p.requires_grad]
+        parameters = [nn.Parameter(like(p)) for p in trained]
+        if not parameters:
+            return 0, 0
         optimizer = make_optimizer(self.factory, parameters)
         for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = like(parameter)
         optimizer.step()
         state = [value for values in optimizer.state.values() for value in values.values()]
         state = [value for value in state if isinstance(value, torch.Tensor)]
-        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
-        if all(group.get("fused") for group in probe.param_groups):
-            return bytes_of(state), 0
         with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live:
             before = live.now
             optimizer.step()
         return bytes_of(state), live.peak - before
 
 
+def train_mode(model):
+    """Puts a model that is in eval mode as a whole into training mode; returns whether it was. Where parts are in
+    training mode, somebody chose which."""
+    wholly_eval = not any(module.training for module in model.modules())
+    if wholly_eval:
+        model.train()
+    return wholly_eval
+
+
+def _frozen_state(optimizer):
+    """Bytes of the state of an optimizer's frozen parameters."""
+    states = [state for parameter, state in optimizer.state.items() if not parameter.requires_grad]
+    return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+
+
 def _bp_macs(lines):
-    """Multiply-accumulates of backpropagation: every convolution of the units forward and twice backward, the first
-    one's data gradient excepted, and the classifier's."""
-    moments = [moment for line in lines for moment in line.moments if moment.macs]
-    units = [moment.macs for moment in moments if moment.step == "conv" and moment.part not in ("head", "extra")]
+    """Multiply-accumulates of backpropagation: those of the first unit, which gives the images no gradient there
+    either; of every other unit forward and twice backward; and the classifier's."""
+    units = [m for line in lines for m in line.moments if m.part not in ("head", "extra") and m.step != "recompute"]
+    first = sum(moment.macs for moment in units if moment.part == units[0].part)
+    others = [m.macs for m in units if m.part != units[0].part and m.step in ("conv", "island")]
     classifier = [moment.macs for moment in lines[-1].moments if moment.part == "head"]
-    return 3 * sum(units) - sum(units[:1]) + sum(classifier)
+    return first + 3 * sum(others) + sum(classifier)
 
 
 def _count(module):

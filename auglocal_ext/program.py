@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.utils import _pair
 
+from .as_real import MetaAutocast
 from .graph import AddedLoss, Conv, Head, Island, Loss, MaxPool, Norm, Pool, Relu, join, trace
 from .ops.batch_norm_act import memory_format
 from .ops.batch_norm_act_max_pool import pool_window
@@ -45,7 +46,8 @@ class Step:
     run: Callable
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    macs: Callable | None = None  # the first tensor written forward, read backward -> multiply-accumulates
+    # The first tensor written forward, read backward -> multiply-accumulates. None: those of the operators it calls.
+    macs: Callable | None = None
     frees: tuple[str, ...] = ()  # values that nothing reads after it
 
 
@@ -72,6 +74,8 @@ class Program:
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
         islands: what runs by autograd, for people.
+        called: the modules among them: what a hook on them, or on a module within, is run by.
+        by_autograd: the parameters whose gradients autograd computes, and runs their hooks by that.
         gaps: where the schedule drops and rebuilds, for `build`'s `keep`.
     """
 
@@ -81,6 +85,8 @@ class Program:
     logits: str
     gradients: dict[str, nn.Parameter]
     islands: list[str]
+    called: list[nn.Module]
+    by_autograd: set[nn.Parameter]
     gaps: list[Gap]
     loss: str = "loss"
     labels: str = "labels"
@@ -107,7 +113,7 @@ class Program:
                 for step in self.steps:
                     self.execute(step, values)
             for name, parameter in self.gradients.items():
-                parameter.grad = values.pop(name)
+                _leave(parameter, values.pop(name), parameter in self.by_autograd)
             return values.get(self.features), values[self.logits], values[self.loss]
         finally:
             values.clear()  # a traceback would keep them
@@ -124,7 +130,20 @@ class Program:
             del values[name]
 
 
-def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False):
+def _leave(parameter, gradient, by_autograd):
+    """Puts a gradient into its parameter, and calls the parameter's hooks as autograd's own backward does; those on the
+    gradient not again where autograd has computed it."""
+    if gradient is not None and parameter._backward_hooks and not by_autograd:
+        for hook in tuple(parameter._backward_hooks.values()):
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+    parameter.grad = gradient
+    if gradient is not None and parameter._post_accumulate_grad_hooks:
+        for hook in tuple(parameter._post_accumulate_grad_hooks.values()):
+            hook(parameter)
+
+
+def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False, trace=trace, device_type="cpu"):
     """The programs of a backbone's local modules, in order.
 
     Args:
@@ -132,19 +151,21 @@ def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False):
         heads: each module's LocalHead, the classifier's last.
         autocast: None, or the dtype that features have beside parameters of float32.
         keep: for each module, the keys of gaps not to drop a value over; None: drop everywhere.
-        recompute: see `build`.
+        recompute, device_type: see `build`.
+        trace: `graph.trace`, or that of a `graph.Reader`.
     """
     made, source = [], "images"
     for part, head, kept in zip(cuts, heads, keep or [()] * len(cuts), strict=True):
-        nodes, features = module_nodes(backbone, part.first, part.last, head, source)
-        made.append(build(nodes, source, features, autocast=autocast, keep=kept, recompute=recompute))
+        nodes, features = module_nodes(backbone, part.first, part.last, head, source, trace)
+        options = {"autocast": autocast, "keep": kept, "recompute": recompute, "device_type": device_type}
+        made.append(build(nodes, source, features, **options))
         source = features
     return made
 
 
 def module_nodes(backbone, first, last, head, source, trace=trace):
     """The nodes of a local module, units first..last (inclusive) with a LocalHead, and the name of the features that it
-    hands on: None behind the backbone's last unit. trace: `graph.trace`, or one that remembers."""
+    hands on: None behind the backbone's last unit. trace: see `programs`."""
     inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
     nodes, out = [], source
     for unit in backbone.units[first : last + 1]:
@@ -159,7 +180,7 @@ def module_nodes(backbone, first, last, head, source, trace=trace):
     return join(nodes, head_nodes, features, weight), features
 
 
-def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False):
+def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False, device_type="cpu"):
     """The program of one local module.
 
     Args:
@@ -170,8 +191,9 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
         keep: keys of gaps not to drop a value over.
         stay: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
         recompute: drop convolution outputs too, and run the convolutions again.
+        device_type: of the real step, where the program is walked on the meta device.
     """
-    emit = _Emitter(nodes, source, features, autocast, recompute)
+    emit = _Emitter(nodes, source, features, autocast, recompute, device_type)
     for node in nodes:
         emit.forward(node)
     emit.begin_backward(nodes[-1])
@@ -184,19 +206,29 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
     logits = nodes[-1].source if isinstance(nodes[-1], Loss) else nodes[-1].out
     kept = {features, logits, "loss", *emit.gradients} - {None}
     _add_frees(steps, {source, "labels", "images"}, kept)
-    islands = [node.what for node in nodes if isinstance(node, Island)]
-    return Program(steps, source, features, logits, emit.gradients, islands, gaps)
+    islands = [node for node in nodes if isinstance(node, Island)]
+    return Program(
+        steps,
+        source,
+        features,
+        logits,
+        emit.gradients,
+        [island.what for island in islands],
+        [island.call for island in islands if isinstance(island.call, nn.Module)],
+        {parameter for island in islands for parameter in island.parameters},
+        gaps,
+    )
 
 
 # ---- steps in the order of the schedule, as if derived values were always there -----------------------------
 
 
 class _Emitter:
-    def __init__(self, nodes, source, features, autocast, recompute):
-        self.steps, self.gradients = [], {}
+    def __init__(self, nodes, source, features, autocast, recompute, device_type):
+        self.steps, self.gradients, self.named = [], {}, 0
         self.derived = {}  # a value that can be rebuilt -> the Step that does it
         self.pinned = set()  # derived values that stay from their birth to their last reader
-        self.source, self.features, self.autocast = source, features, autocast
+        self.source, self.features, self.autocast, self.device_type = source, features, autocast, device_type
         self.gradient_of = {}  # a value -> the name of its gradient so far
         self.recompute, self.recomputed = recompute, set()  # recomputed: derived values that a convolution makes
         self.shape_of = {}  # a derived value -> a stored one of its shape and layout
@@ -209,7 +241,7 @@ class _Emitter:
         self.constants = {source}  # values that need no gradient: the input, and what has no parameters behind it
         self.readers, parts = {}, {node.out: node.part for node in nodes}
         for node in nodes:
-            without_parameters = isinstance(node, MaxPool) or (isinstance(node, Island) and not node.parameters)
+            without_parameters = isinstance(node, MaxPool) or (isinstance(node, Island) and not _trained(node))
             if without_parameters and self.constants.issuperset(node.sources):
                 self.constants.add(node.out)
             for name in node.sources:
@@ -256,8 +288,9 @@ class _Emitter:
                 self._head_forward(node)
             case Island():
                 self.pinned.update(node.sources)
-                run = partial(_island, node, self.autocast, [name not in self.constants for name in node.sources])
-                self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"], _island_macs(node))
+                wanted = [name not in self.constants for name in node.sources]
+                run = partial(_island, node, self.autocast, self.device_type, wanted)
+                self.add(node, "island", run, node.sources, [node.out, f"{node.out}.graph"])
             case Loss():
                 self._loss(node, partial(_loss, F.cross_entropy, node.weight), ["labels"])
             case AddedLoss():
@@ -326,10 +359,10 @@ class _Emitter:
     def _conv_backward(self, node):
         if self.waiting and self.waiting[0].source != node.source:
             self._data_gradients()
-        gradient = self.gradient_of[node.out]
-        writes = [*self._gradient(node.conv.weight), *self._gradient(node.conv.bias)]
-        run = partial(_weight_gradient, node.conv, self.autocast)
-        self.add(node, "weight gradient", run, [gradient, node.source], writes, _conv_macs(node.conv))
+        if any(parameter.requires_grad for parameter in node.conv.parameters()):
+            writes = [*self._gradient(node.conv.weight), *self._gradient(node.conv.bias)]
+            run, reads = partial(_weight_gradient, node.conv, self.autocast), [self.gradient_of[node.out], node.source]
+            self.add(node, "weight gradient", run, reads, writes, _conv_macs(node.conv))
         if node.source in self.constants:
             self._take(node.out)
         else:
@@ -377,17 +410,19 @@ class _Emitter:
         wanted = [name for name in node.sources if name not in self.constants]
         reads = [f"{node.out}.graph", self._take(node.out), *node.sources]
         gives = [self._give(name) for name in wanted]
-        parameters = [name for parameter in node.parameters for name in self._gradient(parameter)]
-        macs = _island_backward_macs(node) if wanted else None
-        self.add(node, "island backward", _island_backward, reads, [*gives, *parameters], macs)
+        parameters = [name for parameter in _trained(node) for name in self._gradient(parameter)]
+        self.add(node, "island backward", _island_backward, reads, [*gives, *parameters])
         self._accumulate(node)
 
     def _gradient(self, parameter):
-        """The name of a parameter's gradient, as a list of one, or of none for None."""
+        """The name of a parameter's gradient, as a list of one, or of none for None. What is frozen has one too where
+        it comes with another, which nothing reads."""
         if parameter is None:
             return []
-        name = f"gradient {len(self.gradients)}"
-        self.gradients[name] = parameter
+        name = f"gradient {self.named}"
+        self.named += 1
+        if parameter.requires_grad:
+            self.gradients[name] = parameter
         return [name]
 
     def _take(self, value):
@@ -542,9 +577,14 @@ def _add(a, b):
 
 def _as_gradient(grad, parameter):
     """A gradient in its parameter's dtype and strides, as autograd leaves it: optimizers go over both side by side."""
-    if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
-        return grad
+    if grad.dtype == parameter.dtype and _order(grad) == _order(parameter):
+        return grad.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(grad)
+
+
+def _order(x):
+    """How the elements of x lie in memory: its strides along what is longer than one."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def _conv(conv, autocast, x):
@@ -704,15 +744,6 @@ def _linear_cross_entropy(linear, weight, pooled, labels):
     return logits, loss, *(gradients if linear.bias is not None else gradients[:-1])
 
 
-def _island_macs(node):
-    """Multiply-accumulates of an island that is a linear layer; others' are not counted."""
-    return (lambda y: y.numel() * node.call.in_features) if type(node.call) is nn.Linear else None
-
-
-def _island_backward_macs(node):
-    return (lambda dx: 2 * dx.numel() * node.call.out_features) if type(node.call) is nn.Linear else None
-
-
 def _loss(loss, weight, prediction, *given):
     with torch.enable_grad():
         leaf = prediction.detach().requires_grad_()
@@ -721,17 +752,15 @@ def _loss(loss, weight, prediction, *given):
     return value.detach(), _dense(gradient)
 
 
-def _island(node, autocast, wanted, *sources):
+def _island(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
-    device = given[0].device.type
-    autocast = None if given[0].dtype == torch.float64 else autocast  # which leaves it alone
-    if autocast is not None and device == "meta":  # which autocast does not know
-        with torch.enable_grad():
-            out = node.call(*(x.to(torch.float32, copy=node.may_write) for x in given))
-            out = out.to(autocast if node.parameters else given[0].dtype)
-        return _dense(out.detach()), _graph(out, given, node)
-    bf16 = torch.autocast(device, autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
-    with torch.enable_grad(), bf16:
+    if autocast is None or given[0].dtype == torch.float64:  # which autocast leaves alone
+        lowered = contextlib.nullcontext()
+    elif given[0].is_meta:
+        lowered = MetaAutocast(autocast, device_type)
+    else:
+        lowered = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
+    with torch.enable_grad(), lowered:
         # What may write over its input must not change what others read: it gets a copy.
         out = node.call(*(x.clone() for x in given) if node.may_write else given)
     return _dense(out.detach()), _graph(out, given, node)
@@ -741,7 +770,12 @@ def _graph(out, given, node):
     """What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go."""
     with torch.enable_grad():
         edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None  # the view: out may be a given leaf
-    return edge, [x for x in given if x.requires_grad], node.parameters
+    return edge, [x for x in given if x.requires_grad], _trained(node)
+
+
+def _trained(island):
+    """Its parameters that are not frozen."""
+    return [parameter for parameter in island.parameters if parameter.requires_grad]
 
 
 def _island_backward(graph, grad, *_sources):

@@ -22,6 +22,7 @@ __all__ = [
     "PredSim",
     "Rule",
     "as_rule",
+    "assert_apart",
     "borders_of",
     "cut",
     "for_images",
@@ -169,6 +170,23 @@ def cut(backbone, rule, modules=None, borders=None):
             f"given {tuple(borders)}"
         )
     return [Cut(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
+
+
+def assert_apart(local_modules, names):
+    """Raises ValueError where two local modules have a parameter in common: each would step it.
+
+    names: parameter -> how to call it.
+    """
+    owner = {}
+    for index, module in enumerate(local_modules):
+        for parameter in module.parameters():
+            if owner.setdefault(parameter, index) != index:
+                name = names.get(parameter, "of an auxiliary net")
+                raise ValueError(
+                    f"parameter {name} is in local modules {owner[parameter]} and {index}, of which each steps its own "
+                    f"parameters: cut the model so that one has it all (modules=, borders=), train with rule='bp', or "
+                    f"give each layer a weight of its own"
+                )
 
 
 def local_heads(backbone, rule, cuts, image_shape):

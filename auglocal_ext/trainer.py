@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
 from .backbone import as_backbone
 from .memory import format_bytes, tensors_of
+from .ops.batch_norm_act import memory_format
 from .optim import make_optimizer, sgd
-from .plan import PRECISIONS, Planner
+from .plan import PRECISIONS, Planner, train_mode
 from .program import programs
-from .rules import as_rule, cut, local_heads
+from .rules import as_rule, assert_apart, cut, local_heads
+from .watch import Watch
 
 __all__ = ["LocalTrainer", "StepResult", "assert_isolated"]
 
@@ -52,9 +53,13 @@ class LocalTrainer:
             result = trainer.step(images, labels)
 
     The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs programs made of its
-    modules (see `auglocal_ext.program`): forward hooks do not run in a step, but on what runs by autograd. Gradient
-    accumulation and clipping by the global norm are not possible: a module's gradients are gone before the next one's
-    exist.
+    modules (see `auglocal_ext.program`): hooks on parameters run; hooks on modules do not, but on what runs by
+    autograd, and one warning names the first that does not. Gradient accumulation and clipping by the global norm are
+    not possible: a module's gradients are gone before the next one's exist.
+
+    Between steps modules may be switched between training and eval mode, statistics of normalisations on and off, and
+    parameters be frozen: the next step goes by it, after planning again. A model wholly in eval mode is put into
+    training mode. What was replaced, or moved to another dtype or device, is refused before anything changes.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
@@ -72,11 +77,13 @@ class LocalTrainer:
 
     Attributes:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
-        aux_nets: nn.ModuleList, one for each local module but the last.
+        aux_nets: nn.ModuleList, one LocalHead for each local module but the last: features -> logits, with the net of
+            an extra loss. With the model's, its state_dict and the optimizers' are all that a step changes.
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.plan.Plan`, once a first batch has told its shape.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model,
@@ -108,6 +115,11 @@ class LocalTrainer:
                     f"parameter {name} is {parameter.dtype} on {parameter.device}, expected {first.dtype} on "
                     f"{first.device} like the first one: move the whole model with model.to()"
                 )
+            if parameter.is_inference():
+                raise ValueError(
+                    f"parameter {name} was made under torch.inference_mode(), where nothing can be trained: make the "
+                    f"model outside of it"
+                )
             if not parameter.requires_grad:
                 raise ValueError(
                     f"parameter {name} is frozen: local modules train every parameter; call "
@@ -119,18 +131,35 @@ class LocalTrainer:
         self.device, self.dtype = first.device, first.dtype
         self._image_size = _pair(image_size or (32 if backbone.form == "cifar" else 224))
         heads = [head.to(self.device, self.dtype) for head in self._make_heads(self._image_size)]
-        self.aux_nets = nn.ModuleList(head.net for head in heads[:-1])
+        self.aux_nets = nn.ModuleList(heads[:-1])
         self.local_modules = []
         for part, head in zip(self._cuts, heads, strict=True):
             units = [unit.module for unit in backbone.units[part.first : part.last + 1]]
             self.local_modules.append(LocalModule(units, head))
+        assert_apart(self.local_modules, {p: name for name, p in model.named_parameters()})
         self._optimizer = optimizer or sgd(128)
         self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
-        self._programs = None
-        self._planned_norms = self._programmed_norms = None  # the BatchNorms' modes that plan and programs are for
+        self._watch = self._watched()
+        self._programs = self._planned_modes = self._programmed_modes = None  # what plan and programs were made for
+        self._hooks_run = set()  # the modules whose hooks a step runs
+        self._said = set()  # what was warned of
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
+    def __getstate__(self):
+        """For pickle and deepcopy: what is made of the model is made anew."""
+        made = ("_backbone", "_watch", "_programs", "_hooks_run")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._backbone, self._watch = as_backbone(self.model), self._watched()
+        self._programs, self._hooks_run = None, set()
+
+    def _watched(self):
+        return Watch({"": self.model, "aux_nets": self.aux_nets})
+
+    @torch.inference_mode(False)
     def step(self, images, labels):
         """One training step of every local module.
 
@@ -148,8 +177,11 @@ class LocalTrainer:
                 devices it is flagged, the step is taken with those values replaced by zeros, its losses read
                 NaN, and `check` raises.
         """
+        self._watch.check()
         images, labels, refused = self._check_batch(images, labels)
         self.plan_for(images)
+        if images.is_inference():  # which autograd cannot use
+            images, labels = images.clone(), labels.clone()
         inputs, losses, modules = [images], [], self._current_programs()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
@@ -171,6 +203,7 @@ class LocalTrainer:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses)
 
+    @torch.inference_mode(False)
     def backward(self, index, features, labels, images=None):
         """Forward and backward of one local module, leaving its gradients in its parameters.
 
@@ -183,15 +216,16 @@ class LocalTrainer:
         """
         return self._current_programs()[index].run([features], labels, images)
 
+    @torch.inference_mode(False)
     def plan_for(self, images):
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
-        another size of images, and after a BatchNorm was switched between training and eval mode. A smaller batch runs
+        another size of images or memory format, and after modes or frozen parameters have changed. A smaller batch runs
         on the plan there is. Puts the model into training mode if it is in eval mode as a whole."""
         self.check_images(images)
-        if not self.model.training:
-            self.model.train()
-        shape, norms = tuple(images.shape), self._norm_modes()
-        if self.plan is not None and norms == self._planned_norms:
+        if not self.model.training and train_mode(self.model):
+            self._warn("the model was in eval mode as a whole: a step puts it into training mode, and leaves it there")
+        shape, modes = tuple(images.shape), (self._watch.modes(), memory_format(images))
+        if self.plan is not None and modes == self._planned_modes:
             planned = self.plan.input_shape
             if shape[1:] == planned[1:] and shape[0] <= planned[0]:
                 return
@@ -204,8 +238,8 @@ class LocalTrainer:
         heads = [module.head for module in self.local_modules]
         self._check_size(heads, shape[2:])
         planner = Planner(self.model, self.precision, self._optimizer, self.recompute)
-        self.plan = planner.plan(self._cuts, shape, self._rule, heads, images.dtype)
-        self._planned_norms = norms
+        self.plan = planner.plan(self._cuts, shape, self._rule, heads, images, self.optimizers)
+        self._planned_modes = modes
         self._programs = None
         self._current_programs()  # here, not in the step: tracing leaves meta tensors behind for a while
 
@@ -224,19 +258,29 @@ class LocalTrainer:
             )
 
     def _current_programs(self):
-        """Each module's program, made anew after planning and where a BatchNorm was switched to another mode."""
-        norms = self._norm_modes()
-        if self._programs is None or norms != self._programmed_norms:
+        """Each module's program, made anew after planning and where modes have changed."""
+        modes = self._watch.modes()
+        if self._programs is None or modes != self._programmed_modes:
             heads = [module.head for module in self.local_modules]
             autocast = torch.bfloat16 if self.precision == "bf16" else None
-            planned = self.plan is not None and norms == self._planned_norms
+            planned = self.plan is not None and modes == self._planned_modes[0]
             keep = [module.keep for module in self.plan.modules] if planned else None
             self._programs = programs(self._backbone, self._cuts, heads, autocast, keep, self.recompute)
-            self._programmed_norms = norms
+            self._programmed_modes = modes
+            called = [module for program in self._programs for module in program.called]
+            self._hooks_run = {part for module in called for part in module.modules()}
+        if "hooks" not in self._said and (path := self._watch.hooked(self._hooks_run)):
+            self._warn(
+                f"a hook on {path} does not run in a training step, nor does any other on a module that the step "
+                f"computes by its own program; hooks on parameters run, and in evaluation all do", "hooks"
+            )  # fmt: skip
         return self._programs
 
-    def _norm_modes(self):
-        return tuple(module.training for module in self.model.modules() if isinstance(module, _BatchNorm))
+    def _warn(self, text, once=None):
+        """Once in the trainer's life."""
+        if (once or text) not in self._said:
+            self._said.add(once or text)
+            warnings.warn(text, stacklevel=4)
 
     def _out_of_memory(self, error):
         """For an out-of-memory error: what was planned, what there is, what would work."""
@@ -268,7 +312,7 @@ class LocalTrainer:
 
     def tensors(self):
         """Every tensor that training keeps between steps: parameters, buffers, optimizer state."""
-        for module in (self.model, *(module.head for module in self.local_modules[:-1])):
+        for module in (self.model, self.aux_nets):
             yield from tensors_of(module)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():

@@ -1,0 +1,117 @@
+"""What tensors without data do not do by themselves, and real ones do: convolutions' memory formats, and autocast.
+
+A plan is made on the meta device. Its bytes are those of a real step only if every copy that a real step makes is made
+there too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["MetaAutocast", "RealLayouts"]
+
+_aten = torch.ops.aten
+
+
+class RealLayouts(TorchDispatchMode):
+    """Within, operators on the meta device answer as they do on a CPU or GPU, where meta tensors' own answers differ:
+
+    - convolutions in channels_last where input or weight are, gradients too;
+    - normalisation over groups, and what only moves channels, in the input's format; statistics in float32;
+    - a BatchNorm in eval mode without statistics of the batch.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is _aten.native_group_norm.default and args[0].is_meta:
+            return _group_norm(*args)
+        if function is _aten.native_batch_norm.default and args[0].is_meta and not args[5]:
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        result = function(*args, **(kwargs or {}))
+        if function is _aten.convolution.default:
+            _lay_out([result], args[0], args[1])
+        elif function is _aten.convolution_backward.default:
+            _lay_out(result[:2], args[1], args[2])
+        elif function in _MOVING:
+            _lay_out([result], args[0])
+        return result
+
+
+_MOVING = {
+    _aten.pixel_shuffle.default, _aten.pixel_unshuffle.default, _aten.channel_shuffle.default,
+    _aten.native_channel_shuffle.default, _aten.reflection_pad2d.default,
+}  # fmt: skip
+
+
+def _lay_out(made, *given):
+    """Gives maps the memory format of what they are made of, in place: no byte more is there meanwhile."""
+    if given[0].dim() != 4 or all(suggest_memory_format(x) != torch.channels_last for x in given):
+        return
+    for tensor in made:
+        if tensor is not None and tensor.is_meta and tensor.dim() == 4:
+            n, c, h, w = tensor.shape
+            tensor.as_strided_(tensor.shape, (h * w * c, 1, w * c, c))
+
+
+def _group_norm(x, weight, bias, n, channels, size, groups, eps):
+    mixed = weight is not None and weight.dtype != x.dtype
+    statistics = [x.new_empty(n, groups, dtype=weight.dtype if mixed else x.dtype) for _ in range(2)]
+    return torch.empty_like(x, memory_format=suggest_memory_format(x) if x.dim() == 4 else None), *statistics
+
+
+class MetaAutocast(TorchFunctionMode):
+    """torch.autocast on the meta device, which it does not know.
+
+    Of its lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the others
+    keep the dtype that they are given.
+    """
+
+    def __init__(self, dtype, device_type):
+        super().__init__()
+        self.dtype, self.raised = dtype, _RAISED.get(device_type, frozenset())
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _LOWERED:
+            args, kwargs = _cast((args, kwargs), self.dtype)
+        elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
+            args, kwargs = _cast((args, kwargs), torch.float32)
+        return function(*args, **kwargs)
+
+
+def _mode(_x, _pad, mode="constant", value=None):
+    return mode
+
+
+def _cast(arguments, dtype):
+    leaves, structure = tree_flatten(arguments)
+    for at in reversed(range(len(leaves))):  # the last first, as autocast does: so their gradients die in its order
+        leaf = leaves[at]
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != torch.float64:
+            leaves[at] = leaf.to(dtype)
+    return tree_unflatten(leaves, structure)
+
+
+_LOWERED = frozenset(
+    {
+        F.linear, F.prelu, F.scaled_dot_product_attention, torch.prelu,
+        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+        torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.addbmm, torch.baddbmm,
+        torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm,
+    }
+)  # fmt: skip
+_RAISED = {
+    "cpu": frozenset({F.avg_pool3d, F.grid_sample, F.max_unpool2d, torch.prod, torch.cdist, torch.trace}),
+    "cuda": frozenset(
+        {
+            F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.softplus, F.normalize, F.cosine_similarity,
+            torch.layer_norm, torch.group_norm, torch.softmax, torch.log_softmax, torch.exp, torch.log, torch.pow,
+            torch.sum, torch.prod, torch.norm, torch.cumsum, torch.rsqrt, torch.reciprocal,
+            torch.Tensor.softmax, torch.Tensor.exp, torch.Tensor.log, torch.Tensor.pow, torch.Tensor.__pow__,
+            torch.Tensor.sum, torch.Tensor.norm, torch.Tensor.rsqrt,
+        }
+    ),
+}  # fmt: skip

@@ -1,0 +1,164 @@
+"""Whether the units that were read of a model compute, one after another, what the model's own forward computes.
+
+Both are run on tensors without data, and every operator that they call becomes an expression: its name and the
+expressions of what it is given, parameters being the leaves. A model is read rightly if its logits are one and the same
+expression. This sees what reading a model by its family cannot: a replaced forward, a module that stands at two places,
+a class that somebody patched, an in-place operator that changes what another one reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from ._meta import replaced_methods
+from .graph import Conv, MaxPool, Norm, Pool, Reader, Relu
+
+__all__ = ["assert_same_function"]
+
+_aten = torch.ops.aten
+_SAME_VALUE = {_aten.clone, _aten.detach, _aten.alias, _aten.lift_fresh}  # each hands on the value that it is given
+
+
+@torch.no_grad()
+def assert_same_function(model, backbone, images, reader=None):
+    """Raises ValueError where the backbone does not compute what the model does, or the model cannot take the images.
+
+    Args:
+        model: on the meta device, in the modes it is trained in.
+        backbone: from `as_backbone` of it.
+        images: a batch on the meta device.
+        reader: the `graph.Reader` that reads the backbone's parts; None: a new one.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {}
+    with _Expressions(known, names) as forward:
+        try:
+            expected = forward.expression(model(images))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{type(model).__name__} cannot take images of shape {tuple(images.shape)}: {reason}{_replaced(model)}"
+            ) from error
+    with _Expressions(known, names) as units:
+        ours = units.expression(_run(backbone, images, reader or Reader()))
+    if ours != expected:
+        differs = next((made for made in forward.made if made not in units.made), None)
+        where = f", first at {forward.made[differs]}" if differs is not None else ""
+        raise ValueError(
+            f"cannot cut {type(model).__name__} into units: its forward() computes something else than its units one "
+            f"after another{where}{_replaced(model)}"
+        )
+
+
+def _replaced(model):
+    replaced = replaced_methods(model)
+    return f"; {replaced[0]} was replaced on the object" if replaced else ""
+
+
+class _Expressions(TorchDispatchMode):
+    """Numbers the expressions of the tensors that are made while the mode is on.
+
+    Args:
+        known: expression, a tuple -> its number; shared by the runs that are compared.
+        names: of the leaves, by id.
+
+    Attributes:
+        made: number -> the operator, and the parameter last used before it, for people; of floating point results, in
+            the order of the calls.
+    """
+
+    def __init__(self, known, names):
+        super().__init__()
+        self.known, self.names, self.made = known, names, {}
+        self.numbers, self.alive = {}, []  # a tensor's id -> its number; the tensors, so that no id is used again
+        self.last = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket is _aten._local_scalar_dense:
+            return 1  # a value that a layer reads; here there are none
+        given, _ = tree_flatten((args, kwargs))
+        if any(isinstance(a, torch.Tensor) and not a.is_meta and a.dim() for a in given):
+            raise ValueError("it reads a tensor that is no parameter or buffer of it, and so has no copy without data")
+        result = function(*args, **kwargs)
+        arguments = [self.expression(a) if isinstance(a, torch.Tensor) else _plain(a) for a in given]
+        name = str(function.overloadpacket)
+        if function.overloadpacket in _SAME_VALUE:
+            self._set(result, arguments[0])
+            return result
+        if name in ("aten.add", "aten.add_", "aten.mul", "aten.mul_"):
+            arguments.sort(key=str)
+        call = (name.rstrip("_"), *arguments)
+        writes = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
+        for place, (value, written) in enumerate(zip(args, writes, strict=False)):
+            if written and isinstance(value, torch.Tensor):
+                self._set(value, self._number(call if name.endswith("_") else (*call, "writes", place)))
+        for place, value in enumerate(tree_flatten(result)[0]):
+            if isinstance(value, torch.Tensor) and not any(value is a for a in args):
+                number = self._number((*call, place) if place else call)
+                self._set(value, number)
+                if value.is_floating_point():  # not what counts batches
+                    self.made.setdefault(number, f"{call[0]}{self.last}")
+        return result
+
+    def expression(self, tensor):
+        if id(tensor) not in self.numbers:
+            name = self.names.get(id(tensor), id(tensor))
+            self.last = f" behind {name}" if isinstance(name, str) else self.last
+            self._set(tensor, self.known.setdefault(("leaf", name), len(self.known)))
+        return self.numbers[id(tensor)]
+
+    def _number(self, call):
+        number = self.known.setdefault(call, len(self.known))
+        return number
+
+    def _set(self, tensor, number):
+        self.numbers[id(tensor)] = number
+        self.alive.append(tensor)
+
+
+def _plain(argument):
+    """An argument that is no tensor, as something that can be compared: a list as well as a tuple."""
+    return argument if isinstance(argument, int | float | str | bool | torch.dtype | type(None)) else str(argument)
+
+
+def _run(backbone, images, reader):
+    """The logits, by the nodes that were read of the units and of the classifier."""
+    inside = {type(unit.module) for unit in backbone.units} - {torch.nn.Sequential}
+    x, out = images, "images"
+    for name, module in [*((unit.name, unit.module) for unit in backbone.units), ("head", backbone.classifier)]:
+        values = {out: x}
+        nodes, out = reader.read(module, inside, name, out)
+        for node in nodes:
+            values[node.out] = _plainly(node, *(values[source] for source in node.sources))
+        x = values[out]
+    return x
+
+
+def _plainly(node, x, *others):
+    """What a node computes, in plain torch: by what is known of its kind, not by its module's forward."""
+    match node:
+        case Conv(conv=c):
+            return F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        case Norm(bn=bn, relu=relu):
+            y = _batch_norm(bn, x)
+            y = y + others[0] if others else y
+            return F.relu(y) if relu else y
+        case Pool(bn=bn, pool=pool):
+            return _max_pool(pool, F.relu(_batch_norm(bn, x)))
+        case Relu():
+            return F.relu(x)
+        case MaxPool(pool=pool):
+            return _max_pool(pool, x)
+    # An island that may write over what it is given gets copies, as in a step.
+    return node.call(*(value.clone() if node.may_write else value for value in (x, *others)))
+
+
+def _batch_norm(bn, x):
+    momentum = 1.0 if bn.momentum is None else bn.momentum  # None: by a count, which reads as 1 here
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, momentum, bn.eps)
+
+
+def _max_pool(pool, x):
+    return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)

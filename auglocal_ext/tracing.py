@@ -1,0 +1,76 @@
+"""A module's forward as an fx graph, with nothing patched that another thread could see.
+
+torch.fx.symbolic_trace replaces nn.Module.__call__ while it runs: a model that serves in another thread breaks. Here a
+copy of the module is traced, and only the copy's modules are told to be recorded.
+"""
+
+import threading
+from functools import partial
+
+import torch.fx
+from torch import nn
+from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
+
+from ._meta import meta_copy
+
+__all__ = ["Untraceable", "symbolic_graph"]
+
+# Functions that models wrap by torch.fx.wrap are replaced while a trace runs, by ones that record what they are given
+# of the trace and do as before with everything else. Two traces must not undo each other's replacements.
+_WRAPPING = threading.RLock()
+
+
+class Untraceable(Exception):
+    """The forward has no graph of modules and functions: it branches on values, uses parameters directly, ..."""
+
+
+def symbolic_graph(module, inside):
+    """The torch.fx.Graph of a module of one input, whose every node is used.
+
+    Args:
+        module: left alone; a copy of it is traced.
+        inside: types whose forward is looked into. Modules of other types are one call each.
+
+    Raises:
+        Untraceable
+    """
+    copied = meta_copy(module)
+    try:
+        graph = _Tracer(inside).record(copied)
+    except Exception as error:
+        raise Untraceable(str(error)) from error
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op not in ("placeholder", "output") and not node.users):
+            raise Untraceable(f"{node.name} is no step of a chain of modules and functions")
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    if not isinstance(output.args[0], torch.fx.Node) or output.args[0].op == "placeholder":
+        raise Untraceable("it does not put out one new tensor")
+    return graph
+
+
+class _Tracer(torch.fx.Tracer):
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def is_leaf_module(self, module, qualified_name):
+        return type(module) not in self.inside
+
+    def record(self, root):
+        """What `trace` does, by the copy's own modules."""
+        self.root, self.graph, self.tensor_attrs = root, torch.fx.Graph(tracer_cls=type(self)), {}
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        for module in self.submodule_paths:
+            if type(module).__call__ is not nn.Module.__call__:
+                raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
+            if module is not root:
+                vars(module)["_compiled_call_impl"] = partial(self._called, module)
+        x = self.create_proxy("placeholder", "x", (), {})
+        with _WRAPPING, _Patcher() as patcher:
+            _patch_wrapped_functions(patcher)
+            out = root(x)
+        self.create_node("output", "output", (self.create_arg(out),), {})
+        return self.graph
+
+    def _called(self, module, *args, **kwargs):
+        return self.call_module(module, module.forward, args, kwargs)

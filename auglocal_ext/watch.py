@@ -1,0 +1,98 @@
+"""Whether what a trainer was made for is still there: its modules, its parameters, their modes.
+
+A step looks at identities and flags only, at no tensor's values.
+"""
+
+from torch import nn
+
+__all__ = ["Watch"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Watch:
+    """Remembers modules as they are.
+
+    Args:
+        roots: name -> nn.Module; the names are how errors call them. "": the model.
+    """
+
+    def __init__(self, roots):
+        paths = {}  # of each module, the first one
+        for name, root in roots.items():
+            for path, module in root.named_modules(prefix=name):
+                paths.setdefault(module, path)
+        self._modules = [(path, module, vars(module)) for module, path in paths.items()]
+        self._parameters = list({id(p): p for _, module, _ in self._modules for p in module._parameters.values()
+                                 if p is not None}.values())  # fmt: skip
+        self._parts, self._places = self._current_parts(), self._current_places()
+
+    def check(self):
+        """Raises ValueError where a module or a parameter was replaced, added or removed, or moved to another dtype or
+        device; says which."""
+        parts = self._current_parts()
+        if parts != self._parts:
+            raise ValueError(self._say_what_was_replaced(parts))
+        places = self._current_places()
+        if places != self._places:
+            at = next(i for i, (now, then) in enumerate(zip(places, self._places, strict=True)) if now != then)
+            name = self._name(self._parameters[at])
+            raise ValueError(
+                f"parameter {name} is {places[at][0]} on {places[at][1]}, it was {self._places[at][0]} on "
+                f"{self._places[at][1]} when the trainer was made: move it back, or make a new trainer of the model"
+            )
+
+    def modes(self):
+        """What may change between steps, and is followed: which modules train, which parameters are frozen, which
+        statistics a normalisation keeps, and methods put on an object. Comparable."""
+        found = []
+        for _, _, state in self._modules:
+            found.append(state["training"])
+            if state["_buffers"]:
+                found.append(tuple([buffer is None for buffer in state["_buffers"].values()]))
+                found.append(state.get("track_running_stats"))
+            if "forward" in state or "_conv_forward" in state:
+                found.append((id(state.get("forward")), id(state.get("_conv_forward"))))
+        found.extend([parameter.requires_grad for parameter in self._parameters])
+        return found
+
+    def hooked(self, run):
+        """The path of the first module with a hook that no step runs, or None. run: the modules whose hooks are run."""
+        for path, module, state in self._modules:
+            if any([state[hooks] for hooks in _HOOKS]) and module not in run:
+                return path or type(module).__name__
+        return None
+
+    def _current_parts(self):
+        """The identities of each module's children and parameters."""
+        return [
+            (
+                module.__class__,
+                *state["_modules"],
+                *map(id, state["_modules"].values()),
+                *state["_parameters"],  # by name too: pruning makes another weight of the same parameter
+                *map(id, state["_parameters"].values()),
+            )
+            for _, module, state in self._modules
+        ]
+
+    def _current_places(self):
+        return [(parameter.dtype, parameter.device) for parameter in self._parameters]
+
+    def _name(self, parameter):
+        for path, module, _ in self._modules:
+            for name, own in module._parameters.items():
+                if own is parameter:
+                    return f"{path}.{name}".removeprefix(".")
+
+    def _say_what_was_replaced(self, parts):
+        at = next(i for i, (now, then) in enumerate(zip(parts, self._parts, strict=True)) if now != then)
+        path, module, state = self._modules[at]
+        known = {id(m) for _, m, _ in self._modules} | {id(p) for p in self._parameters} | {id(None)}
+        changed = [n for kind in ("_modules", "_parameters") for n, own in state[kind].items() if id(own) not in known]
+        what = f"{path}.{changed[0]}".strip(".") if changed else path or type(module).__name__
+        kind = "parameter " if changed and isinstance(getattr(module, changed[0]), nn.Parameter) else ""
+        return (
+            f"{kind}{what} was replaced since the trainer was made, which steps what was there before: make a new "
+            f"trainer of the model (load_state_dict without assign=True keeps the parameters there are)"
+        )
