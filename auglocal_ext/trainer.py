@@ -259,7 +259,7 @@ class LocalTrainer:
         images, labels = self._refused.tolist()
         self._refused.zero_()
         if images or labels:
-            raise _checks.bad_labels(self._backbone.num_classes) if labels else _checks.bad_images()
+            raise _checks.bad_labels(self.num_classes) if labels else _checks.bad_images()
 
     def set_learning_rate_factor(self, factor):
         """Sets every learning rate to `factor` times what it was when the optimizers were made.
@@ -280,29 +280,37 @@ class LocalTrainer:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
+    @property
+    def image_channels(self):
+        return self._backbone.image_channels
+
+    @property
+    def num_classes(self):
+        return self._backbone.num_classes
+
     def check_images(self, images, name="images"):
         """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
-        channels, half = self._backbone.image_channels, self.precision == "bf16"
+        channels, half = self.image_channels, self.precision == "bf16"
         _checks.check_images(images, self.dtype, channels=channels, half=half, name=name)
 
     def _check_batch(self, images, labels):
-        channels, half = self._backbone.image_channels, self.precision == "bf16"
+        channels, half = self.image_channels, self.precision == "bf16"
         _checks.check_batch(images, labels, self.device, self.dtype, channels=channels, half=half)
         if len(images) < 2:
             raise ValueError(f"a step needs at least 2 images for its batch statistics, given {len(images)}")
         not_finite = _checks.not_finite(images, self.dtype)
-        out_of_range = _checks.out_of_range(labels, self._backbone.num_classes)
+        out_of_range = _checks.out_of_range(labels, self.num_classes)
         if self._values_are_at_hand:
             if not_finite:
                 raise _checks.bad_images()
             if out_of_range:
-                raise _checks.bad_labels(self._backbone.num_classes, labels)
+                raise _checks.bad_labels(self.num_classes, labels)
             return images, labels, None
         # Reading the flags would wait for the device, and a label out of range would end its context: keep the
         # flags, and take the step on values that harm nothing.
         images = images.nan_to_num(0, 0, 0)
         self._refused |= torch.stack([not_finite, out_of_range])
-        return images, labels.clamp(0, self._backbone.num_classes - 1), not_finite | out_of_range
+        return images, labels.clamp(0, self.num_classes - 1), not_finite | out_of_range
 
 
 def _say_where_it_stopped(error, index, count, more=""):
