@@ -119,8 +119,6 @@ def create(name, num_classes):
     # Asked before it is made: what is no classifier takes other arguments, and may fetch weights.
     if name.lower() not in models.list_models(module=models):
         if name.lower() in models.list_models():
-            raise ValueError(
-                f"the model {name!r} of torchvision is no image classifier: {expected}"
-            )
+            raise ValueError(f"the model {name!r} of torchvision is no image classifier: {expected}")
         raise ValueError(f"no model is named {name!r}: {expected}")
     return models.get_model(name, weights=None, num_classes=num_classes)
