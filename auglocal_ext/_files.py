@@ -78,7 +78,8 @@ def append_line(path, line, is_whole):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            path.open("wb").write(data)
+            with path.open("wb") as file:
+                file.write(data)
             return
         with path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # a line that another program is just writing is no torn one

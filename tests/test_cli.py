@@ -66,7 +66,7 @@ def test_plan(capsys):
         (["train", "--workers", "-1"], "--workers must be at least 0, given -1"),
         (["train", "--name", "../x"], "--name must be a plain folder name, given '../x'"),
         (["plan", "--num-classes", "0"], "--num-classes must be at least 1, given 0"),
-        (["plan", "--image-size", "0"], "input_shape must be (N, 3, H, W)"),
+        (["plan", "--image-size", "0"], "--image-size must be at least 1, given 0"),
         (["train", "--device", "gpu", "--data", "fake:20"], "device 'gpu' cannot be used here"),
         (["train", "--runs", "/dev/null", "--data", "fake:20", "--epochs", "1", "--rule", "bp"], "Not a directory"),
         (["plan", "--model", "resnet20", "--modules", "99"], "modules must be a whole number from 1 to 10"),
@@ -157,8 +157,6 @@ def test_plan_under_a_budget(tmp_path, capsys):
     assert "budget 30 MB: " in output and "eager BP: " in output and f"saved {tmp_path / 'front.png'}" in output
     assert (tmp_path / "plan.png").stat().st_size > 10_000 < (tmp_path / "front.png").stat().st_size
     assert main(["plan", "--budget", "6 parsecs"]) == 2
-    assert (
-        "memory_budget must be a size such as '6GB', '500 MB' or '4GiB', given '6 parsecs'" in capsys.readouterr().err
-    )
+    assert "--budget must be a size such as '6GB', '500 MB' or '4GiB', given '6 parsecs'" in capsys.readouterr().err
     assert main(["plan", "--front", "x.png"]) == 2
     assert "give --budget too" in capsys.readouterr().err
