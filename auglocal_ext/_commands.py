@@ -164,7 +164,7 @@ def run(program, command, lost=""):
         print(f"\n{program}: {str(stopped) or 'interrupted'}{lost}", file=sys.stderr)
         return 130
     except TrainingDiverged as error:
-        print(f"{program}: diverged: {in_words_of_options(error)}{lost}", file=sys.stderr)
+        print(f"{program}: {in_words_of_options(error)}{lost}", file=sys.stderr)
         return 3
     except Exception as error:
         if not _of_the_user(error, command):

@@ -186,8 +186,7 @@ def _train_in(folder, options, source):
         if not history:
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
-        diverged = "diverged: " if status == 3 else ""
-        print(f"\nauglocal: {diverged}{in_words_of_options(stop)}", file=sys.stderr)
+        print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if result.plan.depth:
         title += f", depth {result.plan.depth}"
@@ -195,7 +194,7 @@ def _train_in(folder, options, source):
         title += f", {len(result.plan.modules)} local modules"
     report.learning_curve(history, folder / "learning_curve.png", title)
     if status == 3:
-        print(f"auglocal: of the {len(history)} epochs before it said so, the files are in {folder}", file=sys.stderr)
+        print(f"auglocal: the files of the {len(history)} epochs until then are in {folder}", file=sys.stderr)
         return status
     print(
         f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "
