@@ -159,8 +159,10 @@ def train(
     validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
     if val_loader is not None:
         first, checked = _peek(val_loader, "val_loader")
-        _Validation(model, prefix="val_loader's ", **validation).check(first)
-        del first
+        peeked = _Validation(model, prefix="val_loader's ", **validation)
+        peeked.check(first)
+        peeked.raise_faults()
+        del first, peeked
         if epochs == 1:
             val_loader = checked
         elif isinstance(val_loader, Iterator):
@@ -445,7 +447,7 @@ def evaluate(model, loader, *, precision="fp32", progress=False):
 
 class _Validation:
     """Checks the batches of a validation as a step checks its own, and counts hits. What only values tell is raised at
-    once on the CPU; on other devices it is flagged, so that nothing waits for them but `accuracies`.
+    once on the CPU; on other devices it is flagged, so that nothing waits for them but `raise_faults`.
 
     Args:
         channels, classes: of the model, where they are known beforehand.
@@ -488,11 +490,15 @@ class _Validation:
 
     def accuracies(self, seen):
         """(top-1, top-5) accuracy of so many images; top-5 None for fewer than 6 classes."""
+        self.raise_faults()
+        top1, top5 = (self.hits.double() / seen).tolist()
+        return top1, top5 if self.classes > 5 else None
+
+    def raise_faults(self):
+        """Raises for what is flagged. Waits for the device."""
         for index, fault in enumerate(self.faults.tolist()):
             if fault:
                 raise self._error(index)
-        top1, top5 = (self.hits.double() / seen).tolist()
-        return top1, top5 if self.classes > 5 else None
 
     def _logits(self, images):
         try:
