@@ -7,7 +7,7 @@ result = auglocal_ext.train(model, loader, depth=4)
 __version__ = "0.1.0"
 
 from . import models, ops, rules
-from .loop import TrainingInterrupted, TrainResult, evaluate, train
+from .loop import TrainingDiverged, TrainingInterrupted, TrainResult, evaluate, train
 from .plan import Plan, plan
 from .rule import Rule
 from .trainer import LocalTrainer, StepResult, assert_isolated
@@ -18,6 +18,7 @@ __all__ = [
     "Rule",
     "StepResult",
     "TrainResult",
+    "TrainingDiverged",
     "TrainingInterrupted",
     "assert_isolated",
     "evaluate",

@@ -6,11 +6,13 @@ __all__ = ["usable_device"]
 
 
 def usable_device(name):
-    """The torch.device of this name; ValueError where nothing can be put on it."""
+    """The torch.device of this name; ValueError where nothing can be trained on it."""
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it must be 'cpu', 'cuda' or 'cuda:N'")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used here: {reason}; leave it out, or say 'cpu'") from None
     return device

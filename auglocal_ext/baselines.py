@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._checks import normalisation
 from .models import init_weights
 from .rule import ExtraLoss, Rule
 
@@ -103,6 +104,7 @@ class InfoPro(Rule):
                 f"rule 'infopro' needs a mean and a std for each of the {backbone.image_channels} channels of this "
                 f"model's images, given {len(self.mean)} and {len(self.std)}"
             )
+        normalisation(self.mean, self.std, backbone.image_channels)
 
     def check_images(self, images):
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))

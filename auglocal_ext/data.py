@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ._checks import normalisation, whole_number
 from ._device import usable_device
 from ._torchvision import import_torchvision
 
@@ -35,6 +36,7 @@ __all__ = [
 
 SMALL = 96  # pixels along a side up to which images are held in memory
 LARGE_SIDE = 224  # what larger ones are cropped to
+MOST_FAKE = 100_000  # images of fake:N, which are made in memory
 
 # The paper's. It leaves open what SVHN and STL-10 are padded with: reflected here too, as for CIFAR-10.
 AUGMENTATIONS = {
@@ -64,26 +66,33 @@ class DeviceLoader:
 
     Args:
         images: (N, C, H, W), uint8.
-        labels: (N,), integers.
+        labels: (N,), integers from 0.
         batch_size: images in a batch; the last one of an epoch has what is left.
-        mean, std: (C,), of images scaled to 0..1.
+        mean, std: (C,), of images scaled to 0..1; finite, std above 0.
         augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
             random; `flip` mirrors half of the images.
         device: where the images lie, and the batches are made.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is none of this.
     """
 
     def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False, device="cpu"):
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"images must be (N, C, H, W) bytes, given {tuple(images.shape)} of {images.dtype}")
+        _check_bytes(images)
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels must be a tensor, given {type(labels).__name__}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, given {batch_size}")
-        if not 0 <= pad < min(images.shape[2:]):  # an image has no more than that to reflect
-            raise ValueError(f"pad must be from 0 to {min(images.shape[2:]) - 1} for these images, given {pad}")
+        batch_size = _batch_size(batch_size)
+        most = min(images.shape[2:]) - 1  # an image has no more than that to reflect
+        pad = whole_number(pad, f"pad must be from 0 to {most} for these images", 0, most)
         device = usable_device(device)
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be whole numbers, given {labels.dtype}: convert them with .long()")
+        if labels.amin() < 0:
+            raise ValueError(f"labels must be from 0, given {labels.amin().item()}: remap or leave out such images")
+        self.mean, self.std = normalisation(mean, std, images.shape[1], device)
         self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
-        self.mean, self.std = (torch.as_tensor(values, device=device) for values in (mean, std))
         self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
         self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
@@ -104,6 +113,19 @@ class DeviceLoader:
         images = images.to(torch.float32, memory_format=self._layout)
         mean, std = (255 * values.view(-1, 1, 1) for values in (self.mean, self.std))
         return images.sub_(mean).div_(std)
+
+
+def _check_bytes(images):
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images must be a tensor, given {type(images).__name__}: see images_in_memory")
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"images must be (N, C, H, W) bytes, given {tuple(images.shape)} of {images.dtype}")
+    if not images.numel():
+        raise ValueError(f"images must be at least one, and of at least one pixel, given shape {tuple(images.shape)}")
+
+
+def _batch_size(value):
+    return whole_number(whole_number(value, "batch_size must be a whole number"), "batch_size must be at least 1", 1)
 
 
 def crop_and_flip(images, top, left, mirrored, pad):
@@ -130,6 +152,7 @@ def _reflected(index, size):
 
 def mean_and_std(images):
     """(C,) and (C,): mean and deviation of each channel of images (N, C, H, W), uint8, scaled to 0..1."""
+    _check_bytes(images)
     values = torch.arange(256, dtype=torch.float64) / 255
     # By counting, a channel at a time: exact, and no image becomes float.
     shares = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
@@ -145,7 +168,8 @@ def images_in_memory(dataset, progress=False):
     Args:
         dataset: with len(dataset), and dataset[i] an (image, label), as torchvision's CIFAR10, SVHN, STL10, ImageFolder
             and the like: the image a PIL image or a (C, H, W) tensor of bytes, all of one size; the label a whole
-            number. A transform that the dataset has is applied once.
+            number from 0. A transform that the dataset has is applied once. PIL's palettes become colours, 16-bit grey
+            becomes 8-bit.
         progress: a progress bar.
 
     Returns:
@@ -154,7 +178,8 @@ def images_in_memory(dataset, progress=False):
     Raises:
         ValueError, TypeError: naming the image that does not fit, or cannot be read.
     """
-    to_tensor = import_torchvision("reading images").transforms.v2.functional.pil_to_tensor
+    torchvision = import_torchvision("reading images")  # and with it PIL
+    to_tensor = torchvision.transforms.v2.functional.pil_to_tensor
     if not len(dataset):
         raise ValueError("the dataset is empty: it must have at least one image")
     images, labels = None, torch.empty(len(dataset), dtype=torch.int64)
@@ -162,11 +187,18 @@ def images_in_memory(dataset, progress=False):
     for index in tqdm(range(len(dataset)), title, unit="image", leave=False, disable=not progress):
         try:
             image, label = dataset[index]
-        except (OSError, SyntaxError) as error:
+        except _image_errors() as error:
             raise _unreadable(_name(dataset, index), error) from error
+        expected = f"labels must be whole numbers from 0 to 2**63 - 1, as {_name(dataset, index)} must have one"
+        label = whole_number(label, expected, 0, 2**63 - 1)
+        if _is_pil(image):
+            image = to_tensor(_in_bytes(image, _name(dataset, index)))
         if not isinstance(image, torch.Tensor):
-            image = to_tensor(image)
-        if image.dtype != torch.uint8 or image.dim() != 3:
+            raise TypeError(
+                f"images must be PIL images or (C, H, W) bytes, given a {type(image).__name__} in "
+                f"{_name(dataset, index)}"
+            )
+        if image.dtype != torch.uint8 or image.dim() != 3 or not image.numel():
             raise TypeError(
                 f"images must be PIL images or (C, H, W) bytes, given {tuple(image.shape)} of {image.dtype} in "
                 f"{_name(dataset, index)}: leave scaling and normalising to DeviceLoader"
@@ -180,6 +212,55 @@ def images_in_memory(dataset, progress=False):
             )
         images[index], labels[index] = image, label
     return images, labels
+
+
+def _is_pil(image):
+    from PIL import Image
+
+    return isinstance(image, Image.Image)
+
+
+def _image_errors():
+    """What a file that is no image, or one that is too large to be meant, makes PIL raise."""
+    from PIL import Image
+
+    return OSError, SyntaxError, Image.DecompressionBombError
+
+
+def _in_bytes(image, name, colours=False):
+    """A PIL image whose numbers are 8-bit pixels: palettes in their colours, black and white as 0 and 255, 16-bit grey
+    scaled. PIL itself would take the number in the palette for a pixel, and cut 16 bits off at 255.
+
+    Args:
+        colours: makes it RGB.
+
+    Raises:
+        UnreadableImage: it has floating-point numbers, or whole ones beyond 16 bits; names the image.
+    """
+    try:
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, whose range is not known, not 8 or 16 bits")
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGB")
+        elif image.mode == "1":
+            image = image.convert("L")
+        elif image.mode == "I" or image.mode.startswith("I;16"):
+            image = _scaled(image)
+        return image.convert("RGB") if colours else image
+    except (*_image_errors(), ValueError) as error:  # ValueError: PIL's too, of a mode that it has no way from
+        raise _unreadable(name, error) from error
+
+
+def _scaled(image):
+    """A grey image of whole numbers from 0 to 65535 with 8 bits."""
+    import numpy
+    from PIL import Image
+
+    pixels = numpy.asarray(image).astype(numpy.int64)
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels go from {low} to {high}, expected 0 to 65535 at most")
+    return Image.fromarray(((pixels + 128) // 257).astype(numpy.uint8))
 
 
 def _name(dataset, index):
@@ -225,6 +306,7 @@ def load(
     Raises:
         ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
     """
+    batch_size = _batch_size(batch_size)
     kind, _, where = source.partition(":")
     if kind == "digits" and not where:
         return _digits(batch_size, device)
@@ -232,11 +314,12 @@ def load(
         return _downloaded(kind, Path(where), batch_size, device, download, progress)
     if kind == "imagefolder" and where:
         return _image_folder(Path(where), batch_size, device, workers, progress, augmentation)
-    if kind == "fake" and where.isdecimal() and int(where) >= 20:
+    # By length first: int() refuses thousands of digits.
+    if kind == "fake" and where.isdecimal() and len(where) < 20 and 20 <= int(where) <= MOST_FAKE:
         return _fake(int(where), batch_size, device)
     raise ValueError(
-        f"data must be 'digits', 'cifar10:ROOT', 'svhn:ROOT', 'stl10:ROOT', 'imagefolder:ROOT' or 'fake:N' (N at least "
-        f"20), given {source!r}"
+        f"data must be 'digits', 'cifar10:ROOT', 'svhn:ROOT', 'stl10:ROOT', 'imagefolder:ROOT' or 'fake:N' (N from 20 "
+        f"to {MOST_FAKE:,}), given {source!r}"
     )
 
 
@@ -353,9 +436,12 @@ def image_folders(root):
 
 def _read(path):
     """One image, or an error that names its file."""
+    from PIL import Image
+
     try:
-        return import_torchvision("reading images").datasets.folder.default_loader(path)
-    except (OSError, SyntaxError) as error:
+        with Image.open(path) as image:
+            return _in_bytes(image, path, colours=True)
+    except _image_errors() as error:
         raise _unreadable(path, error) from error
 
 
@@ -374,6 +460,8 @@ def large_images(train, test, batch_size, classes, *, workers=0):
         workers: processes that read and transform.
     """
     v2 = import_torchvision("large images").transforms.v2
+    batch_size = _batch_size(batch_size)
+    workers = whole_number(workers, "workers must be a whole number of at least 0", 0)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     to_tensor = [
         v2.ToImage(),
@@ -404,4 +492,6 @@ class _Transformed(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image, label = self.dataset[index]
+        if _is_pil(image):
+            image = _in_bytes(image, _name(self.dataset, index), colours=True)
         return self.transform(image), label

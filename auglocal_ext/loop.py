@@ -2,24 +2,26 @@
 
 import contextlib
 import gc
+import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import _checks
 from ._device import usable_device
 from .memory import LiveBytes
 from .optim import constant, cosine, sgd
 from .plan import Plan, plan
 from .trainer import LocalTrainer
 
-__all__ = ["TrainResult", "TrainingInterrupted", "evaluate", "train"]
+__all__ = ["TrainResult", "TrainingDiverged", "TrainingInterrupted", "evaluate", "train"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, result, note=""):
         super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))
         self.result = result
+
+
+class TrainingDiverged(FloatingPointError):
+    """The training went wrong: a loss, a weight or an output is not finite, or the classifier is far worse at the end
+    than at the start. `result`: the TrainResult of the finished epochs; the model is as the last step left it."""
+
+    def __init__(self, message, result):
+        super().__init__(message)
+        self.result = result
+
+
+class _NotFinite(FloatingPointError):
+    """What `train` makes a TrainingDiverged of."""
 
 
 def train(
@@ -106,13 +121,15 @@ def train(
     Raises:
         ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`. What arguments and first
             batches tell is raised before any weight changes.
-        FloatingPointError: a loss is not finite any more.
+            A `schedule` that returns no finite number of at least 0 is told before the step that it is for.
+        TrainingDiverged: a loss, weight, buffer or validation output is not finite any more, which is looked at before
+            `on_epoch` is called; or after the last epoch the classifier's cross-entropy is above twice the first
+            epoch's and twice ln(classes), that of guessing. A FloatingPointError with the result so far.
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be a whole number of at least 1, given {epochs!r}")
+    epochs = _checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
     if seed is not None:
-        torch.manual_seed(seed)
+        torch.manual_seed(_checks.check_seed(seed))
     if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
         given = getattr(schedule, "__name__", type(schedule).__name__)
         raise TypeError(
@@ -127,7 +144,7 @@ def train(
     if device is not None:
         model.to(usable_device(device))
     first, batches = _peek(loader, "the loader")
-    optimizer = optimizer or sgd(len(first[0]))
+    optimizer = optimizer or sgd(first[0].shape[:1].numel())  # of what is no batch at all: refused below
     cutting = {"rule": rule, "form": form, "modules": modules}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     if memory_budget is not None or depth == "auto":
@@ -137,19 +154,22 @@ def train(
             tqdm.write(str(planned.choice))
     size = first[0].shape[2:] if first[0].dim() == 4 else None  # what else it may be is refused below
     trainer = LocalTrainer(model, depth, **cutting, **options, image_size=size)
-    _check_device(first[0], trainer.device)
+    _checks.check_device(first, trainer.device, "the loader's ")
     del first  # its images would live through the whole training
+    validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
     if val_loader is not None:
-        (images, _), checked = _peek(val_loader, "val_loader")
-        trainer.check_images(_move((images, images), trainer.device)[0], "val_loader's images")
-        del images
+        first, checked = _peek(val_loader, "val_loader")
+        peeked = _Validation(model, prefix="val_loader's ", **validation)
+        peeked.check(first)
+        peeked.raise_faults()
+        del first, peeked
         if epochs == 1:
             val_loader = checked
         elif isinstance(val_loader, Iterator):
             raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
         del checked  # with its first batch
 
-    modes, history = _modes(model), []
+    modes, history, odd = _modes(model), [], _not_finite(trainer)
     epoch_length = _length(loader)
     meter = _PeakMeter(trainer)
 
@@ -165,8 +185,9 @@ def train(
                 factor = _factor(schedule or constant, epoch, epochs, epoch_length)
                 with bar:
                     entry, epoch_length = _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
+                _check_finite(trainer, odd, entry, epochs)
                 if val_loader is not None:
-                    top1, top5 = _accuracies(model, val_loader, precision, progress, stop)
+                    top1, top5 = _accuracies(_Validation(model, **validation), val_loader, progress, stop)
                     entry |= {"val_accuracy": top1, "val_top5_accuracy": top5}
                 history.append(entry)
                 if progress:
@@ -174,6 +195,9 @@ def train(
                 if on_epoch is not None:
                     on_epoch(entry)
                 batches = loader
+        _check_learnt(history, trainer)
+    except _NotFinite as error:
+        raise TrainingDiverged(f"{error}: training diverged; {_REMEDY}", result()) from None
     except KeyboardInterrupt as stopped:
         raise TrainingInterrupted(result(), str(stopped)) from None
     finally:
@@ -187,14 +211,15 @@ def train(
 
 def _peek(loader, name):
     """The first batch, and an iterable of all of them for one time through."""
-    if not isinstance(loader, Iterable):
+    # Not isinstance(..., Iterable): what has __getitem__ alone can be gone through too.
+    if not any(hasattr(type(loader), method) for method in ("__iter__", "__getitem__")):
         raise TypeError(f"{name} must be an iterable of (images, labels), given {type(loader).__name__}")
     batches = iter(loader)
     try:
         first = next(batches)
     except StopIteration:
         raise ValueError(f"{name} is empty: it gave no batch") from None
-    _check_pair(first)
+    _checks.check_pair(first, name)
     return first, _chain([first], batches)
 
 
@@ -206,10 +231,10 @@ def _chain(first, batches):
 
 
 def _length(loader):
-    """Batches per epoch, None where the loader cannot tell, as one over an IterableDataset."""
+    """Batches per epoch, None where the loader cannot tell, as one over an IterableDataset: whatever it raises then."""
     try:
         return len(loader)
-    except TypeError:
+    except Exception:
         return None
 
 
@@ -220,7 +245,13 @@ def _no_bar(progress):
 
 def _factor(schedule, epoch, epochs, length):
     """Step -> the schedule's factor; in the middle of the epoch where its length is not known yet."""
-    return lambda step: schedule(epoch + (step / length if length else 0.5), epochs)
+
+    def factor(step):
+        at = epoch + (step / length if length else 0.5)
+        expected = f"schedule(epoch, epochs) must return, at epoch {at:g} of {epochs},"
+        return _checks.learning_rate_factor(schedule(at, epochs), expected)
+
+    return factor
 
 
 def _modes(model):
@@ -230,25 +261,6 @@ def _modes(model):
 def _restore(modes):
     for module, training in modes:
         module.training = training
-
-
-def _check_pair(batch):
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
-        raise TypeError(f"the loader must give pairs of tensors (images, labels), given {_describe(batch)}")
-
-
-def _describe(batch):
-    if isinstance(batch, tuple | list):
-        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
-    return f"a {type(batch).__name__}"
-
-
-def _check_device(images, device):
-    if images.device.type not in ("cpu", device.type):
-        raise ValueError(
-            f"the model is on {device}, the loader's images on {images.device}: pass device='{images.device}', or "
-            f"let the loader give CPU tensors"
-        )
 
 
 def _move(batch, device):
@@ -267,9 +279,11 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
     started = shown = time.perf_counter()
     title = f"epoch {epoch + 1}/{epochs}"
     for batch in _until(stop, batches):  # no enumerate(): it keeps its last value until the next is there
-        _check_pair(batch)
+        _checks.check_pair(batch, "the loader")
+        _checks.check_device(batch, trainer.device, "the loader's ")
         batch = images, labels = _move(batch, trainer.device)  # no second name keeps the loader's own tensors
         bar.update()
+        trainer.check_images(images)
         if len(images) == 1:
             warnings.warn(
                 f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
@@ -295,11 +309,8 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
     seconds = time.perf_counter() - started
     trainer.check()
     for index, loss in enumerate(mean_losses):
-        if not abs(loss) < float("inf"):
-            raise FloatingPointError(
-                f"{title}: the loss of local module {index} is {loss}: training diverged; lower the learning rate, "
-                f"for instance optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)"
-            )
+        if not math.isfinite(loss):
+            raise _NotFinite(f"{title}: the loss of local module {index} is {loss}")
     entry = {
         "epoch": epoch + 1,
         "loss": mean_losses[-1],
@@ -313,6 +324,36 @@ def _train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
         "peak_bytes": meter.peak,
     }
     return entry, steps
+
+
+_REMEDY = "lower the learning rate, for instance optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)"
+
+
+def _not_finite(trainer):
+    """Names of the model's and the aux nets' parameters and buffers that have a value that is NaN or infinite."""
+    named = {}
+    for prefix, module in (("", trainer.model), ("aux_nets.", trainer.aux_nets)):
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        named |= {prefix + name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in named.values()])
+    return [name for name, is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
+
+
+def _check_finite(trainer, odd, entry, epochs):
+    """Looks for what the last update may have spoilt, which no loss has told yet; odd: what was so from the start, a
+    mask of infinite values for instance."""
+    spoilt = [name for name in _not_finite(trainer) if name not in odd]
+    if spoilt:
+        raise _NotFinite(f"epoch {entry['epoch']}/{epochs}: {spoilt[0]} has values that are NaN or infinite")
+
+
+def _check_learnt(history, trainer):
+    first, last, guessing = history[0]["loss"], history[-1]["loss"], math.log(trainer.num_classes)
+    if last > 2 * max(first, guessing):
+        raise _NotFinite(
+            f"the classifier's cross-entropy was {last:.4g} in the last epoch, after {first:.4g} in the first one; "
+            f"guessing has {guessing:.4g}"
+        )
 
 
 def _epoch_line(entry, epochs):
@@ -386,36 +427,131 @@ def _until(stop, batches):
 
 
 def evaluate(model, loader, *, precision="fp32", progress=False):
-    """The model's accuracy on a loader of (images, labels), from 0 to 1, in eval mode; the modes are restored."""
-    return _accuracies(model, loader, precision, progress, threading.Event())[0]
+    """The model's accuracy on a loader, in eval mode; the modes are restored.
+
+    Args:
+        model: any classifier, images -> (N, classes).
+        loader: an iterable of (images, labels): floating-point images of the model's dtype, int64 labels (N,).
+        precision: "fp32", or "bf16": under autocast.
+        progress: a progress bar.
+
+    Returns:
+        from 0 to 1.
+
+    Raises:
+        ValueError, TypeError: a batch does not fit the model, its values are not finite, or there is none.
+        FloatingPointError: the model's outputs are not finite.
+    """
+    return _accuracies(_Validation(model, precision), loader, progress, threading.Event())[0]
 
 
-def _accuracies(model, loader, precision, progress, stop):
-    """(top-1, top-5) accuracy; top-5 None for fewer than 6 classes."""
-    device = next(model.parameters()).device
-    modes = _modes(model)
-    model.eval()
-    correct, seen, out_of_range = torch.zeros(2, device=device), 0, torch.zeros((), dtype=torch.bool, device=device)
+class _Validation:
+    """Checks the batches of a validation as a step checks its own, and counts hits. What only values tell is raised at
+    once on the CPU; on other devices it is flagged, so that nothing waits for them but `raise_faults`.
+
+    Args:
+        channels, classes: of the model, where they are known beforehand.
+        prefix: of the names in messages.
+    """
+
+    def __init__(self, model, precision="fp32", channels=None, classes=None, prefix="validation "):
+        self.model, self.precision, self.prefix = model, precision, prefix
+        self.channels, self.classes = channels, classes
+        first = next(model.parameters(), torch.empty(0))
+        self.device, self.dtype = first.device, first.dtype
+        self.hits = torch.zeros(2, device=self.device)  # in the first place, in the first five
+        self.faults = torch.zeros(3, dtype=torch.bool, device=self.device)  # of images, labels, outputs
+
+    def check(self, batch):
+        """The batch on the model's device; raises for what can be told without running the model."""
+        _checks.check_device(batch, self.device, self.prefix)
+        images, labels = batch = _move(batch, self.device)
+        options = {"channels": self.channels, "half": self.precision == "bf16", "prefix": self.prefix}
+        _checks.check_batch(images, labels, self.device, self.dtype, **options)
+        self._note(0, _checks.not_finite(images, self.dtype))
+        if self.classes is not None and len(labels):
+            self._note(1, _checks.out_of_range(labels, self.classes), labels)
+        return batch
+
+    def add(self, batch):
+        """Runs the model on a batch; returns how many images it has."""
+        images, labels = self.check(batch)
+        if not len(images):
+            return 0
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
+            logits = self._logits(images)
+            if self.classes is None:
+                self.classes = logits.shape[1]
+                self._note(1, _checks.out_of_range(labels, self.classes), labels)
+            self._note(2, ~logits.isfinite().all())
+            hits = logits.topk(min(5, self.classes)).indices == labels[:, None]
+            self.hits += torch.stack([hits[:, 0].sum(), hits.sum()])
+        return len(images)
+
+    def accuracies(self, seen):
+        """(top-1, top-5) accuracy of so many images; top-5 None for fewer than 6 classes."""
+        self.raise_faults()
+        top1, top5 = (self.hits.double() / seen).tolist()
+        return top1, top5 if self.classes > 5 else None
+
+    def raise_faults(self):
+        """Raises for what is flagged. Waits for the device."""
+        for index, fault in enumerate(self.faults.tolist()):
+            if fault:
+                raise self._error(index)
+
+    def _logits(self, images):
+        try:
+            logits = self.model(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model cannot be run on {self.prefix}images of shape {tuple(images.shape)}, {images.dtype}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
+        is_tensor = isinstance(logits, torch.Tensor)
+        shape = len(images), self.classes or (logits.shape[-1] if is_tensor and logits.dim() else 1)
+        if not is_tensor or logits.shape != shape or not logits.is_floating_point():
+            given = f"{tuple(logits.shape)} of {logits.dtype}" if is_tensor else f"a {type(logits).__name__}"
+            raise ValueError(
+                f"the model must give a row of floating-point outputs per image, ({len(images)}, "
+                f"{self.classes or 'classes'}), given {given}"
+            )
+        return logits
+
+    def _note(self, index, fault, labels=None):
+        if self.device.type != "cpu":
+            self.faults[index] |= fault
+        elif fault:
+            raise self._error(index, labels)
+
+    def _error(self, index, labels=None):
+        if index == 0:
+            return _checks.bad_images(self.prefix)
+        if index == 1:
+            return _checks.bad_labels(self.classes, labels, self.prefix)
+        return _NotFinite(
+            f"the model's outputs for {self.prefix}images are NaN or infinite: its weights or running statistics are, "
+            f"or are far too large"
+        )
+
+
+def _accuracies(validation, loader, progress, stop):
+    """(top-1, top-5) accuracy of the model on the loader; top-5 None for fewer than 6 classes."""
+    modes, seen = _modes(validation.model), 0
+    validation.model.eval()
     bar = tqdm(
         desc="test", total=_length(loader), unit="batch", leave=False, disable=_no_bar(progress), mininterval=0.5
     )
     try:
         for batch in _until(stop, loader):
-            _check_pair(batch)
-            images, labels = _move(batch, device)
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
-                logits = model(images)
-                hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-                correct += torch.stack([hits[:, 0].sum(), hits.sum()])
-                out_of_range |= ((labels < 0) | (labels >= logits.shape[1])).any()
-            seen += len(images)
+            _checks.check_pair(batch, "the validation loader")
+            seen += validation.add(batch)
             bar.update()
     finally:
         bar.close()
         _restore(modes)
     if not seen:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
-    if out_of_range:
-        raise ValueError(f"validation labels must be from 0 to {logits.shape[1] - 1} for this model: remap them")
-    top1, top5 = (correct.double() / seen).tolist()
-    return top1, top5 if logits.shape[1] > 5 else None
+    return validation.accuracies(seen)

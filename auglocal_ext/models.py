@@ -103,16 +103,22 @@ _CIFAR = {model.__name__: model for model in (resnet20, resnet32, resnet44, resn
 
 
 def create(name, num_classes):
-    """A new model by name: one of the CIFAR ResNets here, else torchvision's of that name, untrained."""
+    """A new model by name: one of the CIFAR ResNets here, else torchvision's classifier of that name, untrained.
+
+    Raises:
+        ValueError: there is none, or it is no image classifier.
+    """
     if name in _CIFAR:
         return _CIFAR[name](num_classes)
     from ._torchvision import import_torchvision
 
-    get_model = import_torchvision(f"the model {name!r}").models.get_model
-    try:
-        return get_model(name, weights=None, num_classes=num_classes)
-    except ValueError:
-        raise ValueError(
-            f"no model is named {name!r}: expected one of {', '.join(_CIFAR)}, or a ResNet or VGG of "
-            f"torchvision.models such as resnet18 or vgg13_bn"
-        ) from None
+    models = import_torchvision(f"the model {name!r}").models
+    expected = (
+        f"expected one of {', '.join(_CIFAR)}, or a ResNet or VGG of torchvision.models such as resnet18 or vgg13_bn"
+    )
+    # Asked before it is made: what is no classifier takes other arguments, and may fetch weights.
+    if name.lower() not in models.list_models(module=models):
+        if name.lower() in models.list_models():
+            raise ValueError(f"the model {name!r} of torchvision is no image classifier: {expected}")
+        raise ValueError(f"no model is named {name!r}: {expected}")
+    return models.get_model(name, weights=None, num_classes=num_classes)

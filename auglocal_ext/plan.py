@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import report
+from ._checks import whole_number
 from ._meta import meta_copy
 from .backbone import as_backbone
 from .budget import Choice, candidates, choose, parse_bytes
@@ -239,7 +240,7 @@ def check_shape(backbone, input_shape):
     expected = f"input_shape must be (N, {backbone.image_channels}, H, W) for this model"
     if isinstance(input_shape, torch.Tensor) or not isinstance(input_shape, Iterable):
         raise TypeError(f"{expected}, given {type(input_shape).__name__}")
-    input_shape = tuple(input_shape)
+    input_shape = tuple(whole_number(size, f"{expected}, whole numbers") for size in input_shape)
     if len(input_shape) != 4 or input_shape[1] != backbone.image_channels or min(input_shape) < 1:
         raise ValueError(f"{expected}, given {input_shape}")
     return input_shape

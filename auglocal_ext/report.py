@@ -1,8 +1,33 @@
 """Pictures and summaries of a training."""
 
+import io
 from pathlib import Path
 
-__all__ = ["front_picture", "learning_curve", "memory_picture"]
+from ._files import check_writable, write_whole
+
+__all__ = ["check_picture", "front_picture", "learning_curve", "memory_picture"]
+
+
+def check_picture(path, name="path"):
+    """Raises ValueError or OSError unless a picture can be written to that path: to be known before the work for it.
+
+    Args:
+        path: its suffix says which kind of picture it is to be.
+        name: what the user gave it by.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if Path(path).suffix[1:].lower() not in FigureCanvasAgg.filetypes:
+        raise ValueError(
+            f"{name} must end in .png, .pdf, .svg or another suffix that matplotlib knows, given {str(path)!r}"
+        )
+    check_writable(path, name, make_folder=False)
+
+
+def _save(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=Path(path).suffix[1:].lower())
+    write_whole(path, lambda file: file.write(picture.getvalue()))
 
 
 def _figure(title, size):
@@ -26,6 +51,7 @@ def learning_curve(history, path, title):
     """
     from matplotlib.ticker import MaxNLocator
 
+    check_picture(path)
     epochs = [entry["epoch"] for entry in history]
     figure = _figure(title, (10, 4.2))
     accuracy, loss = figure.subplots(1, 2)
@@ -51,7 +77,7 @@ def learning_curve(history, path, title):
     for axes in (accuracy, loss):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.savefig(Path(path), dpi=120)
+    _save(figure, path)
 
 
 # Kind -> (shade, hatch, what it is): told apart without colour too.
@@ -66,6 +92,7 @@ _KINDS = {
 
 def memory_picture(plan, path):
     """Draws the live bytes of one training step over its instructions, stacked by kind; see `Plan.save_picture`."""
+    check_picture(path)
     figure = _figure(f"{plan.title}\nlive memory over one training step, {plan.precision}", (11, 5.4))
     axes = figure.subplots()
     stacked, highs, steps = _stacks(plan)
@@ -108,7 +135,7 @@ def memory_picture(plan, path):
     axes.set(xlim=(0, max(len(highs) - 1, 1)), ylim=(0, ceiling), ylabel=f"live bytes, {unit}")
     axes.set_xlabel("instruction of the step; dotted: module borders, numbers on top: modules")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(Path(path), dpi=120)
+    _save(figure, path)
 
 
 def _stacks(plan):
@@ -140,6 +167,7 @@ def _part(name):
 
 def front_picture(plan, path):
     """Draws memory against arithmetic for every number of modules; see `Plan.save_front`."""
+    check_picture(path)
     choice = plan.choice
     figure = _figure(f"{plan.title}\nwhat a step costs, by number of modules K ({plan.precision})", (9, 5.6))
     axes = figure.subplots()
@@ -171,7 +199,7 @@ def front_picture(plan, path):
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    figure.savefig(Path(path), dpi=120)
+    _save(figure, path)
 
 
 def _scale(size):

@@ -1,8 +1,8 @@
 """The learning rules by name, and how a backbone is cut into local modules with a rule's nets behind them."""
 
-import operator
 from dataclasses import dataclass
 
+from ._checks import whole_number
 from .auxiliary import aux_depth, build_aux_net, sample_units
 from .baselines import DGL, InfoPro, PredSim
 from .rule import Border, ExtraLoss, LocalHead, Rule
@@ -43,13 +43,10 @@ class AugLocal(Rule):
     """
 
     def __init__(self, depth=4, form=None):
-        self.depth, self.form = _whole(depth), form
         if form is not None and form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
-        if not isinstance(self.depth, int) or self.depth < 2:
-            raise ValueError(
-                f"depth must be a whole number of at least 2 (one block and the classifier), given {depth!r}"
-            )
+        expected = "depth must be a whole number of at least 2 (one block and the classifier)"
+        self.depth, self.form = whole_number(depth, expected, 2), form
 
     def _pyramid(self, backbone):
         return (self.form or backbone.form) == "cifar"
@@ -150,25 +147,23 @@ def cut(backbone, rule, modules=None, borders=None):
     """
     count = len(backbone.units)
     if isinstance(rule, BP):
-        if modules not in (None, 1) or borders:
-            raise ValueError(f"rule={rule.name!r} has one module: leave modules out, or set it to 1 (given {modules})")
+        expected = f"rule={rule.name!r} has one module: leave modules out, or set it to 1"
+        if borders:
+            raise ValueError(f"{expected}, given borders {tuple(borders)}")
+        if modules is not None:
+            whole_number(modules, expected, 1, 1)
         borders = ()
     elif modules is None and borders is None:
         borders = rule.borders(backbone)
     elif borders is None:
-        modules = _whole(modules)
-        if not isinstance(modules, int) or not 1 <= modules <= count:
-            raise ValueError(
-                f"modules must be a whole number from 1 to {count}, the units of this network, given {modules!r}"
-            )
+        expected = f"modules must be a whole number from 1 to {count}, the units of this network"
+        modules = whole_number(modules, expected, 1, count)
         borders = _balanced_borders([unit.kept for unit in backbone.units], modules)
     rule.check(backbone)
-    ends = [*borders, count - 1]
+    expected = f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last"
+    ends = [*(whole_number(border, expected) for border in borders), count - 1]
     if ends != sorted(set(ends)) or ends[0] < 0:
-        raise ValueError(
-            f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last, "
-            f"given {tuple(borders)}"
-        )
+        raise ValueError(f"{expected}, given {tuple(borders)}")
     return [Cut(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
 
 
@@ -214,14 +209,6 @@ def borders_of(backbone, cuts, image_shape):
         Border(backbone, part.last, index, len(cuts) - 1, shapes[part.last], tuple(image_shape))
         for index, part in enumerate(cuts[:-1])
     ]
-
-
-def _whole(value):
-    """An int where value is one of any kind, numpy's for instance; else value itself."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
 
 
 def _balanced_borders(sizes, parts):

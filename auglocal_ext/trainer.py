@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import _pair
 
+from . import _checks
 from .backbone import as_backbone
 from .memory import format_bytes, tensors_of
 from .ops.batch_norm_act import memory_format
@@ -302,10 +303,15 @@ class LocalTrainer:
         images, labels = self._refused.tolist()
         self._refused.zero_()
         if images or labels:
-            raise ValueError(_bad_labels(self._backbone) if labels else _BAD_IMAGES)
+            raise _checks.bad_labels(self.num_classes) if labels else _checks.bad_images()
 
     def set_learning_rate_factor(self, factor):
-        """Sets every learning rate to `factor` times what it was when the optimizers were made."""
+        """Sets every learning rate to `factor` times what it was when the optimizers were made.
+
+        Raises:
+            ValueError: factor is no finite number of at least 0; no learning rate has changed.
+        """
+        factor = _checks.learning_rate_factor(factor, "factor must be")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
@@ -318,56 +324,37 @@ class LocalTrainer:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
+    @property
+    def image_channels(self):
+        return self._backbone.image_channels
+
+    @property
+    def num_classes(self):
+        return self._backbone.num_classes
+
     def check_images(self, images, name="images"):
         """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
-        channels = self._backbone.image_channels
-        if images.dim() != 4 or images.shape[1] != channels:
-            raise ValueError(f"{name} must be (N, {channels}, H, W) for this model, given shape {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"{name} must be floating point, given {images.dtype}: scale them with .float() / 255")
-        if images.dtype != self.dtype and not (self.precision == "bf16" and images.dtype.itemsize == 2):
-            raise TypeError(f"{name} must be {self.dtype} like the model, given {images.dtype}: call .to({self.dtype})")
+        channels, half = self.image_channels, self.precision == "bf16"
+        _checks.check_images(images, self.dtype, channels=channels, half=half, name=name)
 
     def _check_batch(self, images, labels):
-        for name, value in (("images", images), ("labels", labels)):
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} must be a tensor, given {type(value).__name__}")
-            if value.device != self.device:
-                raise ValueError(
-                    f"{name} must be on the model's device, {self.device}, given {value.device}: move one of them "
-                    f"with .to()"
-                )
-        self.check_images(images)
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64 class numbers, given {labels.dtype}: convert them with .long()")
+        channels, half = self.image_channels, self.precision == "bf16"
+        _checks.check_batch(images, labels, self.device, self.dtype, channels=channels, half=half)
         if len(images) < 2:
             raise ValueError(f"a step needs at least 2 images for its batch statistics, given {len(images)}")
-        not_finite = ~images.sum(dtype=self.dtype).isfinite()
-        out_of_range = (labels.amin() < 0) | (labels.amax() >= self._backbone.num_classes)
+        not_finite = _checks.not_finite(images, self.dtype)
+        out_of_range = _checks.out_of_range(labels, self.num_classes)
         if self._values_are_at_hand:
             if not_finite:
-                raise ValueError(_BAD_IMAGES)
+                raise _checks.bad_images()
             if out_of_range:
-                raise ValueError(_bad_labels(self._backbone, labels))
+                raise _checks.bad_labels(self.num_classes, labels)
             return images, labels, None
         # Reading the flags would wait for the device, and a label out of range would end its context: keep the
         # flags, and take the step on values that harm nothing.
         images = images.nan_to_num(0, 0, 0)
         self._refused |= torch.stack([not_finite, out_of_range])
-        return images, labels.clamp(0, self._backbone.num_classes - 1), not_finite | out_of_range
-
-
-_BAD_IMAGES = "images must be finite, given NaN or infinite values: look at the data and its normalisation"
-
-
-def _bad_labels(backbone, labels=None):
-    given = "values outside it" if labels is None else f"{labels.min().item()} to {labels.max().item()}"
-    return (
-        f"labels must be from 0 to {backbone.num_classes - 1} for this model of {backbone.num_classes} classes, given "
-        f"{given}: remap the labels, or make the model with num_classes= to fit them"
-    )
+        return images, labels.clamp(0, self.num_classes - 1), not_finite | out_of_range
 
 
 def _say_where_it_stopped(error, index, count, more=""):

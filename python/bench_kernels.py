@@ -9,14 +9,13 @@ copy of the same bytes, measured in the same run; peak is the most that one forw
 time beyond what it was given. A column is empty where it has no meaning.
 """
 
-import argparse
 import copy
 import ctypes
 import functools
-import json
 import statistics
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,10 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 import auglocal_ext
-from auglocal_ext import models, ops
+from auglocal_ext import _commands, models, ops
+from auglocal_ext._commands import Parser, number, whole
+from auglocal_ext._device import usable_device
+from auglocal_ext._files import check_writable, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
@@ -444,10 +446,12 @@ def run_op(op, options, about):
         rows += [measure(case, provider, options.device, options.seconds) for provider in options.providers or case.run]
         torch.compiler.reset()  # else torch.compile keeps the graphs of 8 cases, and runs the next ones eagerly
         if options.json:
-            file = Path(str(options.json).format(op=op))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+            write_json(json_file(options, op), {**about, "rows": [asdict(row) for row in rows]})
     return rows
+
+
+def json_file(options, op):
+    return Path(str(options.json).replace("{op}", op))
 
 
 def keep_freed_memory():
@@ -459,30 +463,46 @@ def keep_freed_memory():
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments=None):
+    """The options of `bench`."""
+    parser = Parser("bench_kernels", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=[*OPS, "all"], default="batch_norm_act")
     parser.add_argument("--device", choices=SHAPES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     names = ["auglocal_ext", "eager", *COMPILERS]
     parser.add_argument("--providers", nargs="+", choices=names, help="only these (default: all)")
     parser.add_argument("--cases", help="only those with this in their name")
-    parser.add_argument("--batch", type=int, help="instead of the batch that a case is named after")
-    parser.add_argument("--seconds", type=float, default=0.5, help="measuring time per figure")
+    parser.add_argument("--batch", type=whole(1), help="instead of the batch that a case is named after")
+    parser.add_argument("--seconds", type=number(0), default=0.5, help="measuring time per figure")
     parser.add_argument("--json", type=Path, help="also write the figures here; {op} in it is replaced by the op")
     options = parser.parse_args(arguments)
-    if options.device == "cpu":
-        keep_freed_memory()
     if options.op == "all" and options.json and "{op}" not in str(options.json):
         parser.error("--json must have {op} in it where all ops are run, given " + str(options.json))
+    return options
 
-    if options.device == "cpu":  # else torch.compile's workers start up on the cores that are being timed
+
+def bench(options):
+    """Measures and prints; returns the exit status."""
+    usable_device(options.device)
+    chosen = OPS if options.op == "all" else [options.op]
+    for op in chosen if options.json else ():
+        check_writable(json_file(options, op), "--json")
+    if options.device == "cpu":
+        keep_freed_memory()
+        # Else torch.compile's workers start up on the cores that are being timed.
         torch._inductor.config.compile_threads = 1
-    for op in OPS if options.op == "all" else [options.op]:
+    for op in chosen:
         about = {"op": op, "dtype": options.dtype, **machine(options.device)}
         print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
         print(table(run_op(op, options, about)), flush=True)
+    return 0
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    options = parse(arguments)
+    return _commands.run("bench_kernels", lambda: bench(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

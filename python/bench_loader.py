@@ -6,15 +6,17 @@ The loader alone, with CIFAR-10's augmentation, and the step of ResNet-32 with a
 second; the share is of the time of both, one after the other.
 """
 
-import argparse
-import json
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
 
 import auglocal_ext
+from auglocal_ext import _commands
+from auglocal_ext._commands import Parser, device, number, whole
+from auglocal_ext._files import check_writable, write_json
 from auglocal_ext.data import AUGMENTATIONS, DeviceLoader, mean_and_std
 from auglocal_ext.models import resnet32
 from auglocal_ext.plan import PRECISIONS
@@ -54,15 +56,22 @@ def _seconds(run, seconds):
     return timer.blocked_autorange(min_run_time=seconds).median
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments=None):
+    """The options of `bench`."""
+    parser = Parser("bench_loader", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--batch-size", type=int, default=1024)
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch-size", type=whole(2), default=1024)
     add("--precision", choices=PRECISIONS, default="fp32")
-    add("--seconds", type=float, default=2, help="measuring time per figure")
+    add("--seconds", type=number(0), default=2, help="measuring time per figure")
     add("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def bench(options):
+    """Measures and prints; returns the exit status."""
+    if options.json:
+        check_writable(options.json, "--json")
     about = {"batch_size": options.batch_size, "precision": options.precision, **machine(options.device)}
     figures = measure(options.device, options.batch_size, options.precision, options.seconds)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -71,9 +80,15 @@ def main(arguments=None):
         f"images/s: the loader is {figures['share']:.2%} of both"
     )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**about, **figures}, indent=1) + "\n")
+        write_json(options.json, {**about, **figures})
+    return 0
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    options = parse(arguments)
+    return _commands.run("bench_loader", lambda: bench(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,11 +10,10 @@ cheapest cuts that stay below given bytes of activations. Activations: the highe
 gradients, optimizer state and the batch; total: everything. Bytes are of live tensors, without a library's scratch.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import auglocal_ext
+from auglocal_ext import _commands
+from auglocal_ext._commands import Parser, number, whole
+from auglocal_ext._device import usable_device
+from auglocal_ext._files import check_writable, write_json, write_text
 from auglocal_ext.backbone import as_backbone
 from auglocal_ext.memory import LiveBytes
 
@@ -203,7 +206,7 @@ def cheapest(model, case, activations):
             best = plan
         budget = activations + plan.peak_bytes - plan.activation_bytes
     if best is None:
-        raise SystemExit(f"no cut of {case.name} stays below {activations / 1e9:g} GB of activations")
+        raise ValueError(f"no cut of {case.name} stays below {activations / 1e9:g} GB of activations")
     return best
 
 
@@ -308,20 +311,32 @@ def markdown(rows, about):
     return "\n".join(lines) + "\n"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments=None):
+    """The options of `bench`."""
+    parser = Parser("bench_memory", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=CASES, default="meta")
     parser.add_argument("--cases", nargs="+", help="only these (default: all of the device's)")
-    parser.add_argument("--batch-size", type=int, help="images in a step (default: each case's own)")
+    parser.add_argument("--batch-size", type=whole(2), help="images in a step (default: each case's own)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of measured steps")
-    parser.add_argument("--seconds", type=float, default=10, help="measuring time per method")
+    parser.add_argument("--seconds", type=number(0), default=10, help="measuring time per method")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     cases = CASES[options.device]
     unknown = set(options.cases or ()) - set(cases)
     if unknown:
         parser.error(f"--cases must be of {', '.join(cases)} on {options.device}, given {', '.join(sorted(unknown))}")
+    return options
+
+
+def bench(options):
+    """Counts or measures as told; returns the exit status."""
+    cases = CASES[options.device]
+    if options.device != "meta":
+        usable_device(options.device)
+    for path, option in ((options.json, "--json"), (options.markdown, "--markdown")):
+        if path:
+            check_writable(path, option)
     about = {"counted on": "meta tensors", "torch": torch.__version__, "precision": options.precision}
     if options.device != "meta":
         about = {"precision": options.precision, **machine(options.device)}
@@ -340,10 +355,17 @@ def main():
             print(f"{row.case}: {row.method}", file=sys.stderr, flush=True)
     print(markdown(rows, about))
     if options.markdown:
-        options.markdown.write_text(markdown(rows, about))
+        write_text(options.markdown, markdown(rows, about))
     if options.json:
-        options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        write_json(options.json, {**about, "rows": [asdict(row) for row in rows]})
+    return 0
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    options = parse(arguments)
+    return _commands.run("bench_memory", lambda: bench(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,12 +17,12 @@ minutes left is skipped, one cut off by them is stopped and leaves no record. Le
     then the cuts into K modules, or the other network: the same and --modules 2 3 4 8, or --networks resnet110
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import records
 
 import auglocal_ext
+from auglocal_ext import _commands
+from auglocal_ext._commands import Parser, device, number, seed, whole
+from auglocal_ext._files import check_writable
+from auglocal_ext.backbone import as_backbone
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.plan import PRECISIONS
 
@@ -351,15 +355,15 @@ class Runner:
         ]
 
     def run_missing(self, runs):
-        """Runs those without a record; returns how many failed."""
+        """Runs those without a record; returns how many failed or diverged."""
         missing = [run for run in runs if not self.finished(**asdict(run))]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them there already", flush=True)
         failed = 0
-        for number, run in enumerate(missing, 1):
-            print(f"[{number}/{len(missing)}] {run}: ", end="", flush=True)
+        for index, run in enumerate(missing, 1):
+            print(f"[{index}/{len(missing)}] {run}: ", end="", flush=True)
             outcome, output = self._run(run)
             print(outcome, output, sep="\n" if output else "", flush=True)
-            failed += outcome.startswith("FAILED")
+            failed += outcome.startswith(("FAILED", "DIVERGED"))
         return failed
 
     def _run(self, run):
@@ -377,6 +381,8 @@ class Runner:
             )
         except subprocess.TimeoutExpired:
             return "stopped: the time is up, no record", ""
+        if done.returncode == 3:
+            return "DIVERGED: no record", done.stdout
         if done.returncode:
             return f"FAILED ({done.returncode})", done.stdout
         found = self.finished(**asdict(run))
@@ -412,15 +418,15 @@ def planned_macs(run):
     return plan.macs / plan.bp_macs
 
 
-def main(arguments=None):
-    """Runs the program; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments=None):
+    """The options, checked as far as they can be before anything is run."""
+    parser = Parser("paper_tables", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl)"
     )
     add = parser.add_argument_group("what to run").add_argument
     add("--run", action="store_true", help="first run what is missing")
-    add("--minutes", type=float, default=10, help="for all runs together (default: %(default)s)")
+    add("--minutes", type=number(above=0), default=10, help="for all runs together (default: %(default)s)")
     add("--networks", nargs="+", default=["resnet32"], metavar="MODEL", help="(default: resnet32)")
     add("--datasets", nargs="+", default=["cifar10"], choices=DATASETS, help="(default: cifar10)")
     add(
@@ -432,39 +438,48 @@ def main(arguments=None):
     )
     add("--rules", nargs="+", default=list(METHODS), choices=METHODS, help="(default: all)")
     add("--depths", nargs="+", type=int, default=list(DEPTHS), choices=DEPTHS, help="of AugLocal (default: all)")
-    add("--modules", nargs="+", type=int, default=[], metavar="K", help="cut AugLocal of depth 4 into K modules too")
-    add("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
-    add("--epochs", type=int)
-    add("--batch-size", type=int)
+    modules = "cut AugLocal of depth 4 into K modules too"
+    add("--modules", nargs="+", type=whole(1), default=[], metavar="K", help=modules)
+    add("--seeds", nargs="+", type=seed, default=[0], help="(default: 0)")
+    add("--epochs", type=whole(1, expected="a whole number of at least 1"))
+    add("--batch-size", type=whole(2))
     add("--precision", choices=PRECISIONS, default="fp32", help="(default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=here, help="cpu, cuda or cuda:N (default here: %(default)s)")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(RESULTS.glob("*.jsonl"))
-    failed = 0
-    try:
-        if options.run:
-            if options.epochs is None or options.batch_size is None:
-                parser.error("--run needs --epochs and --batch-size")
-            if len(options.data) != len(options.datasets):
-                parser.error(f"--data must name a source for each of --datasets {' '.join(options.datasets)}")
-            results = options.files[0] if options.files else RESULTS / "paper.jsonl"
-            records.check_writable(results, "FILE")
-            files = list(dict.fromkeys([*files, results]))
-            failed = Runner(options.device, results, files, options.minutes).run_missing(wanted_runs(options))
-            print()
-        found = records.read(*files)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two: torch's, of a device
-        print(f"paper_tables: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\npaper_tables: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    if options.run:
+        if options.epochs is None or options.batch_size is None:
+            parser.error("--run needs --epochs and --batch-size")
+        if len(options.data) != len(options.datasets):
+            parser.error(f"--data must name a source for each of --datasets {' '.join(options.datasets)}")
+    return options
+
+
+def report(options):
+    """Runs what is missing, if so told, and prints the tables; returns the exit status."""
+    files, failed = options.files or sorted(RESULTS.glob("*.jsonl")), 0
+    if options.run:
+        for network in options.networks:
+            with torch.device("meta"):
+                as_backbone(auglocal_ext.models.create(network, 10))  # says what is wrong with it
+        results = options.files[0] if options.files else RESULTS / "paper.jsonl"
+        check_writable(results, "FILE")
+        files = list(dict.fromkeys([*files, results]))
+        failed = Runner(options.device, results, files, options.minutes).run_missing(wanted_runs(options))
+        print()
+    found = records.read(*files)
     if not found:
         where = ", ".join(map(str, files)) or RESULTS
         print(f"paper_tables: no records in {where}: make some with --run, see --help", file=sys.stderr)
         return 1
     print("\n".join(block(group) for group in grouped(found)))
     return int(failed > 0)
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    options = parse(arguments)
+    return _commands.run("paper_tables", lambda: report(options), lost="; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 
 import auglocal_ext
+from auglocal_ext._files import append_line
+
+FIELDS = {"settings", "machine", "local_modules", "macs_per_bp", "accuracy", "seconds", "peak_bytes"}
 
 
 def machine(device):
@@ -79,36 +82,38 @@ def _last_and_best(values):
     return {"last": values[-1], "best": max(values)}
 
 
-def check_writable(path, option):
-    """Raises OSError where a file cannot be written: to be known before the training, not after it."""
-    existed = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{path} cannot be written: {error.strerror}: {error.filename}; choose another {option}"
-        ) from None
-    if not existed:
-        path.unlink()
-
-
 def append(path, made):
-    """Adds one record to a file of them, which is made where there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(made) + "\n")  # one write: an interruption leaves whole lines
+    """Adds one record to a file of them, which is made where there is none; OSError where it cannot be written."""
+    append_line(path, json.dumps(made), _is_json)
 
 
 def read(*paths):
-    """The records of some files, in order; a file that does not exist has none."""
+    """The records of some files, in order; a file that does not exist has none.
+
+    A last line that a kill has cut off is none: the next record takes its place.
+    """
     found = []
     for path in map(Path, paths):
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is not a record: {error}; remove that line") from None
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        if lines and not _is_json(lines[-1]):  # it has no end; behind a whole line it is empty
+            lines.pop()
+        for number, line in enumerate(lines, 1):
+            if not _is_json(line):
+                raise ValueError(f"{path}, line {number}, is not a record, but {_shown(line)}: remove that line")
+        for number, made in enumerate(map(json.loads, lines), 1):
+            if not isinstance(made, dict) or not made.keys() >= FIELDS:
+                raise ValueError(f"{path}, line {number}, is not a record of a training: remove it, or that file")
+            found.append(made)
     return found
+
+
+def _is_json(line):
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(line):
+    return repr(line[:40].decode(errors="replace"))

@@ -10,9 +10,9 @@ which goes to 0 at the end of the last epoch and not before it. Images from a fo
 those of --dataset.
 """
 
-import argparse
 import math
 import sys
+from argparse import RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import records
 
 import auglocal_ext
 from auglocal_ext import data, models, rules
+from auglocal_ext._commands import Parser, check_image_size
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.optim import cosine, sgd
 
@@ -55,7 +56,7 @@ def run(options):
     """Trains as told, and adds the record to options.results; returns it."""
     batch_size = BATCH_SIZES[options.dataset] if options.batch_size is None else options.batch_size
     lr = 0.1 * batch_size / 128 if options.lr is None else options.lr
-    recipes.check(options, batch_size, lr)
+    cuttable = recipes.check(options)
     torch.manual_seed(options.seed)
     where = options.data or f"{options.dataset}:data"
     source = data.load(
@@ -71,6 +72,7 @@ def run(options):
             f"images must be of up to {data.SMALL} pixels, given larger ones in {where}: train on these with "
             f"train_imagenet.py"
         )
+    check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
     model = models.create(options.model, source.num_classes)
     result = auglocal_ext.train(
         model,
@@ -109,29 +111,27 @@ def run(options):
     held = sum(loader.images.nbytes + loader.labels.nbytes for loader in (source.train, source.test))
     on_cuda = torch.device(options.device).type == "cuda"
     made = records.record(settings, options.device, result, data_bytes=held if on_cuda else 0)
-    records.append(options.results, made)
+    recipes.add_record(options, made)
     return made
 
 
 def parse(arguments=None):
     """The options of `run`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("train_cifar", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=BATCH_SIZES, default="cifar10", help="the recipe, and the images (default: %(default)s)")
     add("--data", metavar="SOURCE", help="where they are, as imagefolder:ROOT or fake:N (default: DATASET:data)")
     add("--download", action="store_true", help="fetch the images if they are not there")
     add("--form", choices=rules.FORMS, help="of AugLocal's cut (default: what its authors used for the network)")
-    add("--batch-size", type=int, help="(default: 1024, for stl10 128)")
-    add("--lr", type=float, help="learning rate (default: 0.1 x batch size / 128)")
-    recipes.add_options(parser, model="resnet32", depth=4, epochs=400)
+    about = "(default: 1024, for stl10 128)", "learning rate (default: 0.1 x batch size / 128)"
+    recipes.add_options(parser, *about, model="resnet32", depth=4, epochs=400)
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Runs the program; returns the exit status."""
-    options = parse(arguments)
 
-    def summary(made):
+    def summary(options, made):
         accuracy = made["accuracy"]
         return (
             f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
@@ -139,7 +139,7 @@ def main(arguments=None):
             f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}"
         )
 
-    return recipes.main("train_cifar", run, options, summary)
+    return recipes.main("train_cifar", lambda: parse(arguments), run, summary)
 
 
 if __name__ == "__main__":

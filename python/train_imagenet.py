@@ -9,9 +9,9 @@ batch), cosine. The paper gives this for ResNet-34. What it leaves open is chose
 recipe (`auglocal_ext.optim.cosine`), and ResNet-101 and VGG13 trained as ResNet-34 is.
 """
 
-import argparse
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,12 @@ import records
 
 import auglocal_ext
 from auglocal_ext import data, models, rules
+from auglocal_ext._commands import Parser, size, whole
 from auglocal_ext._torchvision import import_torchvision
 from auglocal_ext.memory import format_bytes
 from auglocal_ext.optim import sgd
+
+MOST_FAKE = 10_000_000  # they are made one by one, but their order is held in memory
 
 
 def load(source, batch_size, workers):
@@ -35,20 +38,20 @@ def load(source, batch_size, workers):
     if kind != "fake":
         folders = data.image_folders(source)
         return data.large_images(*folders, batch_size, folders[0].classes, workers=workers)
-    if not count.isdecimal() or int(count) < 10:
+    if not count.isdecimal() or (len(count) < 20 and int(count) < 10):
         raise ValueError(f"--data must be a folder or fake:N (N at least 10), given {source!r}")
-    fake, size = import_torchvision("data 'fake:N'").datasets.FakeData, int(count)
+    if len(count) > 8 or int(count) > MOST_FAKE:
+        raise ValueError(f"--data fake:N must have at most {MOST_FAKE:,} images, given {source!r}")
+    fake, total = import_torchvision("data 'fake:N'").datasets.FakeData, int(count)
     image = {"image_size": (3, data.LARGE_SIDE, data.LARGE_SIDE), "num_classes": 1000}
-    parts = fake(size, **image), fake(size // 5, **image, random_offset=size)
+    parts = fake(total, **image), fake(total // 5, **image, random_offset=total)
     return data.large_images(*parts, batch_size, [str(label) for label in range(1000)], workers=workers)
 
 
 def train(options):
     """Trains as told; returns the record."""
     lr = 0.4 * options.batch_size / 1024 if options.lr is None else options.lr
-    recipes.check(options, options.batch_size, lr)
-    if options.workers < 0:
-        raise ValueError(f"--workers must be at least 0, given {options.workers}")
+    recipes.check(options)
     source = load(options.data, options.batch_size, options.workers)
     torch.manual_seed(options.seed)
     model = models.create(options.model, source.num_classes)
@@ -88,25 +91,30 @@ def train(options):
         "image_size": data.LARGE_SIDE,
     }
     made = records.record(settings, options.device, result)
-    records.append(options.results, made)
+    recipes.add_record(options, made)
     return made
+
+
+def parse(arguments=None):
+    """The options of `train`."""
+    parser = Parser("train_imagenet", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", required=True, help="ROOT with train/ and val/ or test/, a folder of images per class; or fake:N")
+    budget = "bytes a step may take, such as 6GB: cut where it fits at the least work"
+    add("--budget", type=size, metavar="SIZE", help=budget)
+    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
+    cores = len(os.sched_getaffinity(0))
+    workers = "processes that read images (default here: %(default)s)"
+    add("--workers", type=whole(0, 1024), default=cores, help=workers)
+    about = "(default: %(default)s)", "learning rate (default: 0.4 x batch size / 1024)"
+    recipes.add_options(parser, *about, batch_size=1024, model="resnet34", depth=5, epochs=200)
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Runs the program; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", required=True, help="ROOT with train/ and val/ or test/, a folder of images per class; or fake:N")
-    add("--budget", metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the least work")
-    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
-    add("--batch-size", type=int, default=1024, help="(default: %(default)s)")
-    add("--lr", type=float, help="learning rate (default: 0.4 x batch size / 1024)")
-    cores = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=cores, help="processes that read images (default here: %(default)s)")
-    recipes.add_options(parser, model="resnet34", depth=5, epochs=200)
-    options = parser.parse_args(arguments)
 
-    def summary(made):
+    def summary(options, made):
         top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
         return (
             f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
@@ -114,7 +122,7 @@ def main(arguments=None):
             f"training, peak memory {format_bytes(made['peak_bytes'])}"
         )
 
-    return recipes.main("train_imagenet", train, options, summary)
+    return recipes.main("train_imagenet", lambda: parse(arguments), train, summary)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,178 @@ def test_what_a_loader_refuses(change, message):
         DeviceLoader(**given | change)
 
 
+IMAGES = torch.zeros(4, 3, 6, 6, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"labels": torch.tensor([0, 1.7, 2, 3])}, TypeError, "labels must be whole numbers, given torch.float32"),
+        ({"labels": torch.ones(4).bfloat16()}, TypeError, "labels must be whole numbers, given torch.bfloat16"),
+        ({"labels": torch.ones(4).bool()}, TypeError, "labels must be whole numbers, given torch.bool"),
+        ({"labels": torch.arange(4) - 1}, ValueError, "labels must be from 0, given -1"),
+        ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor, given list"),
+        ({"images": IMAGES.numpy()}, TypeError, "images must be a tensor, given ndarray"),
+        ({"images": IMAGES[:, :, :, :0]}, ValueError, r"at least one pixel, given shape \(4, 3, 6, 0\)"),
+        ({"images": IMAGES[:0], "labels": torch.arange(0)}, ValueError, "images must be at least one"),
+        ({"std": [1, 0, 1]}, ValueError, r"std must be finite and above 0.*, given \[1.0, 0.0, 1.0\]"),
+        ({"std": torch.tensor([1, -0.2, 1])}, ValueError, "std must be finite and above 0"),
+        ({"std": [1, np.nan, 1]}, ValueError, "std must be finite and above 0"),
+        ({"std": [1, np.inf, 1]}, ValueError, "std must be finite and above 0"),
+        ({"std": [1e-60, 1, 1]}, ValueError, "std must be finite and above 0"),  # 0 in float32
+        ({"mean": [np.nan, 0, 0]}, ValueError, "mean must be finite"),
+        ({"mean": [0, 0, -np.inf]}, ValueError, "mean must be finite"),
+        ({"mean": [0.5]}, ValueError, r"mean must be of shape \(3,\), one number per channel, given shape \(1,\)"),
+        ({"mean": 0.5}, ValueError, r"mean must be of shape \(3,\)"),
+        ({"std": torch.ones(1, 3, 1, 1)}, ValueError, r"std must be of shape \(3,\)"),
+        ({"std": None}, ValueError, "std must be 3 numbers, one per channel, given None"),
+        ({"mean": ["a", "b", "c"]}, ValueError, "mean must be 3 numbers"),
+        ({"batch_size": 2.5}, ValueError, "batch_size must be a whole number, given 2.5"),
+        ({"batch_size": True}, ValueError, "batch_size must be a whole number, given True"),
+        ({"pad": 1.0}, ValueError, "pad must be from 0 to 5 for these images, given 1.0"),
+        ({"pad": -1}, ValueError, "pad must be from 0 to 5 for these images, given -1"),
+        ({"device": "meta"}, ValueError, "device 'meta' cannot be used here"),
+    ],
+)
+def test_what_would_be_converted_in_silence_is_refused(change, kind, message):
+    given = {"images": IMAGES, "labels": torch.arange(4), "batch_size": 2, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    DeviceLoader(**given, augment=True)
+    with pytest.raises(kind, match=message):
+        DeviceLoader(**given | change, augment=True)
+
+
+def test_numbers_of_numpys_kinds_are_taken():
+    labels = torch.arange(4, dtype=torch.uint8)
+    made = DeviceLoader(IMAGES, labels, np.int32(3), np.zeros(3), np.ones(3), augment=True, pad=np.int64(1))
+    assert [(images.dtype, len(labels)) for images, labels in made] == [(torch.float32, 3), (torch.float32, 1)]
+
+
+@pytest.mark.parametrize("images", [IMAGES.float(), IMAGES[:0], IMAGES[0], IMAGES[:, :, :0]])
+def test_what_has_no_mean_and_std(images):
+    with pytest.raises(ValueError, match="images must be"):
+        mean_and_std(images)
+
+
+def pil(pixels, mode):
+    """A PIL image of that mode with those rows of numbers in it."""
+    from PIL import Image
+
+    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}
+    data = np.array(pixels).astype(kinds[mode])
+    return Image.frombytes(mode, data.shape[::-1], data.tobytes())
+
+
+DEEP = [[0, 128, 129], [257, 32896, 65535]]  # 257 is one step of 8 bits
+SCALED = [[0, 0, 1], [1, 128, 255]]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_deep_grey_is_scaled(torchvision, mode):
+    images, _ = images_in_memory([(pil(DEEP, mode), 0), (pil(DEEP, mode), 1)])
+    assert images.tolist() == [[SCALED]] * 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_files_of_deep_grey_are_scaled(torchvision, tmp_path, suffix):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        pil(np.tile(DEEP, (3, 2)), "I;16").save(tmp_path / split / "a" / f"0.{suffix}")
+    source = load(f"imagefolder:{tmp_path}", 1)
+    assert source.train.images.tolist() == [[np.tile(SCALED, (3, 2)).tolist()] * 3]
+    grey = pil(np.full((120, 120), 32896), "I;16")  # large images: of a folder, and as they come
+    grey.save(tmp_path / "train" / "a" / f"0.{suffix}"), grey.save(tmp_path / "test" / "a" / f"0.{suffix}")
+    for source in (load(f"imagefolder:{tmp_path}", 1), large_images([(grey, 0)] * 2, [(grey, 0)] * 2, 2, ["a"])):
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in normalisation(source))
+        for part in (source.train, source.test):
+            torch.testing.assert_close(next(iter(part))[0][0] * std + mean, torch.full((3, 224, 224), 128 / 255))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "reason"),
+    [
+        ([[0.0, 0.5]], "F", "its pixels are floating-point numbers"),
+        ([[0, 65536]], "I", "its pixels go from 0 to 65536, expected 0 to 65535 at most"),
+        ([[-1, 5]], "I", "its pixels go from -1 to 5"),
+    ],
+)
+def test_pixels_that_have_no_right_conversion_are_refused(torchvision, tmp_path, pixels, mode, reason):
+    image = pil(pixels, mode)
+    with pytest.raises(ValueError, match=f"cannot read the image image 1: .*{reason}"):
+        images_in_memory([(image.convert("L"), 0), (image, 0)])
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        image.save(tmp_path / split / "a" / "0.tiff")
+    with pytest.raises(ValueError, match=rf"cannot read the image .*train/a/0.tiff: replace or remove it \({reason}"):
+        load(f"imagefolder:{tmp_path}", 1)
+    with pytest.raises(ValueError, match=f"cannot read the image image 0: .*{reason}"):
+        next(iter(large_images([(image, 0)] * 2, [(image, 0)] * 2, 2, ["a"]).test))
+
+
+def test_palettes_and_black_and_white(torchvision):
+    from PIL import Image
+
+    red_and_blue = Image.new("P", (2, 1))
+    red_and_blue.putpalette([255, 0, 0, 0, 0, 255])
+    red_and_blue.putpixel((1, 0), 1)
+    images, _ = images_in_memory([(red_and_blue, 0)])
+    assert images.tolist() == [[[[255, 0]], [[0, 0]], [[0, 255]]]]
+    lines = Image.new("1", (2, 1))
+    lines.putpixel((1, 0), 1)
+    assert images_in_memory([(lines, 0)])[0].tolist() == [[[[0, 255]]]]
+
+
+@pytest.mark.parametrize("label", [1.7, 1.0, True, np.True_, -1, "1", None, torch.tensor(1.0), [1], 2**63])
+def test_labels_that_are_no_class_numbers(torchvision, label):
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="labels must be whole numbers from 0 .*, as image 1 must have one, given "):
+        images_in_memory([(image, 0), (image, label)])
+
+
+def test_labels_of_any_integer_kind(torchvision):
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    _, labels = images_in_memory([(image, label) for label in (np.int64(1), np.uint8(2), torch.tensor(3))])
+    assert labels.tolist() == [1, 2, 3]
+
+
+def test_images_in_memory_of_no_pixel_or_no_image(torchvision):
+    with pytest.raises(TypeError, match=r"given \(3, 0, 4\) of torch.uint8 in image 0"):
+        images_in_memory([(torch.zeros(3, 0, 4, dtype=torch.uint8), 0)])
+    with pytest.raises(TypeError, match="images must be PIL images .* given a ndarray in image 0"):
+        images_in_memory([(np.zeros((4, 4, 3), dtype=np.uint8), 0)])
+
+
+def test_an_image_too_large_to_be_meant_is_named(torchvision, tmp_path, monkeypatch):
+    from PIL import Image
+
+    root = write_images(tmp_path, (12, 12))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 71)  # an error from twice as many on
+    with pytest.raises(ValueError, match=r"cannot read the image .*train/cat/0.png: replace or remove it \(Image size"):
+        load(f"imagefolder:{root}", 4)
+    dataset = torchvision.datasets.ImageFolder(root / "train", loader=Image.open)
+    with pytest.raises(ValueError, match=r"cannot read the image .*train/cat/0.png"):
+        images_in_memory(dataset)
+
+
+@pytest.mark.parametrize("count", ["100001", "99999999999999999999", "9" * 5000])
+def test_too_many_fake_images(count):
+    with pytest.raises(ValueError, match=r"'fake:N' \(N from 20 to 100,000\), given 'fake:"):
+        load(f"fake:{count}", 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, given 1.5"),
+        ({"batch_size": 2, "workers": -1}, "workers must be a whole number of at least 0, given -1"),
+        ({"batch_size": 2, "workers": True}, "workers must be a whole number of at least 0, given True"),
+    ],
+)
+def test_what_large_images_refuse(torchvision, options, message):
+    with pytest.raises(ValueError, match=message):
+        large_images([], [], classes=["a"], **options)
+
+
 def test_images_in_memory_of_an_image_folder(torchvision, tmp_path):
     from PIL import Image
 

@@ -1,16 +1,21 @@
 """The training loop: what it learns, returns and leaves behind; loaders, interruptions, bad arguments."""
 
 import gc
+import math
 import os
 import signal
 import sys
 import threading
 import weakref
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from auglocal_ext import TrainingInterrupted, evaluate, models, train
+from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, loop, models, train
 from auglocal_ext.optim import constant
 from auglocal_ext.program import Program
 
@@ -373,3 +378,287 @@ def test_progress_goes_to_the_terminal(capsys, monkeypatch):
 def test_moving_to_a_device():
     result = train(small(), toy(), depth=2, epochs=1, device="cpu", precision="bf16", progress=False)
     assert result.history
+
+
+# ---- loaders and numbers of every kind ---------------------------------------------------------------------------
+
+
+class BySequence:
+    """Goes through its batches by __getitem__ alone, and has no length that it can tell."""
+
+    def __init__(self, error):
+        self.error, self.batches = error, toy()
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+    def __len__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("not known"), AttributeError("x"), OSError()])
+def test_loaders_without_iter_whose_length_raises_anything(error):
+    result = train(small(), BySequence(error), depth=2, val_loader=BySequence(error), epochs=2, progress=False)
+    assert len(result.history) == 2 and evaluate(small(), BySequence(error)) >= 0
+
+
+@pytest.mark.parametrize("epochs", [np.int64(1), np.uint8(1), torch.tensor(1)])
+def test_epochs_of_any_integer_kind(epochs):
+    assert len(train(small(), toy(), depth=2, epochs=epochs, progress=False).history) == 1
+
+
+@pytest.mark.parametrize("epochs", [True, np.True_, 1.0, np.float64(2), "1", None, torch.tensor(True)])
+def test_epochs_that_are_no_whole_number(epochs):
+    refused_before_any_change(ValueError, "epochs must be a whole number of at least 1, given ", toy(), epochs=epochs)
+
+
+@pytest.mark.parametrize("seed", [1.5, True, 2**64, -(2**63) - 1, "0"])
+def test_bad_seeds(seed):
+    refused_before_any_change(ValueError, r"seed must be a whole number from -2\*\*63 to", toy(), seed=seed)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xla"])
+def test_devices_that_nothing_is_trained_on(device):
+    message = f"device '{device}' cannot be used here: .*; leave it out, or say 'cpu'$"
+    refused_before_any_change(ValueError, message, toy(), device=device)
+
+
+# ---- divergence ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "factor", [None, -1, -0.5, math.nan, math.inf, "0.5", True, 1j, [1.0], torch.tensor([1.0, 2.0]), np.float32("nan")]
+)
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_schedule_that_gives_no_factor_is_told_before_the_step(factor, step):
+    model, at, before = small(), [], {}
+
+    def schedule(epoch, epochs):
+        at.append(epoch)
+        if len(at) <= step:
+            return 0.5
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        return factor
+
+    message = rf"schedule\(epoch, epochs\) must return, at epoch {step / 4:g} of 1, a finite number of at least 0"
+    with pytest.raises(ValueError, match=message):
+        train(model, toy(), depth=2, epochs=1, schedule=schedule, progress=False)
+    assert len(at) == step + 1 and all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("factor", [np.float32(0.5), np.int64(1), torch.tensor(0.5), 0, 1])
+def test_factors_of_any_kind_of_number(factor):
+    result = train(small(), toy(), depth=2, epochs=1, schedule=lambda *_: factor, progress=False)
+    assert result.history[0]["lr"] == float(factor) * 0.1 * 16 / 128 and type(result.history[0]["lr"]) is float
+
+
+class SpoilsAtStep(torch.optim.SGD):
+    """SGD whose step of that number makes its first parameter NaN."""
+
+    def __init__(self, parameters, at):
+        super().__init__(parameters, lr=0.01)
+        self.at, self.steps = at, 0
+
+    def step(self, closure=None):
+        super().step()
+        self.steps += 1
+        if self.steps == self.at:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_last_update_that_spoils_the_weights_is_told_before_they_are_saved(epoch):
+    model, saved = small(), []
+    options = {"optimizer": partial(SpoilsAtStep, at=4 * epoch), "epochs": 2, "progress": False}
+    message = f"epoch {epoch}/2: .* has values that are NaN or infinite: training diverged; lower the learning rate"
+    with pytest.raises(TrainingDiverged, match=message) as stopped:
+        train(model, toy(), depth=2, val_loader=toy(), on_epoch=saved.append, **options)
+    assert stopped.value.result.history == saved and len(saved) == epoch - 1
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf])
+def test_learning_rates_that_spoil_the_weights_with_the_only_update(lr):
+    with pytest.raises(TrainingDiverged):
+        train(small(), toy(1), rule="bp", epochs=1, optimizer=partial(torch.optim.SGD, lr=lr), progress=False)
+
+
+def test_running_statistics_that_are_not_finite_are_told():
+    """Their momentum spoils them: no loss in training mode reads them."""
+    model = small()
+    model.layer3[0].bn2.momentum = math.nan
+    with pytest.raises(TrainingDiverged, match="epoch 1/1: layer3.0.bn2.running_mean has values that are NaN"):
+        train(model, toy(), depth=2, epochs=1, progress=False)
+
+
+def test_an_aux_net_that_is_not_finite_is_told():
+    steps = iter([4, 0, 0])  # of the first module only
+
+    def factory(parameters):
+        optimizer = SpoilsAtStep(parameters, next(steps, 0))
+        optimizer.param_groups[0]["params"].reverse()  # the aux net's before the units'
+        return optimizer
+
+    with pytest.raises(TrainingDiverged, match="epoch 1/1: aux_nets.0"):
+        trainer = {"depth": 2, "epochs": 1, "modules": 3, "optimizer": factory}
+        train(small(), toy(), **trainer, progress=False)
+
+
+def test_a_buffer_that_was_infinite_from_the_start_is_no_divergence():
+    model = small()
+    model.layer1[0].bn1.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    assert train(model, toy(), depth=2, epochs=1, progress=False).history
+
+
+def test_a_classifier_that_ends_far_worse_than_it_began_has_diverged(monkeypatch):
+    losses, real, saved = iter([0.9, 3.0, 2.19, 0.5, 1.9, 0.1, 0.9, 1.79]), loop._train_epoch, []
+
+    def told(*arguments):
+        entry, steps = real(*arguments)
+        return entry | {"loss": next(losses)}, steps
+
+    monkeypatch.setattr(loop, "_train_epoch", told)
+    options = {"depth": 2, "progress": False, "on_epoch": saved.append}
+    train(small(), toy(), epochs=3, **options)  # in the middle it may; 2 ln 3 = 2.197 is the bound at the end
+    train(small(), toy(), epochs=3, **options)
+    train(small(), toy(), epochs=2, **options)
+    losses = iter([1.3, 2.61])
+    with pytest.raises(TrainingDiverged, match="was 2.61 in the last epoch, after 1.3 in the first one") as stopped:
+        train(small(), toy(), epochs=2, **options)
+    assert len(stopped.value.result.history) == 2 and saved[-1]["loss"] == 2.61
+    losses = iter([0.3, 2.21])
+    with pytest.raises(TrainingDiverged, match="guessing has 1.099: training diverged; lower the learning rate"):
+        train(small(), toy(), epochs=2, **options)
+
+
+def test_divergence_is_a_floating_point_error_with_the_result_so_far():
+    with pytest.raises(FloatingPointError) as stopped:
+        train(small(), toy(), depth=2, epochs=2, optimizer=partial(torch.optim.SGD, lr=1e30), progress=False)
+    assert isinstance(stopped.value, TrainingDiverged) and stopped.value.result.history == []
+    assert stopped.value.result.plan.input_shape == (16, 3, 8, 8)
+
+
+def test_a_floating_point_error_of_the_callers_own_stays_one():
+    def on_epoch(entry):
+        raise FloatingPointError("mine")
+
+    with pytest.raises(FloatingPointError, match="mine") as stopped:
+        train(small(), toy(), depth=2, epochs=1, on_epoch=on_epoch, progress=False)
+    assert type(stopped.value) is FloatingPointError
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------
+
+IMAGES, LABELS = torch.zeros(4, 3, 8, 8), torch.arange(4) % 3
+BAD_VALIDATION = [
+    (IMAGES, LABELS[:, None], ValueError, r"labels must be \(4,\), one per image, given shape \(4, 1\)"),
+    (IMAGES, LABELS[:1], ValueError, r"labels must be \(4,\), one per image, given shape \(1,\)"),
+    (IMAGES, F.one_hot(LABELS), ValueError, r"labels must be \(4,\), one per image, given shape \(4, 3\)"),
+    (IMAGES, LABELS[0], ValueError, r"labels must be \(4,\), one per image, given shape \(\)"),
+    (IMAGES, LABELS.float(), TypeError, "labels must be int64 class numbers, given torch.float32"),
+    (IMAGES, LABELS.bool(), TypeError, "labels must be int64 class numbers, given torch.bool"),
+    (IMAGES, LABELS.int(), TypeError, "labels must be int64 class numbers, given torch.int32"),
+    (IMAGES, LABELS + 1, ValueError, "labels must be from 0 to 2 for this model of 3 classes, given 1 to 3"),
+    (IMAGES, LABELS - 1, ValueError, "labels must be from 0 to 2 .* given -1 to 1"),
+    (IMAGES * math.nan, LABELS, ValueError, "images must be finite, given NaN or infinite values"),
+    (IMAGES - math.inf, LABELS, ValueError, "images must be finite, given NaN or infinite values"),
+    (IMAGES.byte(), LABELS, TypeError, "images must be floating point, given torch.uint8"),
+    (IMAGES.long(), LABELS, TypeError, "images must be floating point, given torch.int64"),
+    (IMAGES.double(), LABELS, TypeError, "images must be torch.float32 like the model, given torch.float64"),
+    (IMAGES.to("meta"), LABELS, ValueError, "the model is on cpu, .*images on meta: pass device='meta'"),
+    (IMAGES, LABELS.to("meta"), ValueError, "the model is on cpu, .*labels on meta"),
+]
+
+
+@pytest.mark.parametrize(("images", "labels", "kind", "message"), BAD_VALIDATION)
+def test_validation_batches_are_checked_as_training_batches_are(images, labels, kind, message):
+    with pytest.raises(kind, match=f"validation {message}|{message}"):
+        evaluate(small(), [(IMAGES, LABELS), (images, labels)])
+    refused_before_any_change(kind, message, toy(), val_loader=[(images, labels)])
+    with pytest.raises(kind, match=message):  # in a later batch, after an epoch
+        train(small(), toy(), depth=2, epochs=1, val_loader=[(IMAGES, LABELS), (images, labels)], progress=False)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 3, 8), (4, 3)])
+def test_validation_images_of_a_shape_that_the_model_does_not_take(shape):
+    loader = [(torch.zeros(shape), LABELS)]
+    with pytest.raises(ValueError, match="the model cannot be run on validation images of shape"):
+        evaluate(small(), loader)
+    message = r"val_loader's images must be \(N, 3, H, W\) for this model, given shape"
+    refused_before_any_change(ValueError, message, toy(), val_loader=loader)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "bn1.running_var"])
+def test_a_model_that_is_not_finite_cannot_be_evaluated(name):
+    model = small()
+    model.state_dict()[name].fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the model's outputs for validation images are NaN or infinite: its"):
+        evaluate(model, [(IMAGES, LABELS)])
+
+
+def test_outputs_that_are_not_finite_in_a_validation_mean_divergence():
+    """Finite weights, and a variance of the running statistics that the outputs do not survive."""
+    model = small()
+    with torch.no_grad():
+        model.fc.weight.fill_(3e38)
+    options = {"depth": 2, "epochs": 1, "schedule": lambda *_: 0.0, "progress": False}
+    model.fc.register_forward_pre_hook(lambda module, inputs: None if module.training else (inputs[0] + 1e3,))
+    with pytest.raises(TrainingDiverged):
+        train(model, toy(), val_loader=toy(), **options)
+
+
+@pytest.mark.parametrize(
+    ("output", "given"),
+    [
+        (lambda x: x.new_zeros(len(x)), r"\(4,\) of torch.float32"),
+        (lambda x: x.new_zeros(len(x), 3, 1), r"\(4, 3, 1\) of torch.float32"),
+        (lambda x: x.new_zeros(2 * len(x), 3), r"\(8, 3\) of torch.float32"),
+        (lambda x: x.new_zeros(len(x), 3, dtype=torch.int64), r"\(4, 3\) of torch.int64"),
+        (lambda x: {"out": x}, "a dict"),
+        (lambda x: (x, x), "a tuple"),
+    ],
+)
+def test_what_is_no_classifier_cannot_be_evaluated(output, given):
+    class Net(nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    with pytest.raises(ValueError, match=rf"row of floating-point outputs per image, \(4, classes\), .* {given}$"):
+        evaluate(Net(), [(IMAGES, LABELS)])
+
+
+def test_any_classifier_can_be_evaluated():
+    """Without parameters, of vectors, in float64, and with an empty batch among the others."""
+    votes = torch.eye(3)[[0, 1, 2, 0]]
+    empty = (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    assert evaluate(nn.Identity(), [(votes, LABELS), empty, (votes, (LABELS + 1) % 3)]) == 0.5
+    linear = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(3)), linear.bias.zero_()
+    assert evaluate(linear, [(votes.double(), LABELS)]) == 1
+    assert evaluate(small(), [(IMAGES.bfloat16(), LABELS)], precision="bf16") >= 0
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "kind", "message"),
+    [
+        (IMAGES * math.nan, LABELS, ValueError, "validation images must be finite"),
+        (IMAGES, LABELS + 1, ValueError, "validation labels must be from 0 to 2 .* given values outside it"),
+    ],
+)
+def test_off_the_cpu_values_are_read_once_at_the_end(images, labels, kind, message):
+    """What a CUDA device does, on the CPU: a fault of the first batch is told after the last one."""
+
+    class Elsewhere(loop._Validation):
+        def _note(self, index, fault, labels=None):
+            self.faults[index] |= fault
+
+    validation, given = Elsewhere(small()), []
+
+    def batches():
+        for batch in [(images, labels), (IMAGES, LABELS)]:
+            given.append(batch)
+            yield batch
+
+    with pytest.raises(kind, match=message):
+        loop._accuracies(validation, batches(), False, threading.Event())
+    assert len(given) == 2

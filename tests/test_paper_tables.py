@@ -353,3 +353,51 @@ def test_files_without_records(tables, tmp_path, capsys):
     assert "bad.jsonl, line 2, is not a record" in capsys.readouterr().err
     assert tables.main([str(tmp_path / "bad.jsonl" / "x"), *RUN]) == 2
     assert "x cannot be written: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be a whole number of at least 1, given 0"),
+        (["--batch-size", "1"], "--batch-size must be at least 2, given 1"),
+        (["--minutes", "nan"], "--minutes must be a finite number, above 0, given nan"),
+        (["--minutes", "-1"], "--minutes must be above 0, given -1.0"),
+        (["--modules", "2", "0"], "--modules must be at least 1, given 0"),
+        (["--seeds", "9" * 25], "--seeds must be at most"),
+        (["--device", "mps"], "--device 'mps' cannot be used here"),
+        (["--device", "gpu"], "--device 'gpu' cannot be used here"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_run(tables, programs, tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tables.main([str(tmp_path / "r.jsonl"), *RUN, *arguments])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith(f"paper_tables: error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("network", ["resnet19", "raft_large", "alexnet"])
+def test_networks_that_no_program_could_train(tables, programs, tmp_path, network, torchvision, capsys):
+    assert tables.main([str(tmp_path / "r.jsonl"), *RUN, "--networks", "resnet20", network]) == 2
+    assert capsys.readouterr().err.startswith("paper_tables: error: ") and not programs.ran
+
+
+def test_a_run_that_diverged_is_shown_as_that(tables, programs, tmp_path, capsys, monkeypatch):
+    diverged = SimpleNamespace(returncode=3, stdout="train_cifar: the loss is nan: training diverged\n")
+    monkeypatch.setattr(tables.subprocess, "run", lambda *given, **options: diverged)
+    assert tables.main([str(tmp_path / "r.jsonl"), *RUN, "--rules", "bp", "dgl"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("DIVERGED: no record\ntrain_cifar: the loss is nan: training diverged") == 2
+
+
+def test_files_of_something_else(tables, tmp_path, capsys):
+    for name, text in (("a.jsonl", '{"epochs": 3}\n'), ("b.jsonl", "[1, 2]\n")):
+        (tmp_path / name).write_text(text)
+        assert tables.main([str(tmp_path / name)]) == 2
+        assert f"{name}, line 1, is not a record of a training" in capsys.readouterr().err
+
+
+def test_a_record_that_a_kill_cut_off_is_no_record(tables, tmp_path, capsys):
+    whole = json.dumps(record(0.8)) + "\n"
+    (tmp_path / "r.jsonl").write_text(whole + whole[:100])
+    assert tables.main([str(tmp_path / "r.jsonl")]) == 0
+    assert "| BP " in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The plan: its numbers, its table, and that making it touches nothing."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,48 @@ def test_what_eager_needs_is_beside_the_plan():
     assert planned.eager["bp"] == pytest.approx(2.58e9 / 16, rel=0.04)
     assert planned.peak_bytes < planned.eager["gc"] < planned.eager["bp"]
     assert "eager BP would need 16" in str(planned)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16.0, 16), (True, 3, 16, 16), (2, 3, "16", 16), (2.5, 3, 16, 16), "2333"])
+def test_shapes_that_are_no_whole_numbers(tiny_model, shape):
+    with pytest.raises(ValueError, match=r"input_shape must be \(N, 3, H, W\) for this model, whole numbers, given"):
+        plan(tiny_model, shape)
+
+
+def test_shapes_of_any_integer_kind(tiny_model):
+    expected = plan(tiny_model, (2, 3, 16, 16), 2)
+    for shape in (
+        np.array([2, 3, 16, 16]),
+        [np.int64(2), np.uint8(3), torch.tensor(16), 16],
+        torch.Size([2, 3, 16, 16]),
+    ):
+        planned = plan(tiny_model, shape, 2)
+        assert planned == expected and {type(size) for size in planned.input_shape} == {int}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        (
+            "plan",
+            ValueError,
+            "path must end in .png, .pdf, .svg or another suffix that matplotlib knows, given '.*plan'",
+        ),
+        ("plan.doc", ValueError, "path must end in .png"),
+        ("no/plan.png", OSError, "no/plan.png cannot be written: No such file or directory: .*; choose another path"),
+    ],
+)
+def test_pictures_that_cannot_be_written(tiny_model, tmp_path, name, kind, message):
+    planned = plan(tiny_model, (2, 3, 16, 16), 2, memory_budget="1GB")
+    for save in (planned.save_picture, planned.save_front):
+        with pytest.raises(kind, match=message):
+            save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["png", "PDF", "svg"])
+def test_kinds_of_pictures(tiny_model, tmp_path, suffix):
+    begin = {"png": b"\x89PNG", "PDF": b"%PDF", "svg": b"<?xml"}[suffix]
+    path = tmp_path / f"x.{suffix}"
+    plan(tiny_model, (2, 3, 16, 16), 2).save_picture(str(path))
+    assert path.read_bytes().startswith(begin) and list(tmp_path.iterdir()) == [path]

@@ -102,6 +102,8 @@ def test_borders_make_the_largest_part_smallest():
         ({"rule": int}, "rule must be one of .*, given <class 'int'>"),
         ({"rule": "dgl", "form": "cifar"}, "form is a choice of rule 'auglocal': leave it out with 'dgl'"),
         ({"rule": InfoPro((0, 0), (1, 1))}, "needs a mean and a std for each of the 3 channels .* given 2 and 2"),
+        ({"rule": InfoPro((0, 0, 0), (1, 0, 1))}, r"std must be finite and above 0.*, given \[1.0, 0.0, 1.0\]"),
+        ({"rule": InfoPro((0, math.nan, 0), (1, 1, 1))}, "mean must be finite"),
         ({"form": "mnist"}, "form must be one of cifar, imagenet or None, given 'mnist'"),
         ({"rule": "bp", "modules": 3}, "rule='bp' has one module"),
     ],
@@ -242,3 +244,27 @@ def test_aux_nets_of_bottlenecks_have_the_sampled_blocks_shape(torchvision):
         assert block.conv2.groups == original.conv2.groups == 32
         assert block.conv2.weight.shape == original.conv2.weight.shape
     assert net(torch.empty(2, 256, 56, 56, device="meta")).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 3.0, np.float64(3), "3", torch.tensor(3.0)])
+@pytest.mark.parametrize(
+    ("rule", "argument", "message"),
+    [
+        ("auglocal", "depth", "depth must be a whole number of at least 2"),
+        ("dgl", "modules", "modules must be a whole number from 1 to 16"),
+        ("bp", "modules", "rule='bp' has one module: leave modules out, or set it to 1, given"),
+        ("dgl", "borders", "borders must be units from 0 to 14 in rising order"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused(resnet32, rule, argument, message, value):
+    given = {argument: [value] if argument == "borders" else value}
+    depth = given.pop("depth", 4)
+    with pytest.raises(ValueError, match=message):
+        cut(resnet32, as_rule(rule, depth), **given)
+
+
+def test_borders_of_any_integer_kind(resnet32):
+    expected = cut(resnet32, DGL(), borders=(3, 7))
+    for borders in ([np.int64(3), np.uint8(7)], np.array([3, 7]), torch.tensor([3, 7])):
+        assert cut(resnet32, DGL(), borders=borders) == expected
+    assert cut(resnet32, as_rule("bp"), np.int64(1)) == [Cut(0, 15)]

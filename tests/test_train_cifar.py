@@ -151,3 +151,91 @@ def test_large_images_are_not_for_it(recipe, torchvision, capsys):
         Image.new("RGB", (100, 120)).save(Path(part, "cat", "0.png"))
     assert recipe.main([*SMALL, "--data", "imagefolder:."]) == 2
     assert "images must be of up to 96 pixels, given larger ones in imagefolder:." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "nan"], "--lr must be a finite number, above 0, given nan"),
+        (["--lr", "-0.1"], "--lr must be above 0, given -0.1"),
+        (["--device", "mps"], "--device 'mps' cannot be used here: it must be 'cpu', 'cuda' or 'cuda:N'"),
+        (["--seed", "9" * 25], "--seed must be at most"),
+        (["--depth", "foo"], "--depth must be a whole number, given 'foo'"),
+        (["--depth", "40"], "--depth must be at most 9"),
+        (["--modules", "99"], "--modules must be a whole number from 1 to 10"),
+        (["--rule", "bp", "--modules", "2"], "--rule bp has one module: leave --modules out"),
+        (["--model", "raft_large"], "the model 'raft_large' of torchvision is no image classifier"),
+        (["--model", "alexnet"], "cannot cut AlexNet into units"),
+        (["--data", "fake:" + "9" * 25], "--data must be 'digits'"),
+        (["--epochs", "many"], "--epochs must be a whole number, given 'many'"),
+        (["--rule", "magic"], "argument --rule: invalid choice: 'magic'"),
+        (["--save", "."], ". cannot be written: Is a directory: "),
+    ],
+)
+def test_mistakes_are_told_before_data_is_read(recipe, arguments, message, torchvision, capsys, monkeypatch):
+    monkeypatch.setattr(data, "_fake", None)
+    assert recipe.main([*SMALL, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train_cifar: error: {message}") and err.count("\n") == 1
+
+
+def diverging(spoilt):
+    """`auglocal_ext.train` whose model is spoilt after that many epochs."""
+    real = auglocal_ext.train
+
+    def train(model, *arguments, on_epoch, **options):
+        def spoil(entry):
+            on_epoch(entry)
+            if entry["epoch"] == spoilt:
+                model.fc.bias.data.fill_(math.inf)
+
+        return real(model, *arguments, on_epoch=spoil, **options)
+
+    return train
+
+
+def test_a_divergence_is_status_3_and_no_record(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(auglocal_ext, "train", diverging(1))
+    assert recipe.main([*SMALL, "--epochs", "2", "--rule", "bp", "--quiet", "--save", "m.pt"]) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train_cifar: epoch 2/2: the loss of local module 0 is ")
+    assert "training diverged; lower the learning rate with --lr: no record\n" in captured.err
+    assert not captured.out and not Path("results.jsonl").exists()
+    assert all(value.isfinite().all() for value in torch.load("m.pt").values())  # the epoch before
+
+
+def test_a_record_that_cannot_be_added_is_printed(recipe, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError("results.jsonl cannot be written: No space left on device")
+
+    monkeypatch.setattr(recipe.records, "append_line", full)
+    assert recipe.main([*SMALL, "--rule", "bp", "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["settings"]["rule"] == "bp"
+    assert captured.err == "train_cifar: error: results.jsonl cannot be written: No space left on device\n"
+
+
+def test_records_that_a_kill_has_cut_off(recipe):
+    records, path = recipe.records, Path("r.jsonl")
+    made = [dict.fromkeys(sorted(records.FIELDS), value) for value in ("first", "second", "third")]
+    records.append(path, made[0])
+    whole = path.read_text()
+    for torn in ('{"settings": {"da', "{", '{"settings": 1}, "x'):
+        path.write_text(whole + torn)
+        assert records.read(path) == made[:1]  # torn, and no error
+        records.append(path, made[1])
+        records.append(path, made[2])
+        assert records.read(path) == made
+    path.write_text(whole.rstrip())  # an editor's: whole, but without its end
+    records.append(path, made[1])
+    assert records.read(path) == made[:2]
+    path.write_text("{" + whole)
+    with pytest.raises(ValueError, match="r.jsonl, line 1, is not a record, but '{{"):
+        records.read(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "1", '{"settings": {}}', "\xff\xfe"])
+def test_lines_that_are_no_records(recipe, text):
+    Path("r.jsonl").write_bytes(text.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match="r.jsonl, line 1, is not a record"):
+        recipe.records.read("r.jsonl")

@@ -185,3 +185,36 @@ def test_ctrl_c_leaves_no_record(recipe, monkeypatch, tmp_path, capsys):
     assert recipe.main(["--data", "fake:10", "--model", "resnet18", "--results", str(results), *QUICK]) == 130
     assert recipe.records.read(results) == []
     assert "interrupted after 1 whole epochs: no record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", f"fake:{'9' * 25}"], "--data fake:N must have at most 10,000,000 images, given 'fake:999"),
+        (["--data", "fake:10000001"], "--data fake:N must have at most 10,000,000 images"),
+        (["--lr", "inf"], "--lr must be a finite number, above 0, given inf"),
+        (["--budget", "-5GB"], "--budget must be a size such as '6GB', '500 MB' or '4GiB', given '-5GB'"),
+        (["--rule", "dgl", "--budget", "6GB"], "--budget chooses the cut of rules"),
+        (["--depth", "99"], "--depth must be at most 17 for this network of 17 units, given 99"),
+        (["--model", "fasterrcnn_resnet50_fpn"], "the model 'fasterrcnn_resnet50_fpn' of torchvision is no image"),
+        (["--device", "meta"], "--device 'meta' cannot be used here"),
+        (["--workers", "9999"], "--workers must be at most 1,024, given 9999"),
+        (["--seed", "one"], "--seed must be a whole number, given 'one'"),
+    ],
+)
+def test_mistakes_in_the_words_of_the_options(recipe, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.main([*QUICK, "--data", "fake:10", "--workers", "0", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train_imagenet: error: {message}") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_divergence_is_status_3_and_no_record(recipe, monkeypatch, tmp_path, capsys):
+    def diverged(*arguments, **options):
+        raise auglocal_ext.TrainingDiverged("epoch 1/1: training diverged; lower the learning rate", None)
+
+    monkeypatch.setattr(auglocal_ext, "train", diverged)
+    results = tmp_path / "results.jsonl"
+    assert recipe.main(["--data", "fake:10", "--model", "resnet18", "--results", str(results), *QUICK]) == 3
+    assert "diverged; lower the learning rate: no record" in capsys.readouterr().err and not results.exists()

@@ -442,3 +442,17 @@ def test_a_cumulative_average_and_float64_with_a_biased_stem():
     trainer.step(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4))
     assert model.layer1[0].bn1.num_batches_tracked == 1
     assert not model.layer1[0].bn1.running_mean.eq(0).any()
+
+
+@pytest.mark.parametrize("factor", [None, -1, float("nan"), float("inf"), "1", True, torch.ones(2)])
+def test_factors_that_are_none(trainer, factor):
+    trainer.set_learning_rate_factor(0.5)
+    with pytest.raises(ValueError, match="factor must be a finite number of at least 0 to multiply .*, given "):
+        trainer.set_learning_rate_factor(factor)
+    assert all(o.param_groups[0]["lr"] == pytest.approx(0.05) for o in trainer.optimizers)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 0), (4, 3, 0, 8), (4, 3, 8, 8, 1), (3,)])
+def test_images_of_no_width_or_of_another_shape(trainer, shape):
+    with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\) for this model, given shape"):
+        trainer.step(torch.zeros(shape), LABELS)
