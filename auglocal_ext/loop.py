@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -147,9 +147,11 @@ def train(
     optimizer = optimizer or sgd(first[0].shape[:1].numel())  # of what is no batch at all: refused below
     cutting = {"rule": rule, "form": form, "modules": modules}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
+    searched = {}  # what the plan keeps of a search under a budget
     if memory_budget is not None or depth == "auto":
         planned = plan(model, first[0].shape, depth, memory_budget=memory_budget, **cutting, **options)
         cutting = {"rule": planned.choice.rule, "borders": planned.borders}
+        searched = {"choice": planned.choice, "eager": planned.eager}
         if progress:
             tqdm.write(str(planned.choice))
     size = first[0].shape[2:] if first[0].dim() == 4 else None  # what else it may be is refused below
@@ -174,7 +176,8 @@ def train(
     meter = _PeakMeter(trainer)
 
     def result():
-        return TrainResult(history, trainer.plan, meter.peak, trainer.aux_nets if keep_aux_nets else None)
+        planned = trainer.plan and replace(trainer.plan, **searched)
+        return TrainResult(history, planned, meter.peak, trainer.aux_nets if keep_aux_nets else None)
 
     stop = threading.Event()
     try:
