@@ -13,10 +13,12 @@ from torch import nn
 
 from . import search
 from .eager import eager_bytes
-from .graph import Norm, Pool
-from .liveness import timeline
+from .engine.nodes import Norm, PooledNorm
+from .engine.program import build
+from .engine.schedule import LONGEST_REBUILD
+from .engine.timeline import timeline
 from .memory import bytes_of, format_bytes, tensors_of
-from .program import LONGEST_REBUILD, build, module_nodes
+from .module_nodes import module_nodes
 from .rules import BP, AugLocal, Cut, LocalHead, Rule, as_rule, cut
 
 __all__ = ["Choice", "candidates", "choose", "cut_table", "parse_bytes"]
@@ -270,7 +272,7 @@ class _Walker:
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
         nodes, out = module_nodes(self.planner.backbone, k, k, LocalHead(nn.Flatten(1)), "unit input")
         by_name, length = {node.out: node for node in nodes}, 0
-        while out in by_name and isinstance(by_name[out], Norm | Pool):
+        while out in by_name and isinstance(by_name[out], Norm | PooledNorm):
             length += 1
             out = getattr(by_name[out], "residual", None)
         if out == "unit input" and not self.planner.recompute:

@@ -7,12 +7,11 @@ a class that somebody patched, an in-place operator that changes what another on
 """
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ._meta import replaced_methods
-from .graph import Conv, MaxPool, Norm, Pool, Reader, Relu
+from .engine.trace import Reader
 
 __all__ = ["assert_same_function"]
 
@@ -28,7 +27,7 @@ def assert_same_function(model, backbone, images, reader=None):
         model: on the meta device, in the modes it is trained in.
         backbone: from `as_backbone` of it.
         images: a batch on the meta device.
-        reader: the `graph.Reader` that reads the backbone's parts; None: a new one.
+        reader: the `Reader` that reads the backbone's parts; None: a new one.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     known = {}
@@ -131,34 +130,6 @@ def _run(backbone, images, reader):
         values = {out: x}
         nodes, out = reader.read(module, inside, name, out)
         for node in nodes:
-            values[node.out] = _plainly(node, *(values[source] for source in node.sources))
+            values[node.out] = node.plain(*(values[source] for source in node.sources))
         x = values[out]
     return x
-
-
-def _plainly(node, x, *others):
-    """What a node computes, in plain torch: by what is known of its kind, not by its module's forward."""
-    match node:
-        case Conv(conv=c):
-            return F.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
-        case Norm(bn=bn, relu=relu):
-            y = _batch_norm(bn, x)
-            y = y + others[0] if others else y
-            return F.relu(y) if relu else y
-        case Pool(bn=bn, pool=pool):
-            return _max_pool(pool, F.relu(_batch_norm(bn, x)))
-        case Relu():
-            return F.relu(x)
-        case MaxPool(pool=pool):
-            return _max_pool(pool, x)
-    # An island that may write over what it is given gets copies, as in a step.
-    return node.call(*(value.clone() if node.may_write else value for value in (x, *others)))
-
-
-def _batch_norm(bn, x):
-    momentum = 1.0 if bn.momentum is None else bn.momentum  # None: by a count, which reads as 1 here
-    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, momentum, bn.eps)
-
-
-def _max_pool(pool, x):
-    return F.max_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)

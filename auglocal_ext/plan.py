@@ -12,13 +12,14 @@ from ._meta import meta_copy
 from .backbone import as_backbone
 from .budget import Choice, candidates, choose, parse_bytes
 from .eager import eager_bytes
+from .engine.emit import Phase
+from .engine.timeline import Timeline, fill, timeline
+from .engine.trace import Reader
 from .equivalence import assert_same_function
-from .graph import Reader
-from .liveness import Timeline, fill, timeline
 from .memory import LiveBytes, bytes_of, format_bytes, tensors_of
+from .module_nodes import programs
 from .ops.batch_norm_act import memory_format
 from .optim import make_optimizer, sgd
-from .program import programs
 from .rules import LocalHead, as_rule, assert_apart, borders_of, cut, local_heads
 
 __all__ = ["ModulePlan", "Plan", "plan", "train_mode"]
@@ -344,7 +345,7 @@ class Planner:
                     peak_bytes=constant + carried[index] + max(line.peak, line.end + scratch),
                     macs=line.macs,
                     rebuild_share=line.rebuild_share,
-                    islands=tuple(program.islands),
+                    islands=tuple(island.what for island in program.islands),
                     timeline=line,
                     keep=keep[index],
                 )
@@ -422,9 +423,9 @@ def _frozen_state(optimizer):
 def _bp_macs(lines):
     """Multiply-accumulates of backpropagation: those of the first unit, which gives the images no gradient there
     either; of every other unit forward and twice backward; and the classifier's."""
-    units = [m for line in lines for m in line.moments if m.part not in ("head", "extra") and m.step != "recompute"]
+    units = [m for line in lines for m in line.moments if m.part not in ("head", "extra") and not m.rebuilds]
     first = sum(moment.macs for moment in units if moment.part == units[0].part)
-    others = [m.macs for m in units if m.part != units[0].part and m.step in ("conv", "island")]
+    others = [m.macs for m in units if m.part != units[0].part and m.phase is Phase.FORWARD]
     classifier = [moment.macs for moment in lines[-1].moments if moment.part == "head"]
     return first + 3 * sum(others) + sum(classifier)
 

@@ -157,7 +157,7 @@ def _stacks(plan):
             for kind in _KINDS:
                 stacked[kind].append(shown[kind])
             highs.append(high)
-            steps.append((f"{moment.step} of {_part(moment.part)}", module.index))
+            steps.append((f"{moment.kind} of {_part(moment.part)}", module.index))
     return stacked, highs, steps
 
 

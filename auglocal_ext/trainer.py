@@ -15,10 +15,10 @@ from torch.nn.modules.utils import _pair
 from . import _checks
 from .backbone import as_backbone
 from .memory import format_bytes, tensors_of
+from .module_nodes import programs
 from .ops.batch_norm_act import memory_format
 from .optim import make_optimizer, sgd
 from .plan import PRECISIONS, Planner, train_mode
-from .program import programs
 from .rules import as_rule, assert_apart, cut, local_heads
 from .watch import Watch
 
@@ -54,7 +54,7 @@ class LocalTrainer:
             result = trainer.step(images, labels)
 
     The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs programs made of its
-    modules (see `auglocal_ext.program`): hooks on parameters run; hooks on modules do not, but on what runs by
+    modules (see `auglocal_ext.engine.program`): hooks on parameters run; hooks on modules do not, but on what runs by
     autograd, and one warning names the first that does not. Gradient accumulation and clipping by the global norm are
     not possible: a module's gradients are gone before the next one's exist.
 
@@ -268,8 +268,8 @@ class LocalTrainer:
             keep = [module.keep for module in self.plan.modules] if planned else None
             self._programs = programs(self._backbone, self._cuts, heads, autocast, keep, self.recompute)
             self._programmed_modes = modes
-            called = [module for program in self._programs for module in program.called]
-            self._hooks_run = {part for module in called for part in module.modules()}
+            called = [island.call for program in self._programs for island in program.islands]
+            self._hooks_run = {part for call in called if isinstance(call, nn.Module) for part in call.modules()}
         if "hooks" not in self._said and (path := self._watch.hooked(self._hooks_run)):
             self._warn(
                 f"a hook on {path} does not run in a training step, nor does any other on a module that the step "

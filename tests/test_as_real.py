@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from auglocal_ext import LocalTrainer, models, plan
 from auglocal_ext._meta import meta_copy
-from auglocal_ext.as_real import RealLayouts
-from auglocal_ext.graph import Island
+from auglocal_ext.engine.as_real import RealLayouts
+from auglocal_ext.engine.nodes import Island
+from auglocal_ext.engine.nodes.island import _backward, _run
 from auglocal_ext.memory import LiveBytes
-from auglocal_ext.program import _island, _island_backward
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -139,11 +139,11 @@ def traces(module, x, autocast):
     node = Island("out", "part", ("x",), module, "it", tuple(module.parameters()))
     with torch.no_grad(), LiveBytes([x, *module.parameters(), *module.buffers()]) as live, RealLayouts():
         base = live.now
-        y, graph = _island(node, autocast, "cpu", [True], x)
+        y, graph = _run(node, autocast, "cpu", [True], x)
         found = [live.now - base, live.peak - base, y.dtype, y.stride()]
         gradient = torch.zeros_like(y)
         live.peak = live.now
-        made = _island_backward(graph, gradient, x)
+        made = _backward(graph, gradient, x)
         found.append(live.peak - base)
         del graph
         found.append(live.now - base)

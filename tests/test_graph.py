@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import models
-from auglocal_ext.graph import Conv, Head, Island, Loss, Norm, Pool, join, trace
+from auglocal_ext.engine.nodes import Conv, Head, Island, Loss, Norm, PooledNorm
+from auglocal_ext.engine.trace import join, trace
 
 
 def read(module, *inside):
@@ -113,7 +114,7 @@ def test_relu_modules_are_joined(relu):
 def test_the_stem(ceil_mode):
     pool = nn.MaxPool2d(3, 2, 1, ceil_mode=ceil_mode)
     nodes = read(nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(), pool))
-    assert kinds(nodes) == ["Conv", "Pool"] and nodes[1].pool is pool and nodes[1].source == nodes[0].out
+    assert kinds(nodes) == ["Conv", "PooledNorm"] and nodes[1].pool is pool and nodes[1].source == nodes[0].out
 
 
 def test_a_relu_with_two_readers_is_not_pooled():
@@ -385,7 +386,7 @@ class Scaled(nn.Linear):
 def test_what_is_no_head_ends_in_a_loss(units, head):
     nodes = joined([nn.Sequential(*units)], head)
     assert not any(isinstance(node, Head) for node in nodes)
-    assert isinstance(nodes[-1], Loss) and nodes[-1].source == nodes[-2].out and nodes[-1].out == "loss"
+    assert isinstance(nodes[-1], Loss) and nodes[-1].source == nodes[-2].out and nodes[-1].out == "cross-entropy"
 
 
 def test_a_chain_with_another_reader_is_not_taken_in():
@@ -398,6 +399,8 @@ def test_a_chain_with_another_reader_is_not_taken_in():
 
 
 def test_the_pool_of_a_chain_that_is_read_here():
-    """A Pool is no chain for a head to take in, though its BatchNorm is one."""
+    """A PooledNorm is no chain for a head to take in, though its BatchNorm is one."""
     nodes = joined([nn.Sequential(*STEM, nn.MaxPool2d(2))], tail())
-    assert kinds(nodes) == ["Conv", "Pool", "Island", "Island", "Island", "Loss"] and isinstance(nodes[1], Pool)
+    assert kinds(nodes) == ["Conv", "PooledNorm", "Island", "Island", "Island", "Loss"] and isinstance(
+        nodes[1], PooledNorm
+    )

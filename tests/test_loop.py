@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, loop, models, plan, train
+from auglocal_ext.engine.program import Program
 from auglocal_ext.optim import constant
-from auglocal_ext.program import Program
 
 
 def toy(batches=4, size=16, classes=3, seed=0):

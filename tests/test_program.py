@@ -15,9 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from auglocal_ext import models
 from auglocal_ext._meta import meta_copy
 from auglocal_ext.backbone import as_backbone
-from auglocal_ext.graph import join, trace
+from auglocal_ext.engine.program import Program, build
+from auglocal_ext.engine.schedule import LONGEST_REBUILD
+from auglocal_ext.engine.trace import join, trace
 from auglocal_ext.memory import LiveBytes
-from auglocal_ext.program import LONGEST_REBUILD, Program, build, programs
+from auglocal_ext.module_nodes import programs
 from auglocal_ext.rule import LocalHead
 from auglocal_ext.rules import as_rule, cut, local_heads
 from auglocal_ext.trainer import LocalModule
@@ -118,7 +120,7 @@ def compare_chain(model, images, labels, islands=(), **options):
         assert_equal(results, expected)
         assert all(p.grad.stride() == p.stride() for p in module.parameters())
         assert set(program.gradients.values()) == set(module.parameters())
-        assert set(program.islands) <= set(islands)
+        assert {island.what for island in program.islands} <= set(islands)
         x = results.get("features")
     assert x is None
 
@@ -145,7 +147,7 @@ def test_checkpoint_is_backpropagation_with_convolutions_run_again():
     compare_chain(models.resnet20(), images, labels, rule="checkpoint")
     ((program, _),) = cut_up(models.resnet20(), rule="checkpoint")
     convolutions = sum(isinstance(m, nn.Conv2d) for m in models.resnet20().modules())
-    again = sum(step.name == "recompute" for step in program.steps)
+    again = sum(step.kind == "recompute" for step in program.steps)
     assert convolutions // 2 <= again <= convolutions
 
 
@@ -218,8 +220,8 @@ def test_vggs_equal_autograd(torchvision, batch_norm, size, options, layout):
         expected = by_autograd(module, x, labels, program.features is None)
         results = by_program(program, module, x, labels)
         assert_equal(results, expected)
-        assert {what.split("(")[1][:-1] for what in program.islands} <= tail
-        assert sum("ReLU" in what for what in program.islands) <= 2
+        assert {island.what.split("(")[1][:-1] for island in program.islands} <= tail
+        assert sum("ReLU" in island.what for island in program.islands) <= 2
         x = results.get("features")
 
 
@@ -633,7 +635,7 @@ def test_odd_modules_in_bf16(name):
     x, labels = batch(32, 8, 8, torch.float32)
     theirs = by_autograd(module, x.clone(), labels, False, torch.bfloat16)
     ours = by_program(program, module, x, labels)
-    if "linear and loss" in [step.name for step in program.steps]:
+    if "linear and loss" in [step.kind for step in program.steps]:
         theirs["logits"] = theirs["logits"].float()
     for key, expected in theirs.items():
         assert getattr(ours[key], "dtype", None) == getattr(expected, "dtype", None), key
@@ -660,7 +662,7 @@ def test_on_meta_tensors_all_is_as_in_a_run(dtype):
                     bare.frees = ()
                     program.execute(bare, values)
                     tensors = [values[n] for n in step.writes if isinstance(values[n], torch.Tensor)]
-                    shapes.append((step.name, *((t.shape, t.dtype, t.stride()) for t in tensors)))
+                    shapes.append((step.kind, *((t.shape, t.dtype, t.stride()) for t in tensors)))
                     for value in frees:
                         del values[value]
             made.append(shapes)
@@ -707,7 +709,7 @@ def test_a_replaced_stem_and_classifier(torchvision):
         expected = by_autograd(module, x, labels, program.features is None)
         results = by_program(program, module, x, labels)
         assert_equal(results, expected)
-        islands += program.islands
+        islands += [island.what for island in program.islands]
         x = results.get("features")
     assert "0.2 (ReLU6)" in islands and "1 (Flatten)" in islands and "2.0 (Dropout)" in islands
     assert sum("LeakyReLU" in island for island in islands) == 2
@@ -744,12 +746,12 @@ def test_what_is_freed_is_freed_once_and_not_read_again():
         outputs = {program.features, program.logits, program.loss, *program.gradients} - {None}
         assert live - outputs == {program.input, program.labels} & live and live >= outputs
         assert program.input not in live, "the input is held to the end"
-        pinned = {name for step in program.steps if step.name == "island" for name in step.reads}
+        pinned = {name for step in program.steps if step.kind == "island" for name in step.reads}
         for step in program.steps:
-            assert step.name != "rebuild" or not pinned.issuperset(step.writes), (
+            assert step.kind != "rebuild" or not pinned.issuperset(step.writes), (
                 "an island's graph holds what is rebuilt"
             )
-            if step.name in ("data gradient", "add"):
+            if step.kind in ("data gradient", "add"):
                 assert not step.writes[0].startswith(f"{program.input}.grad "), "the input gets a gradient"
         assert program.labels not in live
         assert len(set(program.gradients.values())) == len(program.gradients)
@@ -757,10 +759,10 @@ def test_what_is_freed_is_freed_once_and_not_read_again():
 
 def test_between_forward_and_backward_only_convolutions_and_statistics_live():
     program, _ = cut_up(models.CifarResNet(3), depth=4, modules=2)[0]
-    live, turn = {program.input}, [step.name for step in program.steps].index("linear and loss") + 1
+    live, turn = {program.input}, [step.kind for step in program.steps].index("linear and loss") + 1
     for step in program.steps[:turn]:
         live = (live | set(step.writes)) - set(step.frees)
-    maps = {name for step in program.steps for name in step.writes if step.name == "conv"} | {program.input}
+    maps = {name for step in program.steps for name in step.writes if step.kind == "conv"} | {program.input}
     small = {name for name in live if name.endswith((".mean", ".var", ".gradient"))}
     assert maps <= live and live - maps - small == {program.loss, program.logits, *list(program.gradients)[:2]}
 
@@ -770,7 +772,7 @@ def test_no_rebuild_walks_further_than_it_may():
     for program, _ in (odd("long chain"), *cut_up(models.resnet110(), rule="bp")):
         run = longest = 0
         for step in program.steps:
-            run = run + 1 if step.name == "rebuild" else 0
+            run = run + 1 if step.kind == "rebuild" else 0
             longest = max(longest, run)
         assert 1 <= longest <= LONGEST_REBUILD + 1
 
@@ -793,7 +795,7 @@ def test_any_gap_may_be_kept_over(name):
     while program.gaps:  # what came for free with another's rebuild may have a gap of its own now
         keep = {*keep, *(gap.key for gap in program.gaps)}
         program, module = odd(name, keep=keep)
-    assert not any(step.name == "rebuild" for step in program.steps)
+    assert not any(step.kind == "rebuild" for step in program.steps)
     assert_equal(by_program(program, module, x, labels), expected)
 
 
@@ -807,7 +809,7 @@ def poisoning(step, values):
     """`Program.execute`, with all that is freed filled with NaN where nothing that lives shares its memory."""
     made = step.run(*[values[name][:3] if name.endswith(".graph") else values[name] for name in step.reads])
     values.update(zip(step.writes, [made] if len(step.writes) == 1 else made, strict=True))
-    if step.name == "island":  # its graph may hold its output
+    if step.kind == "island":  # its graph may hold its output
         values[step.writes[1]] = (*values[step.writes[1]], made[0])
     freed = [values.pop(name) for name in step.frees]
     shared = storages(list(values.values()))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import LocalTrainer, models, plan
-from auglocal_ext.tracing import Untraceable, symbolic_graph
+from auglocal_ext.engine.symbolic import Untraceable, symbolic_graph
 
 
 def in_threads(*runs):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import LocalTrainer, assert_isolated, models
+from auglocal_ext.engine.program import Program
 from auglocal_ext.memory import LiveBytes
-from auglocal_ext.program import Program
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 

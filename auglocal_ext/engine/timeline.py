@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..memory import LiveBytes, MultiplyAccumulates
 from .as_real import RealLayouts
-from .memory import LiveBytes, MultiplyAccumulates
+from .emit import Phase
 
 __all__ = ["Buffer", "Moment", "Timeline", "fill", "timeline"]
 
@@ -31,7 +32,9 @@ class Buffer:
 class Moment:
     """What one step does to memory, in bytes: lives before it, at its highest, and after its frees."""
 
-    step: str
+    kind: str
+    phase: Phase
+    rebuilds: bool
     part: str
     before: int
     high: int
@@ -67,8 +70,8 @@ class Timeline:
     @property
     def kept(self):
         """Bytes that the forward pass leaves for the backward."""
-        turn = next((i for i, moment in enumerate(self.moments) if "backward" in moment.step), len(self.moments) - 1)
-        return self.moments[turn].before
+        backward = (moment.before for moment in self.moments if moment.phase is Phase.BACKWARD)
+        return next(backward, self.moments[-1].before)
 
     @property
     def end(self):
@@ -82,7 +85,7 @@ class Timeline:
     @property
     def rebuild_share(self):
         """Share of the memory traffic that goes into rebuilding what was dropped."""
-        rebuilds = sum(moment.traffic for moment in self.moments if moment.step == "rebuild")
+        rebuilds = sum(moment.traffic for moment in self.moments if moment.rebuilds)
         return rebuilds / max(sum(moment.traffic for moment in self.moments), 1)
 
 
@@ -119,9 +122,7 @@ class _Walk:
         self.held = {}  # value -> its storage's key
         self.moments, self.buffers = [], []
         self.live = self.gradients = self.base = 0
-        self.turn = next(
-            (i for i, step in enumerate(program.steps) if "backward" in step.name), len(program.steps)
-        )  # the first step of the backward pass
+        self.turn = sum(step.phase is Phase.FORWARD for step in program.steps)  # the first step of the backward pass
         self.last_read = {}
         for index, step in enumerate(program.steps):
             for name in step.reads:
@@ -141,10 +142,7 @@ class _Walk:
         tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
-        if step.macs is None:
-            macs = called.count
-        else:
-            macs = step.macs(reads[0] if "gradient" in step.name else next(iter(tensors.values())))
+        macs = called.count if step.macs is None else step.macs(reads, made)
         del reads, made
         for name, tensor in tensors.items():
             self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)
@@ -156,7 +154,8 @@ class _Walk:
             self._free(name, index + 1)
             del values[name]
         self._settle(counted, index + 1, step.part)
-        self.moments.append(Moment(step.name, step.part, before, high, self.live, gradients, macs, traffic))
+        memory = before, high, self.live, gradients, macs, traffic
+        self.moments.append(Moment(step.kind, step.phase, step.rebuilds, step.part, *memory))
 
     def _settle(self, counted, index, part):
         """Opens or resizes the buffer of what only islands' graphs hold: the rest of what lives."""

@@ -1,0 +1,202 @@
+"""The steps of a local module in the order of its schedule, as if every value stayed; nodes emit their own."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Emit", "Phase", "Recipe", "Step"]
+
+
+class Phase(enum.Enum):
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass
+class Step:
+    """One instruction. run(*reads) -> the writes, one value or a tuple; in order."""
+
+    kind: str  # for people
+    phase: Phase
+    rebuilds: bool  # what was there already
+    part: str  # the unit or aux net it belongs to
+    run: Callable
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    # (values read, values written) -> multiply-accumulates. None: those of the operators that it calls.
+    macs: Callable | None = None
+    frees: tuple[str, ...] = ()  # values that nothing reads after it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a value that is dropped is made again: run(over, *reads), over telling which of the reads may be written
+    over. By a convolution: it then stays until its last reader."""
+
+    kind: str
+    part: str
+    run: Callable
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    macs: Callable | None
+    by_convolution: bool
+
+
+class Emit:
+    """What nodes emit their steps into; `Node.forward` and `Node.backward` are given it.
+
+    Args:
+        nodes: the module's, in the order of execution.
+        source: the name of the module's input.
+        features: the name of the value to hand on, or None.
+        autocast, recompute, device_type: see `program.build`.
+
+    Attributes:
+        steps: so far.
+        gradients: name of a gradient's value -> the parameter it is of.
+        recipes: name of a value that can be made again -> its Recipe.
+        pinned: names of such values that are never dropped, between their births and their last readers.
+        checkpoints: with recompute: what is kept, of all that can be made again.
+        constants: names of values that need no gradient: the input, and what has no parameters behind it.
+        readers: name -> how many nodes read the value.
+    """
+
+    def __init__(self, nodes, source, features, autocast, recompute, device_type):
+        self.steps, self.gradients, self.recipes = [], {}, {}
+        self.source, self.features = source, features
+        self.autocast, self.recompute, self.device_type = autocast, recompute, device_type
+        self.pinned, self.checkpoints, self.constants, self.readers = set(), set(), {source}, {}
+        self.losses = []  # names of the terms of the loss
+        self._one_loss = sum(node.is_a_loss for node in nodes) == 1
+        self.phase = Phase.FORWARD
+        self._gradient_of = {}  # a value -> the name of its gradient so far
+        self._named = self._given = 0
+        self._postponed = []  # (source, emitter of a data gradient)
+        self._layouts = {}  # a value that is dropped -> a stored one of its shape and layout
+        self._ours = {node.out for node in nodes if node.output_is_ours}
+        parts = {node.out: node.part for node in nodes}
+        for node in nodes:
+            if node.without_parameters and self.constants.issuperset(node.sources):
+                self.constants.add(node.out)
+            for name in node.sources:
+                self.readers[name] = self.readers.get(name, 0) + 1
+                leaves = node.keeps_its_source and node.part != parts.get(name) and name not in self._ours
+                if recompute and (self.readers[name] > 1 or leaves):
+                    self.checkpoints.add(name)
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def step(self, node, kind, run, reads, writes, macs=None):
+        """Adds a step; in the backward pass also what sums the gradients that it contributes."""
+        self.steps.append(Step(kind, self.phase, False, node.part, run, tuple(reads), tuple(writes), macs))
+        for name in writes:
+            value = name.rpartition(_GRADIENT)[0]
+            if not value or value in self.constants:
+                continue
+            if value in self._gradient_of:
+                total = self.give(value)
+                self.steps.append(
+                    Step(
+                        "add",
+                        self.phase,
+                        False,
+                        node.part,
+                        torch.Tensor.add_,
+                        (self._gradient_of[value], name),
+                        (total,),
+                    )
+                )
+                name = total
+            self._gradient_of[value] = name
+
+    def loss_name(self, name):
+        """The name for a term of the loss: the one given, but where it is the only term."""
+        self.losses.append("loss" if self._one_loss else name)
+        return self.losses[-1]
+
+    def begin_backward(self, last):
+        """After the last node's forward."""
+        if not self._one_loss:
+            self.step(last, "add", torch.add, self.losses, ["loss"])
+        self.phase = Phase.BACKWARD
+
+    def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False):
+        """Lets values be dropped and made again.
+
+        Args:
+            run: see `Recipe`.
+            like: the name of a value of the shape and layout of the first one, for where only those are needed.
+        """
+        recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution)
+        self.recipes.update(dict.fromkeys(writes, recipe))
+        if like is not None and writes[0] not in self.checkpoints:
+            self._layouts[writes[0]] = self._layouts.get(like, like)
+
+    def layout_of(self, value):
+        """The name of a value that is there and has this one's shape and layout."""
+        return self._layouts.get(value, value)
+
+    # ---- gradients -----------------------------------------------------------------------------------------------
+
+    def gradient_names(self, *parameters):
+        """A name for each parameter's gradient; none for None. What is frozen has one too where it comes with another,
+        which nothing reads."""
+        names = []
+        for parameter in parameters:
+            if parameter is not None:
+                names.append(f"gradient {self._named}")
+                self._named += 1
+                if parameter.requires_grad:
+                    self.gradients[names[-1]] = parameter
+        return names
+
+    def take(self, value):
+        """The name of a value's whole gradient, for its only reader."""
+        return self._gradient_of.pop(value)
+
+    def gradient_of(self, value):
+        """The same for a reader that is not the last one."""
+        return self._gradient_of[value]
+
+    def give(self, value):
+        """A name for one contribution to a value's gradient."""
+        self._given += 1
+        return f"{value}{_GRADIENT}{self._given}"
+
+    def owns(self, value):
+        """Whether the backward of the node that reads a value may write over it."""
+        return value in self._ours and self.readers[value] == 1 and value != self.features
+
+    def postpone(self, source, emit_data_gradient):
+        """A convolution's data gradient, until the weight gradients of all that read the same map are emitted: the map,
+        rebuilt for them, is then gone before a gradient of its size is born."""
+        self._postponed.append((source, emit_data_gradient))
+
+    def settle(self, node):
+        """Emits what was postponed, before the backward of a node that it does not wait for."""
+        waits = node is not None and node.data_gradient_waits
+        if not waits or any(source != node.sources[0] for source, _ in self._postponed):
+            postponed, self._postponed = self._postponed, []
+            for _, emit_data_gradient in postponed:
+                emit_data_gradient()
+
+    def sum_shared(self):
+        """Adds up the gradients of a parameter that several nodes use, each as soon as it is there."""
+        steps, first = [], {}  # first: parameter -> the name of its gradient
+        for step in self.steps:
+            steps.append(step)
+            for name in step.writes:
+                if name in self.gradients and first.setdefault(self.gradients[name], name) != name:
+                    total = first[self.gradients.pop(name)]
+                    steps.append(Step("add", step.phase, False, step.part, _sum, (total, name), (total,)))
+        self.steps = steps
+
+
+_GRADIENT = ".grad "
+
+
+def _sum(a, b):
+    """Of two gradients, written over the first; None: no gradient."""
+    return b if a is None else a if b is None else a.add_(b)

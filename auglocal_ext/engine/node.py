@@ -1,0 +1,121 @@
+"""What a node is: one value of a local module, how it is recognised, computed and differentiated.
+
+A kind of node is a subclass in a file of its own in `nodes`; `nodes.KINDS` lists those that tracing looks for.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.fx
+from torch import nn
+
+__all__ = ["At", "Node"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """Derive, and define `sources`, `plain`, `forward` and `backward`; where tracing shall find it also `match`.
+
+    out: the name of its value.
+    part: the unit or aux net it belongs to.
+    """
+
+    out: str
+    part: str
+
+    output_is_ours: ClassVar[bool] = False  # nobody but its readers knows its value: their backward may write over it
+    data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
+    keeps_its_source: ClassVar[bool] = True  # with recompute: what it reads of another part is a checkpoint
+    is_a_loss: ClassVar[bool] = False  # a term of the module's loss
+
+    @property
+    def sources(self):
+        """The names of the values it reads."""
+        raise NotImplementedError
+
+    @property
+    def without_parameters(self):
+        """Whether its value needs no gradient where none of its sources does."""
+        return False
+
+    @classmethod
+    def match(cls, at):
+        """(node, the last fx node that it takes in) where a node of this kind begins at `at`, an `At`; else None."""
+        return None
+
+    def plain(self, *values):
+        """What it computes, in plain torch and by what is known of the kind, not by its module's forward."""
+        raise NotImplementedError
+
+    def forward(self, emit):
+        """Emits its steps of the forward pass; emit: `Emit`."""
+        raise NotImplementedError
+
+    def backward(self, emit):
+        """Emits its steps of the backward pass: takes the gradient of `out`, gives its sources theirs."""
+        raise NotImplementedError
+
+    @classmethod
+    def samples(cls):
+        """Small modules of maps (N, 4, H, W) that have such a node: what the test of all kinds runs."""
+        return ()
+
+
+@dataclass(frozen=True)
+class At:
+    """A place in an fx graph, where a node may begin.
+
+    node: the fx node.
+    modules: path -> module, of the traced root.
+    values: fx node -> the name of its value, of all that was computed before.
+    out, part: of the Node to be made.
+    """
+
+    node: torch.fx.Node
+    modules: dict
+    values: dict
+    out: str
+    part: str
+
+    def module(self, node=None):
+        """The module that an fx node calls, this place's if none is given; None: it calls none."""
+        node = node or self.node
+        return self.modules.get(node.target) if node.op == "call_module" else None
+
+    def calls(self, kind, node=None):
+        """The module of an fx node if it `computes` what a kind of module does, and is given one value alone."""
+        node = node or self.node
+        module = self.module(node)
+        alone = len(node.all_input_nodes) == 1 and len(node.args) == 1 and not node.kwargs
+        return module if module is not None and computes(module, kind) and alone else None
+
+    def source(self, node=None):
+        """The name of the value that an fx node of one input reads."""
+        return self.values[(node or self.node).all_input_nodes[0]]
+
+    @staticmethod
+    def only_reader(node):
+        """The one fx node that reads another one's value, or None: there are several."""
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+# What the kinds of modules that are known by heart run, as torch defines it.
+_FORWARDS = {
+    kind: {name: getattr(kind, name) for name in ("forward", "_conv_forward", "__call__") if hasattr(kind, name)}
+    for kind in (
+        nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.Linear, nn.MaxPool2d, nn.ReLU
+    )
+}  # fmt: skip
+
+
+def computes(module, kind):
+    """Whether a module is of this very kind and computes what torch's class does: it is no subclass, and nobody has put
+    another forward on the object or on the class."""
+    return type(module) is kind and all(
+        name not in vars(module) and getattr(kind, name) is function for name, function in _FORWARDS[kind].items()
+    )
+
+
+def has_own_weight(module):
+    """False where a hook computes weight or bias from other parameters: torch.nn.utils.spectral_norm, for instance."""
+    return isinstance(module.weight, nn.Parameter) and isinstance(module.bias, nn.Parameter | None)

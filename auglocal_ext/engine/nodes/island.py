@@ -1,0 +1,140 @@
+"""Island: what no other kind describes, differentiated by autograd within the program."""
+
+import contextlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from ..as_real import MetaAutocast
+from ..node import Node
+from ..tensors import as_gradient, dense
+
+__all__ = ["Island"]
+
+
+@dataclass(frozen=True)
+class Island(Node):
+    """out = call(*sources)"""
+
+    sources: tuple[str, ...] = ()
+    call: Callable = None
+    what: str = ""  # for people: the name and kind of what runs
+    parameters: tuple[nn.Parameter, ...] = ()
+    may_write: bool = False  # whether the call may write over what it is given
+
+    @property
+    def trained(self):
+        """The parameters that are not frozen."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    @property
+    def without_parameters(self):
+        return not self.trained
+
+    @classmethod
+    def match(cls, at):
+        node, module = at.node, at.module()
+        tensors = list(node.all_input_nodes)
+        if module is not None and len(tensors) == 1 and node.args == (tensors[0],) and not node.kwargs:
+            call, what = module, f"{node.target.partition('.')[2] or at.part} ({type(module).__name__})"
+        else:
+            function = node.target if module is None else module
+            what = f"{at.part}: {getattr(node.target, '__name__', node.target)}"
+
+            def call(*given):
+                at = dict(zip(tensors, given, strict=True))
+                args = torch.fx.map_arg(node.args, at.__getitem__)
+                kwargs = torch.fx.map_arg(node.kwargs, at.__getitem__)
+                if node.op == "call_method":
+                    return getattr(args[0], node.target)(*args[1:], **kwargs)
+                return function(*args, **kwargs)
+
+        parameters = () if module is None else tuple(module.parameters())
+        sources = tuple(at.values[argument] for argument in tensors)
+        return cls(at.out, at.part, sources, call, what, parameters, _may_write(node, module)), node
+
+    @classmethod
+    def of_module(cls, module, part, source):
+        """One island of a whole module, which runs as it is."""
+        what, parameters = f"{part} ({type(module).__name__})", tuple(module.parameters())
+        return cls(f"{part}/whole", part, (source,), module, what, parameters, _may_write(None, module))
+
+    def plain(self, *values):
+        # What may write over what it is given gets copies, as in a step.
+        return self.call(*(value.clone() for value in values) if self.may_write else values)
+
+    def forward(self, emit):
+        emit.pinned.update(self.sources)
+        wanted = [name not in emit.constants for name in self.sources]
+        run = partial(_run, self, emit.autocast, emit.device_type, wanted)
+        emit.step(self, "island", run, self.sources, [self.out, f"{self.out}.graph"])
+
+    def backward(self, emit):
+        if self.out in emit.constants:
+            return
+        reads = [f"{self.out}.graph", emit.take(self.out), *self.sources]
+        gives = [emit.give(name) for name in self.sources if name not in emit.constants]
+        emit.step(self, "island backward", _backward, reads, [*gives, *emit.gradient_names(*self.trained)])
+
+    @classmethod
+    def samples(cls):
+        return (
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ELU(inplace=True), nn.Conv2d(4, 4, 1)),
+            nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), nn.Dropout(0.0), nn.AvgPool2d(2)),
+            nn.Sequential(nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+        )
+
+
+def _may_write(node, module):
+    """Whether what runs may write over its input: in-place modules, and what torch did not define."""
+    if module is None:
+        known = node.target in (operator.add, torch.add, F.relu, torch.relu)
+        return not known or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    own = (type(part).__module__.startswith("torch.nn.") for part in module.modules())
+    return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
+
+
+def _run(node, autocast, device_type, wanted, *sources):
+    given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
+    if autocast is None or given[0].dtype == torch.float64:  # which autocast leaves alone
+        lowered = contextlib.nullcontext()
+    elif given[0].is_meta:
+        lowered = MetaAutocast(autocast, device_type)
+    else:
+        lowered = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
+    with torch.enable_grad(), lowered:
+        out = node.plain(*given)
+    return dense(out.detach()), _graph(out, given, node)
+
+
+def _graph(out, given, node):
+    """What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go."""
+    with torch.enable_grad():
+        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None  # the view: out may be a given leaf
+    return edge, [x for x in given if x.requires_grad], node.trained
+
+
+def _backward(graph, grad, *_sources):
+    edge, given, parameters = graph
+    wanted = [*given, *parameters]
+    found = [None] * len(wanted) if edge is None else torch.autograd.grad(edge, wanted, grad, allow_unused=True)
+    # Autograd may hand out one tensor twice, for both sides of an add. Here gradients are written over: each gets
+    # memory of its own.
+    gradients, taken = [], set()
+    for x, gradient in zip(wanted, found, strict=True):
+        if gradient is not None:
+            gradient = as_gradient(gradient, x)
+            gradient = gradient.clone() if gradient.untyped_storage()._cdata in taken else gradient
+            taken.add(gradient.untyped_storage()._cdata)
+        gradients.append(gradient)
+    for index, x in enumerate(given):
+        if gradients[index] is None:
+            gradients[index] = torch.zeros_like(x)
+    return gradients[0] if len(gradients) == 1 else gradients

@@ -1,0 +1,55 @@
+"""Loss: a term of the module's loss, differentiated by autograd in its prediction alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ..node import Node
+from ..tensors import dense
+
+__all__ = ["CROSS_ENTROPY", "Loss", "cross_entropy"]
+
+CROSS_ENTROPY = "cross-entropy"
+
+
+@dataclass(frozen=True)
+class Loss(Node):
+    """weight x function(source, labels[, images]); out: its name, where the loss has several terms."""
+
+    source: str
+    weight: float
+    function: Callable
+    given: tuple[str, ...] = ("labels", "images")
+
+    is_a_loss = True
+
+    @property
+    def sources(self):
+        return (self.source,)
+
+    def plain(self, prediction, *given):
+        return self.weight * self.function(prediction, *given)
+
+    def forward(self, emit):
+        writes = [emit.loss_name(self.out), emit.give(self.source)]
+        run = partial(_run, self.function, self.weight)
+        emit.step(self, "loss", run, [self.source, *self.given], writes)
+
+    def backward(self, emit):
+        """The gradient is there with the loss."""
+
+
+def cross_entropy(part, logits, weight=1.0):
+    """The cross-entropy of logits that an island computed."""
+    return Loss(CROSS_ENTROPY, part, logits, weight, F.cross_entropy, ("labels",))
+
+
+def _run(function, weight, prediction, *given):
+    with torch.enable_grad():
+        leaf = prediction.detach().requires_grad_()
+        value = weight * function(leaf if leaf.dtype == torch.float64 else leaf.float(), *given)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), dense(gradient)

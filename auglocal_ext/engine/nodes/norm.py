@@ -1,0 +1,174 @@
+"""Norm: BatchNorm in training mode with what is elementwise behind it, a residual and a ReLU."""
+
+import operator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..node import Node, computes, has_own_weight
+from ..tensors import like
+from .relu import is_relu
+
+__all__ = ["Norm", "affine", "batch_statistics", "is_plain_norm", "plain_batch_norm", "statistics"]
+
+_ops = torch.ops.auglocal_ext
+
+
+@dataclass(frozen=True)
+class Norm(Node):
+    """out = [relu](bn(source) [+ residual]), bn in training mode.
+
+    Keeps the source and the statistics of the batch. The output is dropped after its last reader, and rebuilt where the
+    backward needs it; the backward writes over the incoming gradient, with a residual also over the source.
+    """
+
+    source: str
+    bn: nn.BatchNorm2d
+    relu: bool
+    residual: str | None = None
+
+    @property
+    def sources(self):
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+    @classmethod
+    def match(cls, at):
+        bn = at.module()
+        if not is_plain_norm(bn, nn.BatchNorm2d) or at.node.kwargs:
+            return None
+        source, reader = at.values[at.node.args[0]], at.only_reader(at.node)
+        if reader is not None and _is_add(reader):
+            others = [argument for argument in reader.args if argument is not at.node]
+            relu = at.only_reader(reader)
+            # Without a ReLU behind it an add keeps nothing. The other side must have been computed by then.
+            if len(others) == 1 and others[0] in at.values and relu is not None and is_relu(relu, at):
+                return cls(at.out, at.part, source, bn, True, at.values[others[0]]), relu
+        if reader is not None and is_relu(reader, at):
+            return cls(at.out, at.part, source, bn, True), reader
+        return cls(at.out, at.part, source, bn, False), at.node
+
+    def plain(self, x, residual=None):
+        y = plain_batch_norm(self.bn, x)
+        y = y if residual is None else y + residual
+        return F.relu(y) if self.relu else y
+
+    def forward(self, emit):
+        of_batch = statistics(self)
+        emit.step(self, "norm", partial(_norm, self.bn, self.relu), self.sources, [self.out, *of_batch])
+        reads = [self.source, *of_batch, *self.sources[1:]]
+        emit.derive(self, "rebuild", partial(_rebuild, self.bn, self.relu), reads, [self.out], like=self.source)
+
+    def backward(self, emit):
+        reads = [emit.take(self.out), self.source, *statistics(self)]
+        parameters, gives = emit.gradient_names(self.bn.weight, self.bn.bias), [emit.give(self.source)]
+        if self.residual is not None:
+            run, reads = partial(_residual_backward, self.bn, emit.owns(self.source)), [*reads, self.out]
+            gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
+        else:
+            run = partial(_backward, self.bn, self.relu)
+            reads += [self.out] if self.out == emit.features else []
+        emit.step(self, "norm backward", run, reads, [*gives, *parameters])
+
+    @classmethod
+    def samples(cls):
+        return (
+            nn.BatchNorm2d(4),
+            nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+            nn.Sequential(nn.BatchNorm2d(4, eps=0.1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
+            _Residual(),
+        )
+
+
+class _Residual(nn.Module):
+    """A block with a shortcut, for `samples`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)) + x)
+
+
+def is_plain_norm(bn, kind):
+    return (
+        computes(bn, kind)
+        and bn.affine
+        and bn.training
+        and bn.track_running_stats
+        and bn.running_mean is not None
+        and bn.running_var is not None
+        and has_own_weight(bn)
+        and bn.weight.is_contiguous()
+        and bn.bias is not None
+        and bn.bias.is_contiguous()
+    )
+
+
+def plain_batch_norm(bn, x):
+    momentum = 1.0 if bn.momentum is None else bn.momentum  # None: by a count, which moves statistics alone
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, momentum, bn.eps)
+
+
+def statistics(node):
+    """The names of a node's mean and variance of the batch."""
+    return [f"{node.out}.mean", f"{node.out}.var"]
+
+
+def affine(bn):
+    return bn.weight, bn.bias
+
+
+def batch_statistics(bn, x):
+    """(mean, variance) of the batch, by which the running ones are updated."""
+    mean, var = _ops.batch_norm_statistics(x)
+    _update_running_statistics(bn, mean, var, x)
+    return mean, var
+
+
+def _is_add(node):
+    return (
+        node.op == "call_function"
+        and node.target in (operator.add, operator.iadd, torch.add)
+        and len(node.args) == 2
+        and not node.kwargs
+    )
+
+
+def _norm(bn, relu, x, residual=None):
+    residual = None if residual is None else like(residual, x)
+    y, mean, var = _ops.batch_norm_act(x, *affine(bn), residual, bn.eps, relu)
+    _update_running_statistics(bn, mean, var, x)
+    return y, mean, var
+
+
+def _rebuild(bn, relu, over, x, mean, var, residual=None):
+    if residual is not None:
+        residual = like(residual, x)
+    out = next((read for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
+    out = torch.empty_like(x) if out is None else out
+    _ops.batch_norm_act_apply_out(x, *affine(bn), mean, var, residual, bn.eps, relu, out)
+    return out
+
+
+def _backward(bn, relu, grad, x, mean, var, _output=None):
+    dx = like(grad, x)
+    return dx, *_ops.batch_norm_act_backward_out(dx, x, *affine(bn), mean, var, None, bn.eps, relu, dx, None)
+
+
+def _residual_backward(bn, over, grad, x, mean, var, y):
+    dresidual, dx = like(grad, x), x if over else torch.empty_like(x)
+    given = (dresidual, x, *affine(bn), mean, var, like(y, x), bn.eps, True, dx, dresidual)
+    return dx, dresidual, *_ops.batch_norm_act_backward_out(*given)
+
+
+def _update_running_statistics(bn, mean, var, x):
+    bn.num_batches_tracked += 1
+    dtype, count = bn.running_mean.dtype, x.numel() // x.shape[1]
+    # momentum None: the cumulative average
+    momentum = 1 / bn.num_batches_tracked.to(dtype) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean.to(dtype), momentum)
+    bn.running_var.lerp_((var * (count / (count - 1))).to(dtype), momentum)

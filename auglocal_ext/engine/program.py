@@ -1,0 +1,136 @@
+"""A local module's training step as a straight-line program: forward, loss, backward, rebuilds and frees in one list.
+
+Running the step, predicting its memory and drawing it are three readings of that list (`Program.run`, and `timeline`).
+
+The schedule. Of the forward pass only convolution outputs, batch statistics and the module's input are kept; the output
+of a ReLU that follows a convolution in the convolution's place; of a max-pool its output and a byte each. What is
+elementwise in them, every activation and block output, is dropped after its last forward reader, and rebuilt where the
+backward needs it. A backward takes the weight gradient first and the data gradient second, so that the rebuilt
+activation is gone before the data gradient is born; BatchNorm's backward writes over the incoming gradient or over its
+own input; the module's input gets no gradient; the head's feature-map gradient is an (N, C) matrix. The module's
+output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
+
+With `recompute`, convolution outputs are dropped too and made by running the convolution again, and what is kept is
+what more than one node or the next unit reads, the units' inputs: gradient checkpointing of every unit, BatchNorm's
+statistics taken once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .emit import Emit, Step
+from .nodes import Head, Island
+from .schedule import Gap, add_frees, block_outputs_to_keep, with_rebuilds
+from .tensors import dense
+
+__all__ = ["Program", "build"]
+
+
+@dataclass
+class Program:
+    """The steps of one local module.
+
+    Attributes:
+        input, labels, images, features, logits, loss: names of values; features is None for the last module.
+        gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
+            an island has a parameter that it does not use.
+        islands: what runs by autograd.
+        gaps: where the schedule drops and rebuilds, for `build`'s `keep`.
+    """
+
+    steps: list[Step]
+    input: str
+    features: str | None
+    logits: str
+    gradients: dict[str, nn.Parameter]
+    islands: list[Island]
+    gaps: list[Gap]
+    loss: str = "loss"
+    labels: str = "labels"
+    images: str = "images"
+
+    def __post_init__(self):
+        self._by_autograd = {parameter for island in self.islands for parameter in island.parameters}
+
+    @torch.no_grad()
+    def run(self, inputs, labels, images=None):
+        """Forward and backward; leaves the gradients in the parameters.
+
+        Args:
+            inputs: a list that holds the module's input alone. It is emptied, so that the input can go as soon as
+                nothing needs it.
+            labels: (N,), int64.
+            images: the step's, for an extra loss that looks at them.
+
+        Returns:
+            (features or None, logits, loss)
+        """
+        values = {self.images: images, self.input: dense(inputs.pop()), self.labels: labels}
+        try:
+            # An autocast of the caller's would change the dtype of what the steps make.
+            device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta
+            with torch.autocast(device, enabled=False):
+                for step in self.steps:
+                    self.execute(step, values)
+            for name, parameter in self.gradients.items():
+                _leave(parameter, values.pop(name), parameter in self._by_autograd)
+            return values.get(self.features), values[self.logits], values[self.loss]
+        finally:
+            values.clear()  # a traceback would keep them
+
+    @staticmethod
+    def execute(step, values):
+        """Runs one step on the values that live."""
+        made = step.run(*[values[name] for name in step.reads])
+        if len(step.writes) == 1:
+            values[step.writes[0]] = made
+        else:
+            values.update(zip(step.writes, made, strict=True))
+        for name in step.frees:
+            del values[name]
+
+
+def _leave(parameter, gradient, by_autograd):
+    """Puts a gradient into its parameter, and calls the parameter's hooks as autograd's own backward does; those on the
+    gradient not again where autograd has computed it."""
+    if gradient is not None and parameter._backward_hooks and not by_autograd:
+        for hook in tuple(parameter._backward_hooks.values()):
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
+    parameter.grad = gradient
+    if gradient is not None and parameter._post_accumulate_grad_hooks:
+        for hook in tuple(parameter._post_accumulate_grad_hooks.values()):
+            hook(parameter)
+
+
+def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False, device_type="cpu"):
+    """The program of one local module.
+
+    Args:
+        nodes: from `trace.join`.
+        source: the name of the module's input.
+        features: the name of the value to hand on, or None.
+        autocast: None, or the dtype that features have beside parameters of float32.
+        keep: keys of gaps not to drop a value over.
+        stay: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
+        recompute: drop convolution outputs too, and run the convolutions again.
+        device_type: of the real step, where the program is walked on the meta device.
+    """
+    emit = Emit(nodes, source, features, autocast, recompute, device_type)
+    for node in nodes:
+        node.forward(emit)
+    emit.begin_backward(nodes[-1])
+    for node in reversed(nodes):
+        emit.settle(node)
+        node.backward(emit)
+    emit.sum_shared()
+    if stay is None:
+        stay = set() if recompute else block_outputs_to_keep(emit)
+    steps, gaps = with_rebuilds(emit, keep, stay)
+    logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
+    kept = {features, logits, "loss", *emit.gradients} - {None}
+    add_frees(steps, {source, "labels", "images"}, kept)
+    islands = [node for node in nodes if isinstance(node, Island)]
+    return Program(steps, source, features, logits, emit.gradients, islands, gaps)

@@ -1,0 +1,105 @@
+"""When values are dropped, rebuilt and freed: from the steps as if all stayed to the steps that run."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from .emit import Phase, Step
+
+__all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_keep", "with_rebuilds"]
+
+# How many elementwise passes a rebuild may walk before a block output on its way is kept instead.
+LONGEST_REBUILD = 6
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A value that is dropped after step `start` and rebuilt by the steps from `end` on."""
+
+    name: str
+    reader: int  # which step of the schedule without rebuilds it is rebuilt for; with the name, the gap's identity
+    start: int
+    end: int
+
+    @property
+    def key(self):
+        return self.name, self.reader
+
+
+def with_rebuilds(emit, keep, stay):
+    """The steps with each value that can be made again dropped after its last forward reader, and rebuilt where it is
+    read and not there; and the gaps between.
+
+    Args:
+        emit: `Emit`, after the last node's backward.
+        keep: keys of gaps not to drop a value over.
+        stay: names of values that are never dropped.
+    """
+    steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: of what can be made again
+    stay = emit.pinned | emit.checkpoints | stay
+    reads_of = {name: [] for name in emit.recipes}
+    for index, step in enumerate(emit.steps):
+        for name in step.reads:
+            if name in reads_of:
+                reads_of[name].append(index)
+
+    def rebuild(name, reader):
+        recipe = emit.recipes[name]
+        missing = [read for read in recipe.reads if read in emit.recipes and read not in live]
+        for read in missing:
+            if read not in live:
+                rebuild(read, reader)
+        # Made for this rebuild alone: it may write there. A convolution's output stays, once it is there again.
+        over = {read for read in missing if read not in reader.reads and not emit.recipes[read].by_convolution}
+        live.difference_update(over)
+        live.update(recipe.writes)
+        run = partial(recipe.run, [read in over for read in recipe.reads])
+        made = reader.phase, True, reader.part, run, recipe.reads, recipe.writes, recipe.macs
+        steps.append(Step(recipe.kind, *made))
+
+    def stays(name, index):
+        later = next((at for at in reads_of[name] if at > index), None)
+        if later is None:
+            return name == emit.features
+        again = emit.recipes[name].by_convolution and emit.steps[index].phase is Phase.BACKWARD
+        in_forward = emit.steps[later].phase is Phase.FORWARD
+        return in_forward or later == index + 1 or name in stay or again or (name, later) in keep
+
+    for index, step in enumerate(emit.steps):
+        for name in step.reads:
+            if name in emit.recipes and name not in live:
+                gaps.append(Gap(name, index, dropped[name], len(steps)))
+                rebuild(name, step)
+        steps.append(step)
+        live.update(name for name in step.writes if name in emit.recipes)
+        gone = {name for name in live if not stays(name, index)}
+        dropped.update(dict.fromkeys(gone, len(steps) - 1))
+        live -= gone
+    return steps, gaps
+
+
+def block_outputs_to_keep(emit):
+    """Names of values that are kept after all, so that no rebuild walks further than LONGEST_REBUILD. The count starts
+    anew behind the features that are handed on, so that a head does not depend on what is before them."""
+    kept, length = set(), {}
+    for name, recipe in emit.recipes.items():
+        walked = [length[read] for read in recipe.reads if read in emit.recipes and read not in kept]
+        length[name] = 1 + max(walked, default=0)
+        if name == emit.features:
+            length[name] = 0
+        elif length[name] > LONGEST_REBUILD:
+            kept.add(name)
+    return kept
+
+
+def add_frees(steps, given, outputs):
+    """Frees each value after the last step that reads it before it is written again, if it ever is.
+
+    given, outputs: names of what is there before, and of what is to be there after.
+    """
+    needed = set(outputs)
+    for step in reversed(steps):
+        touched = dict.fromkeys((*step.reads, *step.writes))
+        step.frees = tuple(name for name in touched if name not in needed)
+        needed.difference_update(step.writes)
+        needed.update(step.reads)
+    assert needed <= given, f"read before written: {needed - given}"

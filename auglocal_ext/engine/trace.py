@@ -1,0 +1,128 @@
+"""A module as a short list of nodes, in the order in which a step runs them.
+
+The nodes hold the module's own submodules, so running them trains the module; the module itself is left as it was.
+Nothing here runs: `program` makes a training step of such a list.
+"""
+
+import itertools
+from dataclasses import replace
+
+from torch import nn
+
+from .node import At
+from .nodes import KINDS, Conv, Island, MaxPool, Relu
+from .nodes.head import take_in_head
+from .nodes.loss import cross_entropy
+from .symbolic import Untraceable, symbolic_graph
+
+__all__ = ["Reader", "join", "trace"]
+
+
+def trace(module, inside, part, source="x"):
+    """The nodes of one part of a network, in the order in which a step runs them.
+
+    Args:
+        module: what to read, of one input and one output.
+        inside: module types whose forward is looked into, besides nn.Sequential. Forward hooks on these, and on the
+            modules that nodes hold, do not run.
+        part: its name, the beginning of its values' names.
+        source: the name of its input.
+
+    Returns:
+        (nodes, out): list of Node in the order of execution, and the name of the part's output.
+    """
+    return Reader().trace(module, inside, part, source)
+
+
+class Reader:
+    """Reads parts of networks, each once, for as long as their modules stay as they are."""
+
+    def __init__(self):
+        self._known = {}
+
+    def trace(self, module, inside, part, source="x"):
+        """See `trace`."""
+        nodes, out = self.read(module, inside, part, source)
+        return _beside(_pools_first(nodes)), out
+
+    def read(self, module, inside, part, source="x"):
+        """As `trace`, in the order in which the module's own forward runs them."""
+        key = id(module), part, source
+        if key not in self._known:
+            self._known[key] = module, *_read(module, inside, part, source)
+        return self._known[key][1:]
+
+
+def _read(module, inside, part, source):
+    root = nn.Sequential(module)
+    try:
+        graph = symbolic_graph(root, {nn.Sequential, *inside})
+    except Untraceable:
+        whole = Island.of_module(module, part, source)
+        return [whole], whole.out
+    modules, values, nodes, done = dict(root.named_modules()), {}, [], set()
+    for fx_node in graph.nodes:
+        if fx_node.op == "placeholder":
+            values[fx_node] = source
+        elif fx_node.op == "output":
+            return nodes, values[fx_node.args[0]]
+        elif fx_node not in done:
+            at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
+            node, last = next(found for kind in KINDS if (found := kind.match(at)))
+            done.update(_chain(fx_node, last))
+            values[last] = node.out
+            nodes.append(node)
+
+
+def _chain(first, last):
+    """The fx nodes from first to last, each the only reader of the one before."""
+    chain = [first]
+    while chain[-1] is not last:
+        chain.append(At.only_reader(chain[-1]))
+    return chain
+
+
+def join(units, head, features, weight=1.0):
+    """The nodes of a local module from its units' and its head's, with a loss at the end: one Head that takes in the
+    last BatchNorm chain where that is how it ends and nothing else reads the chain, else the loss of the logits.
+
+    Args:
+        units, head: lists of Node in the order of execution. The head's output is the logits.
+        features: the name of the value that is handed on to the next module, or None.
+        weight: of the loss.
+    """
+    nodes, last = [*units, *head], head[-1]
+    return take_in_head(nodes, features, weight) or [*nodes, cross_entropy(last.part, last.out, weight)]
+
+
+# ---- orders in which less is kept, of the same values ---------------------------------------------------------------
+
+
+def _pools_first(nodes):
+    """The nodes with each max-pool that alone reads a Relu before it: of the two only the small map has to be kept."""
+    ordered = list(nodes)
+    readers = [source for node in nodes for source in node.sources]
+    for i, (relu, pool) in enumerate(itertools.pairwise(nodes)):
+        if (
+            isinstance(relu, Relu)
+            and isinstance(pool, MaxPool)
+            and pool.source == relu.out
+            and readers.count(relu.out) == 1
+        ):
+            ordered[i] = replace(pool, source=relu.source, out=relu.out)
+            ordered[i + 1] = replace(relu, source=relu.out, out=pool.out)
+    return ordered
+
+
+def _beside(nodes):
+    """The nodes with each convolution moved up beside the first one that reads the same map: the map can go after
+    both, and their weight gradients share one rebuild of it."""
+    ordered = []
+    for node in nodes:
+        if isinstance(node, Conv):
+            same = [i for i, other in enumerate(ordered) if isinstance(other, Conv) and other.source == node.source]
+            if same:
+                ordered.insert(same[-1] + 1, node)
+                continue
+        ordered.append(node)
+    return ordered

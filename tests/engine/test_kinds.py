@@ -1,0 +1,181 @@
+"""Every kind of node, by its own samples: gradients of autograd, bytes of a real run, rebuilds to the bit, any gap kept,
+nothing left alive behind an error. A kind gets all of it by being listed in `engine.nodes.KINDS`."""
+
+import copy
+import gc
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auglocal_ext._meta import meta_copy
+from auglocal_ext.engine.nodes import KINDS, Head, Loss
+from auglocal_ext.engine.program import build
+from auglocal_ext.engine.timeline import timeline
+from auglocal_ext.engine.trace import join, trace
+from auglocal_ext.memory import LiveBytes, tensors_of
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+CASES = [(kind, index) for kind in KINDS for index in range(len(kind.samples()))]
+
+
+class Block(nn.Module):
+    """A sample between two convolutions, so that it has a gradient to take and one to give, and a head behind it."""
+
+    def __init__(self, sample, alone):
+        super().__init__()
+        before = nn.Identity() if alone else nn.Conv2d(4, 4, 3, padding=1)
+        self.body = nn.Sequential(before, copy.deepcopy(sample))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.LazyLinear(5))
+        self.head(self.body(torch.zeros(2, 4, 7, 6)))
+
+    def forward(self, x):
+        features = self.body(x)
+        return features, self.head(features)
+
+
+def looked_into(block):
+    """The types of the samples' own blocks."""
+    return {type(part) for part in block.modules() if type(part).__module__.startswith("auglocal_ext.engine")}
+
+
+def program_of(block, features=True, **options):
+    nodes, out = trace(block.body, looked_into(block), "body", "images")
+    head, _ = trace(block.head, set(), "head", out)
+    handed_on = out if features else None
+    return build(join(nodes, head, handed_on), "images", handed_on, **options), nodes
+
+
+def batch(layout=torch.contiguous_format, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 4, 7, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return images.contiguous(memory_format=layout), torch.tensor([0, 4, 2])
+
+
+def run(program, block, images, labels):
+    """Loss, logits, features, gradients and statistics of a run, by name."""
+    block.zero_grad()
+    features, logits, loss = program.run([images], labels, images)
+    found = {"loss": loss, "logits": logits} | ({} if features is None else {"features": features})
+    found |= {name: p.grad for name, p in block.named_parameters()}
+    return found | {name: b.clone() for name, b in block.named_buffers()}
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def case(request):
+    kind, index = request.param
+    torch.manual_seed(0)
+    return kind, kind.samples()[index]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+def test_values_and_gradients_are_autograds(case, layout, alone, options):
+    kind, sample = case
+    block = Block(sample, alone).double()
+    own = copy.deepcopy(block)
+    images, labels = batch(layout)
+    program, nodes = program_of(block, **options)
+    assert any(type(node) is kind for node in nodes)
+    features, logits = own(images.clone())
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    expected = {"loss": loss, "logits": logits, "features": features} | {n: p.grad for n, p in own.named_parameters()}
+    expected |= dict(own.named_buffers())
+    given = images.clone()
+    found = run(program, block, images, labels)
+    assert torch.equal(images, given) and found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_what_it_computes_plainly_is_what_its_module_computes(case):
+    _, sample = case
+    block = Block(sample, False).double()
+    own, (images, _) = copy.deepcopy(block), batch()
+    nodes, out = trace(block.body, looked_into(block), "body", "x")
+    values = {"x": images}
+    for node in nodes:
+        values[node.out] = node.plain(*(values[name] for name in node.sources))
+    torch.testing.assert_close(values[out], own.body(images.clone()), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("alone", [False, True])
+def test_bytes_without_data_are_those_of_a_run(case, layout, autocast, alone):
+    _, sample = case
+    block = Block(sample, alone)
+    images, labels = batch(layout, torch.float32)
+    without = meta_copy(block)
+    walked, _ = program_of(without, autocast=autocast)
+    x = torch.empty_like(images, device="meta")
+    line, _ = timeline(walked, x, labels.to("meta"), tensors_of(without), count_input=False, images=x)
+    program, _ = program_of(block, autocast=autocast)
+    assert [step.kind for step in program.steps] == [step.kind for step in walked.steps]
+    with torch.no_grad(), LiveBytes([images, labels, *tensors_of(block)]) as live:
+        base = live.now
+        kept = program.run([images], labels, images)
+        assert live.peak - base == line.peak
+    del kept
+
+
+def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):
+    _, sample = case
+    block = Block(sample, False)
+    images, labels = batch(dtype=torch.float32)
+    state = copy.deepcopy(block.state_dict())
+    program, _ = program_of(block, stay=set())
+    expected = run(program, block, images, labels)
+    values = {"images": images, "labels": labels}
+    made = {}
+    block.load_state_dict(state)
+    with torch.no_grad():
+        for step in program.steps:
+            program.execute(step, values)
+            for name in step.writes:
+                value = values.get(name)
+                if step.rebuilds:
+                    assert torch.equal(value, made[name]), name
+                elif isinstance(value, torch.Tensor):
+                    made[name] = value.clone()
+    keys = [gap.key for gap in program.gaps]
+    for count in range(1, len(keys) + 1):
+        for keep in itertools.combinations(keys, count):
+            block.load_state_dict(state)
+            kept, _ = program_of(block, stay=set(), keep=frozenset(keep))
+            assert not {gap.key for gap in kept.gaps} & set(keep)
+            found = run(kept, block, images, labels)
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_an_error_at_any_step_leaves_nothing_alive(case):
+    _, sample = case
+    block = Block(sample, False)
+    images, labels = batch(dtype=torch.float32)
+    count = len(program_of(block)[0].steps)
+    for at in range(count):
+        program, _ = program_of(block)
+        whole = program.steps[at].run
+
+        def broken(*reads, whole=whole):
+            whole(*reads)
+            raise RuntimeError("here")
+
+        program.steps[at].run = broken
+        block.zero_grad()
+        gc.collect()
+        with LiveBytes([images, labels, *tensors_of(block)]) as live:
+            before = live.now
+            with pytest.raises(RuntimeError, match="here"):
+                program.run([images], labels, images)
+            gc.collect()
+            assert live.now == before, program.steps[at].kind
+
+
+def test_every_kind_that_is_traced_has_samples():
+    assert all(kind.samples() for kind in KINDS)
+    assert not Head.samples() and not Loss.samples()  # what `join` makes: in the tests of heads
