@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["MetaAutocast", "RealLayouts"]
+__all__ = ["RealFunctions", "RealLayouts"]
 
 _aten = torch.ops.aten
 
@@ -20,7 +20,8 @@ class RealLayouts(TorchDispatchMode):
     """Within, operators on the meta device answer as they do on a CPU or GPU, where meta tensors' own answers differ:
 
     - convolutions in channels_last where input or weight are, gradients too;
-    - normalisation over groups, and what only moves channels, in the input's format; statistics in float32;
+    - what only moves channels in the input's format;
+    - normalisation over groups with statistics in the weight's dtype, its backward and Mish's without scratch;
     - a BatchNorm in eval mode without statistics of the batch.
     """
 
@@ -29,6 +30,10 @@ class RealLayouts(TorchDispatchMode):
             return _group_norm(*args)
         if function is _aten.native_batch_norm.default and args[0].is_meta and not args[5]:
             return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+        if function is _aten.native_group_norm_backward.default and args[0].is_meta:
+            return _group_norm_backward(*args)
+        if function is _aten.mish_backward.default and args[0].is_meta:
+            return torch.empty_like(args[1])
         result = function(*args, **(kwargs or {}))
         if function is _aten.convolution.default:
             _lay_out([result], args[0], args[1])
@@ -58,27 +63,48 @@ def _lay_out(made, *given):
 def _group_norm(x, weight, bias, n, channels, size, groups, eps):
     mixed = weight is not None and weight.dtype != x.dtype
     statistics = [x.new_empty(n, groups, dtype=weight.dtype if mixed else x.dtype) for _ in range(2)]
-    return torch.empty_like(x, memory_format=suggest_memory_format(x) if x.dim() == 4 else None), *statistics
+    return torch.empty_like(x), *statistics
 
 
-class MetaAutocast(TorchFunctionMode):
-    """torch.autocast on the meta device, which it does not know.
+def _group_norm_backward(grad, x, mean, rstd, weight, n, channels, size, groups, mask):
+    affine = [x.new_empty(channels, dtype=None if weight is None else weight.dtype) if m else None for m in mask[1:]]
+    return torch.empty_like(x) if mask[0] else None, *affine
 
-    Of its lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the others
-    keep the dtype that they are given.
+
+class RealFunctions(TorchFunctionMode):
+    """Within, functions on the meta device call the operators that real ones do; with the casts of torch.autocast, which
+    does not know the device.
+
+    Of autocast's lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the
+    others keep the dtype that they are given.
+
+    Args:
+        autocast: None, or the dtype of torch.autocast.
+        device_type: of the real step.
     """
 
-    def __init__(self, dtype, device_type):
+    def __init__(self, autocast, device_type):
         super().__init__()
-        self.dtype, self.raised = dtype, _RAISED.get(device_type, frozenset())
+        self.autocast, self.raised = autocast, _RAISED.get(device_type, frozenset())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in _LOWERED:
-            args, kwargs = _cast((args, kwargs), self.dtype)
-        elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
-            args, kwargs = _cast((args, kwargs), torch.float32)
+        if self.autocast is not None:
+            if function in _LOWERED:
+                args, kwargs = _cast((args, kwargs), self.autocast)
+            elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
+                args, kwargs = _cast((args, kwargs), torch.float32)
+        if function is torch.group_norm:
+            return _group_norm_of_format(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _group_norm_of_format(x, groups, weight=None, bias=None, eps=1e-5, _cudnn=True):
+    """In the input's memory format, where the meta device makes a contiguous copy first."""
+    n, channels = x.shape[:2]
+    x = x.contiguous(memory_format=suggest_memory_format(x) if x.dim() == 4 else torch.contiguous_format)
+    size = x[0, 0].numel()
+    return _aten.native_group_norm(x, weight, bias, n, channels, size, groups, eps)[0]
 
 
 def _mode(_x, _pad, mode="constant", value=None):

@@ -1,4 +1,4 @@
-"""Every kind of node, by its own samples: gradients of autograd, bytes of a real run, rebuilds to the bit, any gap kept,
+"""Every kind of node, by its own samples: autograd's gradients, a real run's bytes, rebuilds to the bit, any gap kept,
 nothing left alive behind an error. A kind gets all of it by being listed in `engine.nodes.KINDS`."""
 
 import copy

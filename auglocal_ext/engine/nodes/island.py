@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..as_real import MetaAutocast
+from ..as_real import RealFunctions
 from ..node import Node
 from ..tensors import as_gradient, dense
 
@@ -103,13 +103,14 @@ def _may_write(node, module):
 
 def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
-    if autocast is None or given[0].dtype == torch.float64:  # which autocast leaves alone
-        lowered = contextlib.nullcontext()
-    elif given[0].is_meta:
-        lowered = MetaAutocast(autocast, device_type)
+    autocast = None if given[0].dtype == torch.float64 else autocast  # which autocast leaves alone
+    if given[0].is_meta:
+        around = RealFunctions(autocast, device_type)
+    elif autocast is not None:
+        around = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
     else:
-        lowered = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
-    with torch.enable_grad(), lowered:
+        around = contextlib.nullcontext()
+    with torch.enable_grad(), around:
         out = node.plain(*given)
     return dense(out.detach()), _graph(out, given, node)
 
