@@ -72,8 +72,8 @@ def _group_norm_backward(grad, x, mean, rstd, weight, n, channels, size, groups,
 
 
 class RealFunctions(TorchFunctionMode):
-    """Within, functions on the meta device call the operators that real ones do; with the casts of torch.autocast, which
-    does not know the device.
+    """Within, functions on the meta device call the operators that real ones do, with the casts of torch.autocast, that
+    does not know this device.
 
     Of autocast's lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the
     others keep the dtype that they are given.
