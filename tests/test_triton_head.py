@@ -37,7 +37,7 @@ def make_case(n, c, k, bias, label_smoothing, ignore_index, wrong):
     labels = torch.randint(k, (n,), generator=generator)
     labels[1::3] = ignore_index
     if wrong:
-        labels[0], labels[3] = k, -1
+        labels[0], labels[2], labels[3] = k, 2**62, -1
     return pooled, weight, offset if bias else None, labels, label_smoothing, ignore_index
 
 

@@ -378,7 +378,7 @@ const Residency& residency(int device) {
   constexpr int kMaxDevices = 64;
   static Residency known[kMaxDevices];
   static std::once_flag once[kMaxDevices];
-  STD_TORCH_CHECK(device < kMaxDevices, "batch_norm_act: at most ", kMaxDevices, " devices");
+  require(device < kMaxDevices, "batch_norm_act: at most ", kMaxDevices, " devices");
   std::call_once(once[device], [&] {
     const auto kernel = reinterpret_cast<const void*>(kKernel);
     cudaFuncAttributes of_kernel;
