@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+# What a test of an op runs on. Emulated: the CUDA kernels, on CPU tensors (see emulation.py).
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+    pytest.param("cpu", marks=pytest.mark.emulated, id="emulated"),
+    pytest.param(
+        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+    ),
 ]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

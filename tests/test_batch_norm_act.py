@@ -40,6 +40,7 @@ def test_equals_the_reference_in_float64(shape, layout, residual, relu, device):
     assert ours[0].stride() == arguments[0].stride()
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)

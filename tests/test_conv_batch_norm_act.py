@@ -54,6 +54,7 @@ def test_equals_the_reference_in_float64(kernel, options, layout, bias, relu, de
     assert ours[0].stride() == reference[0].stride()
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)

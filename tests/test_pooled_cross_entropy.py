@@ -118,6 +118,7 @@ def test_one_sample(device):
         assert_equal_the_reference(tensors, labels, kind)
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)

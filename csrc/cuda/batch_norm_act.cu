@@ -49,8 +49,8 @@ template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     forward_kernel(const Plan plan, const ForwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
   using Vec = Vector<T, V>;
-  __shared__ A origins[kMaxChannels];
-  __shared__ Affine<A> affines[kMaxChannels];
+  SHARED(origins, kMaxChannels, A);
+  SHARED(affines, kMaxChannels, Affine<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     apply_kernel(const Plan plan, const ForwardArgs<A, T> args, double2*, unsigned*) {
-  __shared__ Affine<A> affines[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
   for (int64_t group = blockIdx.x / plan.parts; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, blockIdx.x % plan.parts);
     const int64_t channel = share.channel + threadIdx.x;
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     backward_kernel(const Plan plan, const BackwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
   using Vec = Vector<T, V>;
   constexpr bool kFromOutput = kMask == Mask::from_output;
-  __shared__ Affine<A> affines[kMaxChannels];
-  __shared__ InputGrad<A> backs[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
+  SHARED(backs, kMaxChannels, InputGrad<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);

@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // The sum over the lanes, `columns` values a lane, to lane 0; in one order.
 __device__ __forceinline__ double2 block_sum(double2 value, int lane, int column, int lanes, int columns) {
-  __shared__ double2 sums[kThreads];
+  SHARED(sums, kThreads, double2);
   double2& mine = sums[threadIdx.x];
   mine = value;
   while (lanes > 1) {

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, cons
   constexpr bool kPixels = kOrder == Order::pixels, kJoined = kOrder == Order::joined;
   constexpr int kWidth = kPixels ? V : 1;  // channels of a thread
   constexpr int kBatch = kPixels ? (V == 8 ? 2 : 3) : (V == 1 && sizeof(T) < 8 ? 8 : kLaneVectors);  // in flight
-  __shared__ Affine<A> affines[kMaxColumns * V > kThreads ? kMaxColumns * V : kThreads];
-  __shared__ Vector<A, kWidth> sums[kThreads];
+  SHARED(affines, (kMaxColumns * V > kThreads ? kMaxColumns * V : kThreads), Affine<A>);
+  SHARED(sums, kThreads, Vector<A, kWidth>);
   const int64_t part = blockIdx.x / walk.chunks, chunk = blockIdx.x % walk.chunks;
   const int64_t first_channel = chunk * walk.columns * kWidth;
   const int width = walk.columns * kWidth, thread = threadIdx.x;
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   constexpr int kGrads = kOrder == Order::maps ? 1 : (kOrder == Order::joined ? 2 : V);  // of a vector
   // As many as registers allow: eight values, with a gradient each or a residual, take many.
   constexpr int kBatch = kInFlight<Vec, V == 8 && kResidual ? 2 : (kGrads == 8 ? 3 : 4)>;
-  __shared__ Affine<A> affines[kMaxChannels];
-  __shared__ InputGrad<A> backs[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
+  SHARED(backs, kMaxChannels, InputGrad<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);
