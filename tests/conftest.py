@@ -50,7 +50,7 @@ def emulator():
 
 @pytest.fixture(autouse=True)
 def _emulated(request):
-    """Tests marked so run on the emulation: each in an order of threads of its own, on one small device or the other."""
+    """Tests marked so run on the emulation: each in an order of its own, on one small device or the other."""
     if request.node.get_closest_marker("emulated") is None:
         yield
         return

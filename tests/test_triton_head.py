@@ -115,6 +115,7 @@ def test_compiled_for_sm_90(name, classes, tmp_path):
     assert compiled.metadata.num_warps == warps and compiled.metadata.shared <= 24 * 1024
 
 
+@pytest.mark.cuda
 def test_cuda_is_served_by_triton():
     if os.environ.get("AUGLOCAL_NATIVE") == "0":
         pytest.skip("AUGLOCAL_NATIVE=0 is set")

@@ -122,8 +122,6 @@ struct Thread {
   Block* block = nullptr;
   unsigned index = 0;
   bool done = false;
-  double shuffled = 0;
-  int partner = 0;
   uint64_t observed = 0, acquired = 0;  // when it last saw something atomic; what was known by then it may read
 };
 constexpr size_t kStack = 64 << 10;
@@ -139,6 +137,8 @@ struct Block {
   std::vector<Thread*> threads, ready, sleeping;
   Wait wait = Wait::barrier;
   unsigned waiting = 0, done = 0, warp_waiting[kMaxThreads / kWarp] = {};
+  int warp_apart[kMaxThreads / kWarp] = {};  // what the shuffle is that a warp waits for
+  double shuffled[kMaxThreads];              // by thread
   bool vote = false, result = false;
   uint64_t acquired = 0;
   std::vector<std::pair<const void*, Region>> arrays;  // of shared memory, by site
@@ -436,21 +436,19 @@ double shuffle_xor(double value, int apart) {
   Block& block = *current->block;
   const unsigned warp = current->index / kWarp;
   if (apart < 1 || apart >= kWarp) fail("a shuffle across ", apart, " lanes");
-  current->shuffled = value;
-  current->partner = apart;
+  if (block.warp_waiting[warp] && block.warp_apart[warp] != apart) fail("lanes of a warp at different shuffles");
+  block.warp_apart[warp] = apart;
+  double* const values = &block.shuffled[warp * kWarp];
+  values[current->index % kWarp] = value;
   if (++block.warp_waiting[warp] == kWarp) {
     block.warp_waiting[warp] = 0;
-    double values[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) values[lane] = block.threads[warp * kWarp + lane]->shuffled;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      Thread* thread = block.threads[warp * kWarp + lane];
-      if (thread->partner != apart) fail("lanes of a warp at different shuffles");
-      thread->shuffled = values[lane ^ apart];
-        block.ready.push_back(thread);
-    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (lane < (lane ^ apart)) std::swap(values[lane], values[lane ^ apart]);
+    const auto first = block.threads.begin() + warp * kWarp;
+    block.ready.insert(block.ready.end(), first, first + kWarp);
   }
   pause();
-  return current->shuffled;
+  return values[current->index % kWarp];
 }
 
 void fence() {
