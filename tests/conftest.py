@@ -1,5 +1,6 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
+import os
 import zlib
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def emulator():
     """The CUDA kernels on the CPU, built where they are not yet."""
     if emulation.compiler() is None:
         pytest.skip("the emulation of CUDA needs GCC")
-    return emulation.Emulation(emulation.build())
+    return emulation.Emulation(os.environ.get("AUGLOCAL_EMULATION") or emulation.build())
 
 
 @pytest.fixture(autouse=True)

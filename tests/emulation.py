@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +17,10 @@ import torch
 from auglocal_ext.ops.batch_norm_act import _backward
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("batch_norm_act", "batch_norm_act_max_pool", "batch_norm_act_mean")
+SOURCES = [
+    *("cuda/batch_norm_act_mean.cu", "cuda/batch_norm_act.cu", "cuda/batch_norm_act_max_pool.cu"),
+    *("emulation/faults.cu", "emulation/machine.cpp"),
+]
 OPS = (
     "batch_norm_statistics",
     "batch_norm_act",
@@ -48,40 +50,42 @@ def compiler():
 
 
 def build(csrc=ROOT / "csrc", into=ROOT / "build" / "emulation"):
-    """Builds the library from a csrc folder, unless it is there; returns its path."""
-    sources = sorted(file for file in Path(csrc).rglob("*") if file.suffix in (".h", ".cuh", ".cu", ".cpp"))
-    name = hashlib.sha256(repr((FLAGS, KERNEL_FLAGS, torch.__version__)).encode())
-    for file in sources:
-        if "cpu" not in file.parts and "planner" not in file.parts:
-            name.update(file.read_bytes())
-    library = Path(into) / f"libauglocal_emulation_{name.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    cxx, packaged = compiler(), Path(torch.__path__[0])
+    """Builds the library from a csrc folder, as far as that was not done before; returns its path."""
+    csrc, into, cxx = Path(csrc), Path(into), compiler()
+    into.mkdir(parents=True, exist_ok=True)
+    torchs = Path(torch.__path__[0])
+    headers = [*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("emulation/*.h")]
+    same = [torch.__version__, cxx, *(file.read_text() for file in sorted(headers))]
 
-    machine = [cxx, *FLAGS, "-O2", Path(csrc) / "emulation" / "machine.cpp"]
-    jobs = [machine, *([cxx, *FLAGS, *KERNEL_FLAGS, Path(csrc) / "cuda" / f"{kernel}.cu"] for kernel in KERNELS)]
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        outputs, running = [], []
-        for job in jobs:
-            command = [*map(str, job), "-I", str(Path(csrc) / "emulation"), "-isystem", str(packaged / "include")]
-            outputs.append(Path(folder) / f"{Path(job[-1]).stem}.o")
-            running.append(subprocess.Popen([*command, "-c", "-o", str(outputs[-1])]))
-            if len(running) == 2:
-                finish(running.pop(0))
-        for process in running:
-            finish(process)
-        linked = Path(folder) / library.name
-        link = [cxx, "-shared", "-o", linked, *outputs, f"-L{packaged / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,-z,defs"]
-        subprocess.run(link, check=True)
-        linked.replace(library)
+    def named(stem, suffix, *made_of):
+        return into / f"{stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}{suffix}"
+
+    objects, running = [], []
+    for source in SOURCES:
+        flags = [*FLAGS, *(KERNEL_FLAGS if source.endswith(".cu") else ["-O2"])]
+        objects.append(named(Path(source).stem, ".o", same, flags, (csrc / source).read_text()))
+        if objects[-1].exists():
+            continue
+        if len(running) == 2:
+            finish(*running.pop(0))
+        partial = f"{objects[-1]}.{os.getpid()}"
+        command = [cxx, *flags, csrc / source, "-I", csrc / "emulation", "-isystem", torchs / "include"]
+        running.append((subprocess.Popen([*command, "-c", "-o", partial]), partial, objects[-1]))
+    for job in running:
+        finish(*job)
+    library = named("libauglocal_emulation", ".so", [file.name for file in objects])
+    if not library.exists():
+        partial = f"{library}.{os.getpid()}"
+        link = [cxx, "-shared", "-o", partial, *objects, f"-L{torchs / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,-z,defs"]
+        finish(subprocess.Popen(link), partial, library)
     return library
 
 
-def finish(process):
+def finish(process, partial, whole):
+    """Waits for a compiler; only then the file has its name, which another session may look for."""
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, process.args)
+    os.replace(partial, whole)
 
 
 class Emulation:
