@@ -32,19 +32,18 @@ inline Strides strides_of(const Tensor& x, MemoryFormat format) {
 }
 
 inline void check_pool(const char* op, const Pool& pool) {
-  STD_TORCH_CHECK(pool.kernel_h >= 1 && pool.kernel_w >= 1 && pool.kernel_h <= 16 && pool.kernel_w <= 16, op,
-                  ": the window must be 1 to 16 taps high and wide, given ", pool.kernel_h, " x ", pool.kernel_w);
-  STD_TORCH_CHECK(pool.stride_h >= 1 && pool.stride_w >= 1, op, ": strides must be at least 1");
-  STD_TORCH_CHECK(pool.padding_h >= 0 && pool.padding_w >= 0 && 2 * pool.padding_h <= pool.kernel_h &&
-                      2 * pool.padding_w <= pool.kernel_w,
-                  op, ": padding must be at most half of the window");
+  require(pool.kernel_h >= 1 && pool.kernel_w >= 1 && pool.kernel_h <= 16 && pool.kernel_w <= 16, op,
+          ": the window must be 1 to 16 taps high and wide, given ", pool.kernel_h, " x ", pool.kernel_w);
+  require(pool.stride_h >= 1 && pool.stride_w >= 1, op, ": strides must be at least 1");
+  require(pool.padding_h >= 0 && pool.padding_w >= 0 && 2 * pool.padding_h <= pool.kernel_h &&
+              2 * pool.padding_w <= pool.kernel_w,
+          op, ": padding must be at most half of the window");
 }
 
 // A window that starts in the padding on the right, as ceil_mode can ask for, holds no value: not allowed, as in torch.
 inline void check_windows(const char* op, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t out) {
-  STD_TORCH_CHECK(out >= 1 && (out - 1) * stride < size + padding && (out - 1) * stride - padding + kernel > 0 &&
-                      size >= 1,
-                  op, ": ", out, " windows of ", kernel, " taps and stride ", stride, " do not fit ", size, " values");
+  require(out >= 1 && (out - 1) * stride < size + padding && (out - 1) * stride - padding + kernel > 0 && size >= 1,
+          op, ": ", out, " windows of ", kernel, " taps and stride ", stride, " do not fit ", size, " values");
 }
 
 inline Layout check_pooling(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -52,6 +51,7 @@ inline Layout check_pooling(const char* op, const Tensor& x, const Tensor& weigh
   const Layout at = check_forward(op, x, weight, bias, std::nullopt);
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
+  require(x.size(1) >= 1, op, ": x must have channels");
   check_pool(op, pool);
   check_windows(op, x.size(2), pool.kernel_h, pool.stride_h, pool.padding_h, out_h);
   check_windows(op, x.size(3), pool.kernel_w, pool.stride_w, pool.padding_w, out_w);
@@ -61,18 +61,18 @@ inline Layout check_pooling(const char* op, const Tensor& x, const Tensor& weigh
 inline Layout check_pooling_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& index,
                                      const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
                                      const Pool& pool, const Tensor& dx) {
-  STD_TORCH_CHECK(grad.dim() == 4 && index.dim() == 4, op, ": grad and index must be (N, C, H, W)");
+  require(grad.dim() == 4 && index.dim() == 4, op, ": grad and index must be (N, C, H, W)");
   const Layout at = check_pooling(op, x, weight, bias, mean, var, pool, grad.size(2), grad.size(3));
   check_same_layout(op, "x", x, x, at);
   check_same_layout(op, "dx", dx, x, at);
   for (const auto& [name, given] : {std::pair<const char*, const Tensor&>{"grad", grad}, {"index", index}}) {
     const bool dense = at.format == MemoryFormat::Contiguous ? given.is_contiguous() : is_channels_last(given);
-    STD_TORCH_CHECK(given.size(0) == x.size(0) && given.size(1) == x.size(1) && given.sizes().equals(grad.sizes()) &&
-                        dense && given.device() == x.device(),
-                    op, ": ", name, " must be (N, C, pooled H, pooled W), dense in the layout of x, on its device");
+    require(given.size(0) == x.size(0) && given.size(1) == x.size(1) && given.sizes().equals(grad.sizes()) &&
+                dense && given.device() == x.device(),
+            op, ": ", name, " must be (N, C, pooled H, pooled W), dense in the layout of x, on its device");
   }
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && index.scalar_type() == ScalarType::Byte, op,
-                  ": grad must have the dtype of x, index must be uint8");
+  require(grad.scalar_type() == x.scalar_type() && index.scalar_type() == ScalarType::Byte, op,
+          ": grad must have the dtype of x, index must be uint8");
   return at;
 }
 

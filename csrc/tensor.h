@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 
 #include "scalar.h"
 
@@ -14,6 +16,15 @@ namespace auglocal {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// One sentence for what does not fit; STD_TORCH_CHECK would begin it with the path of this file.
+template <class... Words>
+void require(bool holds, const Words&... words) {
+  if (holds) return;
+  std::ostringstream sentence;
+  (sentence << ... << words);
+  throw std::runtime_error(sentence.str());
+}
 
 // A 4-d feature map, dense in one of the two layouts, as (outer, channels, inner): for contiguous
 // tensors (N, C, H*W), for channels_last ones (N*H*W, C, 1). Both are walked by the same loops.
@@ -48,6 +59,12 @@ inline Tensor empty_statistics(const Tensor& x) {
   return torch::stable::empty({x.size(1)}, type, std::nullopt, x.device());
 }
 
+// What sums over no values are.
+inline Tensor zeroed(Tensor x) {
+  torch::stable::zero_(x);
+  return x;
+}
+
 inline Tensor dense(const Tensor& x, MemoryFormat format) { return torch::stable::contiguous(x, format); }
 inline std::optional<Tensor> dense(const std::optional<Tensor>& x, MemoryFormat format) {
   return x ? std::optional<Tensor>(dense(*x, format)) : std::nullopt;
@@ -67,23 +84,22 @@ T* mutable_data(const Tensor& x) {
 }
 
 inline void check_same_size(const char* op, const char* name, const Tensor& given, const Tensor& x) {
-  STD_TORCH_CHECK(given.sizes().equals(x.sizes()) && given.scalar_type() == x.scalar_type() &&
-                      given.device() == x.device(),
-                  op, ": ", name, " must have the shape, dtype and device of x");
+  require(given.sizes().equals(x.sizes()) && given.scalar_type() == x.scalar_type() && given.device() == x.device(),
+          op, ": ", name, " must have the shape, dtype and device of x");
 }
 
 inline void check_channels(const char* op, const char* name, const Tensor& given, const Tensor& x) {
   const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(given.dim() == 1 && given.size(0) == x.size(1) && given.scalar_type() == expected &&
-                      given.is_contiguous() && given.device() == x.device(),
-                  op, ": ", name, " must be a contiguous (", x.size(1), ",) tensor on the device of x, ",
-                  "float64 for float64 x and float32 otherwise");
+  require(given.dim() == 1 && given.size(0) == x.size(1) && given.scalar_type() == expected &&
+              given.device() == x.device(),
+          op, ": ", name, " must be a (", x.size(1), ",) tensor on the device of x, ",
+          "float64 for float64 x and float32 otherwise");
 }
 
 // The checks of batch_norm_act; both devices run them.
 inline Layout check_forward(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
                             const std::optional<Tensor>& residual) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", x.dim(), " dimensions");
+  require(x.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", x.dim(), " dimensions");
   check_channels(op, "weight", weight, x);
   check_channels(op, "bias", bias, x);
   if (residual) check_same_size(op, "residual", *residual, x);
@@ -95,8 +111,8 @@ inline void check_same_layout(const char* op, const char* name, const Tensor& gi
                               const Layout& at) {
   check_same_size(op, name, given, x);
   const bool same = at.format == MemoryFormat::Contiguous ? given.is_contiguous() : is_channels_last(given);
-  STD_TORCH_CHECK(same, op, ": ", name, " must be ",
-                  at.format == MemoryFormat::Contiguous ? "contiguous" : "channels_last", " like x");
+  require(same, op, ": ", name, " must be ", at.format == MemoryFormat::Contiguous ? "contiguous" : "channels_last",
+          " like x");
 }
 
 inline Layout check_statistics(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -124,7 +140,7 @@ inline Layout check_backward(const char* op, const Tensor& grad, const Tensor& x
   const Layout at = check_statistics(op, x, weight, bias, mean, var);
   check_same_layout(op, "grad", grad, x, at);
   check_same_layout(op, "dx", dx, x, at);
-  STD_TORCH_CHECK(y.has_value() == dresidual.has_value(), op, ": y and dresidual go together, given one of them");
+  require(y.has_value() == dresidual.has_value(), op, ": y and dresidual go together, given one of them");
   if (y) check_same_layout(op, "y", *y, x, at);
   if (dresidual) check_same_layout(op, "dresidual", *dresidual, x, at);
   return at;
@@ -148,18 +164,36 @@ inline Maps check_mean_backward(const char* op, const Tensor& grad, const Tensor
                                 const std::optional<Tensor>& residual, bool act, const Tensor& dx,
                                 const std::optional<Tensor>& dresidual) {
   const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == maps.samples && grad.size(1) == maps.channels &&
-                      grad.scalar_type() == weight.scalar_type() && grad.is_contiguous() && grad.device() == x.device(),
-                  op, ": grad must be a contiguous (", maps.samples, ", ", maps.channels,
-                  ") tensor in the dtype of weight on the device of x");
-  STD_TORCH_CHECK(act || !residual, op, ": residual is for the ReLU's mask, given one without a ReLU");
-  STD_TORCH_CHECK(residual || !dresidual, op, ": dresidual needs residual");
+  require(grad.dim() == 2 && grad.size(0) == maps.samples && grad.size(1) == maps.channels &&
+              grad.scalar_type() == weight.scalar_type() && grad.is_contiguous() && grad.device() == x.device(),
+          op, ": grad must be a contiguous (", maps.samples, ", ", maps.channels,
+          ") tensor in the dtype of weight on the device of x");
+  require(act || !residual, op, ": residual is for the ReLU's mask, given one without a ReLU");
+  require(residual || !dresidual, op, ": dresidual needs residual");
   check_same_layout(op, "dx", dx, x, maps.at);
   if (dresidual) check_same_layout(op, "dresidual", *dresidual, x, maps.at);
   return maps;
 }
 
+template <class Argument>
+const Argument& contiguous_channels(const Argument& argument) {
+  return argument;
+}
+inline Tensor contiguous_channels(const Tensor& x) {
+  return x.dim() == 1 && !x.is_contiguous() ? torch::stable::contiguous(x) : x;
+}
+
+template <auto kOp>
+struct AnyStrides;
+template <class Result, class... Parameters, Result (*kOp)(Parameters...)>
+struct AnyStrides<kOp> {
+  static Result run(Parameters... parameters) { return kOp(contiguous_channels(parameters)...); }
+};
+
 }  // namespace auglocal
+
+// How an op is registered. Its (C,) tensors may have any strides: small as they are, they are made contiguous here.
+#define AUGLOCAL_IMPL(library, op) library.impl(#op, TORCH_BOX(&auglocal::AnyStrides<&auglocal::op>::run))
 
 // Runs a statement with `T` bound to the element type of a tensor.
 #define AUGLOCAL_DISPATCH(op, scalar_type, ...)                                                   \
@@ -167,5 +201,5 @@ inline Maps check_mean_backward(const char* op, const Tensor& grad, const Tensor
     case torch::headeronly::ScalarType::Float: { using T = float; __VA_ARGS__; break; }           \
     case torch::headeronly::ScalarType::Double: { using T = double; __VA_ARGS__; break; }         \
     case torch::headeronly::ScalarType::BFloat16: { using T = auglocal::bf16; __VA_ARGS__; break; } \
-    default: STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16 or float64");              \
+    default: auglocal::require(false, op, ": x must be float32, bfloat16 or float64");             \
   }

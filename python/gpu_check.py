@@ -1,11 +1,12 @@
 """Everything that only a GPU can tell, in one command: the op tests on CUDA, compute-sanitizer, the benchmarks.
 
-    python python/gpu_check.py [--out benchmarks/results] [--minutes 10] [--skip tests benchmarks sanitizer compiled]
+    python python/gpu_check.py [--out benchmarks/results] [--minutes 10] [--skip tests sanitizer benchmarks compiled]
 
-In this order: the tests of the ops; every benchmark against eager torch; compute-sanitizer over a selection that
-launches every kernel, Triton's too; the benchmarks' channels_last cases once more with torch.compile beside, whose
-tuning takes most of the time. What the minutes do not suffice for is stopped or left out, and says so; `--skip` leaves
-the rest to a second command. One JSON per benchmark, with device, versions and commit; at the end a line per part.
+In this order: every test that is marked as needing a GPU, which those of the ops are; compute-sanitizer over a
+selection that launches every kernel, Triton's too, for at most a third of the time; every benchmark against eager
+torch; the benchmarks' channels_last cases once more with torch.compile beside, whose tuning takes most of the time. Ten
+minutes are meant for an H100. What they do not suffice for is stopped or left out, and the last line says how to run
+what is left. One JSON per benchmark, with device, versions and commit; at the end a line per part.
 """
 
 import argparse
@@ -17,14 +18,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "benchmarks", "sanitizer", "compiled")
+PARTS = ("tests", "sanitizer", "benchmarks", "compiled")
 BENCHMARKS = [
     (op, dtype)
     for dtype in ("fp32", "bf16")
     for op in ("local_block", "head", "max_pool", "conv_batch_norm_act", "batch_norm_act")
 ]
-FILES = ("*batch_norm_act*", "pooled_cross_entropy", "triton_head", "native")
-TESTS = sorted(str(file) for name in FILES for file in ROOT.glob(f"tests/test_{name}.py"))
+TESTS = [str(ROOT / "tests"), "-m", "cuda"]  # every test that says of itself that it needs a GPU
 # Small, so that the sanitizer, which slows a kernel down a hundredfold, sees every kernel.
 SANITIZED = "opcheck or equals_the_reference or in_place or rebuilds or labels_out_of_range"
 
@@ -33,21 +33,27 @@ class Checks:
     """Runs parts one after another until the time is up; their output goes to the terminal as it comes."""
 
     def __init__(self, minutes):
-        self.until = time.perf_counter() + 60 * minutes
+        self.seconds = 60 * minutes
+        self.until = time.perf_counter() + self.seconds
+        self.part = None
+        self.left = []  # parts that were not finished
         self.results = []  # (name, outcome, seconds)
 
-    def run(self, name, command, **environment):
+    def run(self, name, command, share=1.0, **environment):
+        """share: of all the time, that this may take at most."""
         started = time.perf_counter()
         if started > self.until:
             self.results.append((name, "left out: no time", 0.0))
+            self.left.append(self.part)
             return
         print(f"== {name}: {' '.join(map(str, command))}", flush=True)
         try:
-            remaining = self.until - started
+            remaining = min(self.until - started, share * self.seconds)
             status = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=remaining).returncode
             outcome = "ok" if status == 0 else f"FAILED ({status})"
         except subprocess.TimeoutExpired:
             outcome = "stopped: no time"
+            self.left.append(self.part)
         self.results.append((name, outcome, time.perf_counter() - started))
 
 
@@ -59,7 +65,7 @@ def sanitize(checks, command):
             continue
         # Each tensor an allocation of its own: between tensors in one of torch's large ones nothing is out of bounds.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        checks.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", *command], **environment)
+        checks.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", *command], share=1 / 6, **environment)
 
 
 def benchmark(checks, folder, suffix, *selection):
@@ -85,14 +91,15 @@ def main(arguments=None):
         sys.exit("this needs a GPU that torch can use: torch.cuda.is_available() is False here")
 
     checks = Checks(options.minutes)
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-q", *TESTS]
     for part in PARTS:
         if part in options.skip:
             continue
+        checks.part = part
         if part == "tests":
-            checks.run("op tests", [*pytest, "-k", "cuda"])
+            checks.run("op tests", pytest)
         elif part == "sanitizer":
-            sanitize(checks, [*pytest, "-k", f"cuda and ({SANITIZED})"])
+            sanitize(checks, [*pytest, "-x", "-k", SANITIZED])
         elif part == "benchmarks":
             benchmark(checks, options.out, "", "--providers", "auglocal_ext", "eager")
         else:
@@ -100,6 +107,9 @@ def main(arguments=None):
 
     for name, outcome, seconds in checks.results:
         print(f"{name:56} {outcome:32} {seconds:7.1f} s")
+    if checks.left:
+        done = [part for part in PARTS if part not in checks.left]
+        print("left: python python/gpu_check.py --minutes 60" + " --skip" * bool(done), *done)
     sys.exit(any(outcome.startswith("FAILED") for _, outcome, _ in checks.results))
 
 

@@ -1,7 +1,10 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
+import os
+import zlib
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 
@@ -36,3 +39,24 @@ def torchvision():
     return pytest.importorskip(
         "torchvision", reason="torchvision does not import beside this torch", exc_type=Exception
     )
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The CUDA kernels on the CPU, built where they are not yet."""
+    if emulation.compiler() is None:
+        pytest.skip("the emulation of CUDA needs GCC")
+    return emulation.Emulation(os.environ.get("AUGLOCAL_EMULATION") or emulation.build())
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request):
+    """Tests marked so run on the emulation: each in an order of its own, on one small device or the other."""
+    if request.node.get_closest_marker("emulated") is None:
+        yield
+        return
+    seed = zlib.crc32(request.node.nodeid.encode())
+    small = ("a slice of sm_80", "a slice of sm_90")[seed % 2]
+    large = request.node.get_closest_marker("many_blocks")
+    with request.getfixturevalue("emulator").running(seed, "a large slice of sm_90" if large else small):
+        yield

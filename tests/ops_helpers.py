@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
-]
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+)
+# What a test of an op runs on. Emulated: the CUDA kernels, on CPU tensors (see emulation.py).
+DEVICES = ["cpu", pytest.param("cpu", marks=pytest.mark.emulated, id="emulated"), CUDA]
+DISPATCHED = ["cpu", CUDA]  # for tests of how an op is registered, which is the same for emulated kernels
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_helpers import DEVICES, LAYOUTS, error, make
+from ops_helpers import DEVICES, DISPATCHED, LAYOUTS, error, make
 from torch.library import opcheck
 
 from auglocal_ext.ops import (
@@ -47,6 +47,7 @@ def test_equals_the_reference_in_float64(shape, layout, window, device):
     assert ours[0].stride() == reference[0].stride()
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,7 +69,7 @@ def test_gradcheck(layout, window):
     assert torch.autograd.gradcheck(lambda *args: batch_norm_act_max_pool(*args, **window)[0], inputs)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 6, 5), (2, 1, 2, 2), (0, 3, 4, 4)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_helpers import DEVICES, LAYOUTS, error, make
+from ops_helpers import DEVICES, DISPATCHED, LAYOUTS, error, make
 from torch.library import opcheck
 
 from auglocal_ext.memory import LiveBytes
@@ -54,6 +54,7 @@ def test_equals_the_reference_in_float64(kernel, options, layout, bias, relu, de
     assert ours[0].stride() == reference[0].stride()
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +77,7 @@ def test_gradcheck(kernel, options, layout):
     assert torch.autograd.gradcheck(lambda *args: conv_batch_norm_act(*args, **options)[0], inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 4), (2, 1, 1, 1)])

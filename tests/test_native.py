@@ -28,11 +28,13 @@ def cuobjdump():
     return run
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif("CUDAARCHS" in os.environ, reason="built for the architectures that CUDAARCHS names")
 def test_cuda_kernels_are_compiled_for_sm_80_and_sm_90(cuobjdump):
     assert set(re.findall(r"sm_\d+", cuobjdump("--list-elf"))) == {"sm_80", "sm_90"}
 
 
+@pytest.mark.cuda
 def test_no_cuda_kernel_spills(cuobjdump):
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("--dump-resource-usage")

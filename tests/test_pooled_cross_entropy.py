@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ops_helpers import DEVICES, LAYOUTS, error, make
+from ops_helpers import DEVICES, DISPATCHED, LAYOUTS, error, make
 from torch.library import opcheck
 
 from auglocal_ext.ops import _fallbacks, batch_norm_statistics, pooled_cross_entropy, pooled_cross_entropy_reference
@@ -118,6 +118,7 @@ def test_one_sample(device):
         assert_equal_the_reference(tensors, labels, kind)
 
 
+@pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,7 +160,7 @@ def test_gradcheck(layout, kind, head_bn):
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in tensors.values()])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 1, 1), (0, 3, 2, 2)])
@@ -178,7 +179,7 @@ def test_opcheck_of_the_pool(shape, layout, dtype, residual, relu, device):
         opcheck(OPS.batch_norm_act_mean_backward_out.default, (*backward, *into))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 3, 5), (1, 1, 1), (70, 40, 33)])
 @pytest.mark.parametrize("linear_bias", [False, True])
 def test_opcheck_of_the_loss(n, c, k, linear_bias, device):
@@ -335,6 +336,7 @@ def test_the_loss_of_labels_out_of_range_is_nan_where_the_host_must_not_wait():
     assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_labels_out_of_range_leave_the_cuda_context_alive():
     tensors, labels = head((6, 3, 2, 2), torch.float32, LAYOUTS[0], (False, True), device="cuda")

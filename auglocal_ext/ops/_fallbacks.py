@@ -86,8 +86,11 @@ def batch_norm_act_max_pool_backward_out(
     taps = index.long()
     row = torch.arange(out_h, device=x.device).view(1, 1, -1, 1) * stride_h - padding_h + taps // kernel_w
     column = torch.arange(out_w, device=x.device) * stride_w - padding_w + taps % kernel_w
+    # A tap outside the map, which no forward gives, is nobody's.
+    inside = (taps < kernel_h * kernel_w) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     into = torch.zeros(n, c, height * width, dtype=weight.dtype, device=x.device)
-    into.scatter_add_(2, (row * width + column).flatten(2), grad.to(weight.dtype).flatten(2))
+    taken = (row * width + column).where(inside, 0), grad.to(weight.dtype).where(inside, 0)
+    into.scatter_add_(2, *(t.flatten(2) for t in taken))
     arguments = (into.view(n, c, height, width), x, weight, bias, mean, var, None, eps, True, dx, None)
     return batch_norm_act_backward_out(*arguments)
 

@@ -44,9 +44,10 @@ def _target(classes, label, k, label_smoothing):
 
 
 @triton.jit
-def _dlogits(log_p, target, in_range, count):
-    """The gradient of the mean loss: (rows, classes), zero out of range."""
-    return tl.where(in_range, (tl.exp(log_p) - target) / tl.maximum(count, 1), 0.0)
+def _dlogits(log_p, target, in_range):
+    """The gradient of the summed loss: (rows, classes), zero out of range. What is summed up from it is divided by the
+    number of rows afterwards: one rounding less, and fewer divisions."""
+    return tl.where(in_range, tl.exp(log_p) - target, 0.0)
 
 
 @triton.jit
@@ -107,11 +108,12 @@ def dpooled_kernel(
         log_p = log_p - highest[:, None] - log_total[:, None]  # in this order: their sum would lose digits
         target = _target(classes, label, k, label_smoothing)
         loss -= tl.sum(tl.where(in_range & (target > 0), target * log_p, 0.0), 1)
-        dlogits = _dlogits(log_p, target, in_range & kept[:, None], count)
+        dlogits = _dlogits(log_p, target, in_range & kept[:, None])
         w = tl.load(
             weight + classes[:, None] * c + channels[None, :], (classes < k)[:, None] & (channels < c)[None, :], 0.0
         )
         gradient = tl.dot(dlogits, w, gradient, input_precision="ieee")
+    gradient /= tl.maximum(count, 1)
     tl.store(dpooled + rows[:, None] * c + channels[None, :], gradient, inside[:, None] & (channels < c)[None, :])
     if tl.program_id(1) == 0:
         tl.store(row_max + rows, highest, inside)
@@ -140,10 +142,12 @@ def dweight_kernel(
         log_p = tl.load(logits + rows[:, None] * k + classes[None, :], in_range, 0.0)
         log_p -= tl.load(row_max + rows, inside, 0.0)[:, None]
         log_p -= tl.load(row_log + rows, inside, 0.0)[:, None]
-        dlogits = _dlogits(log_p, _target(classes, label, k, label_smoothing), in_range, count)
+        dlogits = _dlogits(log_p, _target(classes, label, k, label_smoothing), in_range)
         x = tl.load(pooled + rows[:, None] * c + channels[None, :], inside[:, None] & (channels < c)[None, :], 0.0)
         sums = tl.dot(tl.trans(dlogits), x, sums, input_precision="ieee")
         bias_sums += tl.sum(dlogits, 0)
+    sums /= tl.maximum(count, 1)
+    bias_sums /= tl.maximum(count, 1)
     partial += tl.program_id(2).to(tl.int64) * (k * c + k)
     tl.store(partial + classes[:, None] * c + channels[None, :], sums, (classes < k)[:, None] & (channels < c)[None, :])
     if tl.program_id(1) == 0:

@@ -43,6 +43,8 @@ def batch_norm_act_max_pool(x, weight, bias, kernel_size, stride=None, padding=0
         raise ValueError(f"{op}: stride must be at least 1, given {stride}")
     if not all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"{op}: padding must be at most half of kernel_size {kernel}, given {padding}")
+    if not all(x.shape[1:]):
+        raise ValueError(f"{op}: x must have channels and values to take the maximum of, given shape {tuple(x.shape)}")
     out = [_windows(*axis, ceil_mode) for axis in zip(x.shape[2:], kernel, stride, padding, strict=True)]
     if min(out) < 1:
         raise ValueError(f"{op}: a window of {kernel} does not fit x of shape {tuple(x.shape)}")

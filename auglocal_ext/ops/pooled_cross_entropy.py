@@ -94,6 +94,8 @@ def pooled_cross_entropy(
         raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
     if head_bn is not None and n == 1:
         raise ValueError(f"{op}: head_bn needs more than one sample, given shape {tuple(x.shape)}")
+    if head_bn is not None and x.shape[1] == 0:
+        raise ValueError(f"{op}: head_bn needs channels, given shape {tuple(x.shape)}")
     if head_bn is not None and head_bn[2] < 0:
         raise ValueError(f"{op}: the eps of head_bn must be at least 0, given {head_bn[2]}")
 
@@ -268,11 +270,31 @@ not_differentiable("batch_norm_act_mean_apply", "batch_norm_act_mean_backward")
 # over (N, K): a compiled kernel would gain nothing. No gradient passes through the logits.
 
 
+def _check_loss(pooled, weight, bias, labels):
+    """What the kernels rely on where they compute addresses."""
+    op = "linear_cross_entropy"
+    if pooled.dim() != 2 or weight.dim() != 2 or pooled.shape[1] != weight.shape[1] or not len(weight):
+        raise ValueError(
+            f"{op}: pooled and weight must be (N, C) and (K, C) with K at least 1, given shapes"
+            f" {tuple(pooled.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({len(weight)},), given shape {tuple(bias.shape)}")
+    if labels.shape != pooled.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: labels must be ({len(pooled)},) of int64, given {tuple(labels.shape)} of {labels.dtype}"
+        )
+    for given in (weight, bias, labels):
+        if given is not None and given.device != pooled.device:
+            raise ValueError(f"{op}: all tensors must be on {pooled.device} like pooled, given one on {given.device}")
+
+
 @define_composite(
     "linear_cross_entropy(Tensor pooled, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
     " int ignore_index) -> (Tensor loss, Tensor logits, Tensor dpooled, Tensor dweight, Tensor dbias)"
 )
 def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index):
+    _check_loss(pooled, weight, bias, labels)
     if pooled.device.type == "cpu":
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= len(weight)))]
         if len(wrong):
@@ -287,6 +309,7 @@ def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index):
 
 def _triton(pooled, weight, bias, labels, label_smoothing, ignore_index):
     arguments = (pooled, weight, bias, labels, label_smoothing, ignore_index)
+    _check_loss(pooled, weight, bias, labels)
     if pooled.dtype != torch.float32 or not pooled.numel():  # float64 is for gradcheck
         return _fallbacks.linear_cross_entropy(*arguments)
     from ._triton_head import linear_cross_entropy

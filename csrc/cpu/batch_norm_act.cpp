@@ -225,10 +225,11 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
   constexpr auto op = "batch_norm_statistics";
-  STD_TORCH_CHECK(given.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", given.dim(), " dimensions");
+  require(given.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", given.dim(), " dimensions");
   const Layout at = layout_of(given);
   const Tensor x = dense(given, at.format);
   Tensor mean = empty_statistics(x), var = empty_statistics(x);
+  if (x.numel() == 0) return {zeroed(mean), zeroed(var)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     statistics(at, data<T>(x), mutable_data<A>(mean), mutable_data<A>(var));
@@ -243,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   const Tensor x = dense(given, at.format);
   const std::optional<Tensor> residual = dense(given_residual, at.format);
   Tensor y = empty(x, x.sizes(), at.format), mean = empty(weight, weight.sizes()), var = empty(weight, weight.sizes());
+  if (x.numel() == 0) return {y, zeroed(mean), zeroed(var)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = residual ? (act ? forward<true, true, T, A> : forward<true, false, T, A>)
@@ -258,6 +260,7 @@ void batch_norm_act_apply_out(const Tensor& x, const Tensor& weight, const Tenso
                               Tensor out) {
   constexpr auto op = "batch_norm_act_apply_out";
   const Layout at = check_apply(op, x, weight, bias, mean, var, residual, out);
+  if (x.numel() == 0) return;
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = residual ? (act ? apply<true, true, T, A> : apply<true, false, T, A>)
@@ -274,6 +277,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
   constexpr auto op = "batch_norm_act_backward_out";
   const Layout at = check_backward(op, grad, x, weight, bias, mean, var, y, dx, dresidual);
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = y ? backward<Mask::from_output, T, A>
@@ -305,9 +309,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(const Tensor&
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  m.impl("batch_norm_statistics", TORCH_BOX(&auglocal::batch_norm_statistics));
-  m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
-  m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
-  m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&auglocal::batch_norm_act_backward));
+  AUGLOCAL_IMPL(m, batch_norm_statistics);
+  AUGLOCAL_IMPL(m, batch_norm_act);
+  AUGLOCAL_IMPL(m, batch_norm_act_apply_out);
+  AUGLOCAL_IMPL(m, batch_norm_act_backward_out);
+  AUGLOCAL_IMPL(m, batch_norm_act_backward);
 }

@@ -119,13 +119,31 @@ VECTORISED void row_input_grad(const A* g, const T* x, T* dx, int64_t count, con
   }
 }
 
-// The sums over a row of outputs of g and g (x - mean), at the inputs that they took; `offsets`: of each tap.
+// Where each tap of a window lies, and that every other byte lies outside of any map.
+struct Taps {
+  int64_t row[256], column[256];
+  explicit Taps(const Pool& pool) {
+    for (int64_t tap = 0; tap < 256; ++tap) {
+      row[tap] = tap < pool.kernel_h * pool.kernel_w ? tap / pool.kernel_w : std::numeric_limits<int32_t>::min();
+      column[tap] = tap % pool.kernel_w;
+    }
+  }
+};
+
+// The sums over a row of outputs of g and g (x - mean), at the inputs that they took. x: a plane, or an image's first
+// channel; h, w: where the first window begins. A tap outside the map, which no forward gives, is nobody's: dx does not
+// find it either.
 template <bool kOfEach, class T, class A>
-VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, const int64_t* offsets, int64_t count,
-                             int64_t step, const A* mean, const A* scale, const A* bias, double* sums, double* dots) {
+VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, const Map& map, const Taps& taps,
+                             int64_t h, int64_t w, const A* mean, const A* scale, const A* bias, double* sums,
+                             double* dots) {
+  const int64_t count = kOfEach ? map.c : map.out_w;
   for (int64_t l = 0; l < count; ++l) {
     const int64_t c = kOfEach ? l : 0;
-    const A value = load(x[l * step + offsets[index[l]]]);
+    const int64_t row = h + taps.row[index[l]];
+    const int64_t column = w + taps.column[index[l]] + (kOfEach ? 0 : l * map.pool.stride_w);
+    if (row < 0 || row >= map.h || column < 0 || column >= map.w) continue;
+    const A value = load(x[row * map.in.h + column * map.in.w + c]);
     const A g = relu_backward(A(load(grad[l])), normalize(value, Affine<A>{mean[c], scale[c], bias[c]}));
     sums[c] += g;
     dots[c] += double(g) * (value - mean[c]);
@@ -137,9 +155,7 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
               const A* mean, const A* var, double eps, T* dx, A* dweight, A* dbias) {
   const Channels<A> channels(map.c, mean, var, weight, bias, eps);
   const Pool& pool = map.pool;
-  std::vector<int64_t> offsets(pool.kernel_h * pool.kernel_w);
-  for (int64_t i = 0; i < pool.kernel_h; ++i)
-    for (int64_t j = 0; j < pool.kernel_w; ++j) offsets[i * pool.kernel_w + j] = i * map.in.h + j * map.in.w;
+  const Taps taps(pool);
 
   // One image after another, and images' sums in their order: no sum depends on the number of threads.
   std::vector<double> sums(map.n * map.c), dots(map.n * map.c);
@@ -149,11 +165,8 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
         for (int64_t oh = 0; oh < map.out_h; ++oh)
           for (int64_t ow = 0; ow < (kChannelsLast ? map.out_w : 1); ++ow) {
             const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-            // The window's first tap may lie in the padding; the one that was taken does not.
-            const int64_t from = n * map.in.n + c * map.in.c + (oh * pool.stride_h - pool.padding_h) * map.in.h +
-                                 (ow * pool.stride_w - pool.padding_w) * map.in.w;
-            add_row_sums<kChannelsLast>(grad + o, index + o, x + from, offsets.data(),
-                                        kChannelsLast ? map.c : map.out_w, kChannelsLast ? 1 : pool.stride_w,
+            add_row_sums<kChannelsLast>(grad + o, index + o, x + n * map.in.n + c * map.in.c, map, taps,
+                                        oh * pool.stride_h - pool.padding_h, ow * pool.stride_w - pool.padding_w,
                                         &channels.mean[c], &channels.scale[c], &channels.bias[c], &sums[n * map.c + c],
                                         &dots[n * map.c + c]);
           }
@@ -209,6 +222,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_apply(const Tensor& given, co
   const Tensor x = dense(given, at.format);
   Tensor y = empty(x, {x.size(0), x.size(1), out_h, out_w}, at.format);
   Tensor index = torch::stable::empty(y.sizes(), ScalarType::Byte, std::nullopt, x.device(), std::nullopt, at.format);
+  if (x.numel() == 0) return {y, index};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const Channels<A> channels(at.channels, data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps);
@@ -226,6 +240,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
   const Pool pool{kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w};
   const Layout at = check_pooling_backward(op, grad, x, index, weight, bias, mean, var, pool, dx);
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = at.format == MemoryFormat::ChannelsLast ? backward<true, T, A> : backward<false, T, A>;
@@ -239,6 +254,6 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  m.impl("batch_norm_act_max_pool_apply", TORCH_BOX(&auglocal::batch_norm_act_max_pool_apply));
-  m.impl("batch_norm_act_max_pool_backward_out", TORCH_BOX(&auglocal::batch_norm_act_max_pool_backward_out));
+  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_apply);
+  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_backward_out);
 }

@@ -201,6 +201,7 @@ Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Te
   constexpr auto op = "batch_norm_act_mean_apply";
   const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
   Tensor pooled = empty(weight, {maps.samples, maps.channels});
+  if (x.numel() == 0) return torch::stable::fill_(pooled, NAN);
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = residual ? (act ? forward<true, true, T, A> : forward<true, false, T, A>)
@@ -219,6 +220,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& grad, 
   constexpr auto op = "batch_norm_act_mean_backward_out";
   const Maps maps = check_mean_backward(op, grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const auto run = residual ? backward<true, true, T, A>
@@ -234,6 +236,6 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& grad, 
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  m.impl("batch_norm_act_mean_apply", TORCH_BOX(&auglocal::batch_norm_act_mean_apply));
-  m.impl("batch_norm_act_mean_backward_out", TORCH_BOX(&auglocal::batch_norm_act_mean_backward_out));
+  AUGLOCAL_IMPL(m, batch_norm_act_mean_apply);
+  AUGLOCAL_IMPL(m, batch_norm_act_mean_backward_out);
 }

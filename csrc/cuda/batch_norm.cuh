@@ -16,6 +16,12 @@ namespace {
 
 constexpr int kThreads = 256;  // of a block, in every kernel
 
+// A block's arrays, by name; the tests' emulation of CUDA brings its own.
+#ifndef SHARED
+#define SHARED(name, count, ...) __shared__ __VA_ARGS__ name[count]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // V neighbouring values, moved by one instruction.

@@ -49,15 +49,15 @@ template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     forward_kernel(const Plan plan, const ForwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
   using Vec = Vector<T, V>;
-  __shared__ A origins[kMaxChannels];
-  __shared__ Affine<A> affines[kMaxChannels];
+  SHARED(origins, kMaxChannels, A);
+  SHARED(affines, kMaxChannels, Affine<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);
     // Thread c also looks after channel c of the group.
     const int64_t channel = share.channel + threadIdx.x;
     const bool owner = threadIdx.x < plan.group_channels && channel < plan.channels;
-    const A origin = owner && plan.count ? A(load(args.x[share.base + threadIdx.x])) : A(0);
+    const A origin = owner ? A(load(args.x[share.base + threadIdx.x])) : A(0);
 
     // Sums of x - pivot and of its square: the pivot, the thread's first value, keeps a large mean out.
     Vec pivot{};
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     const double2 sum = team.sum(group, share, sums, args.y != nullptr);
     if (owner) {
-      const double count = max(plan.count, int64_t(1)), shift = sum.x / count;
+      const double count = plan.count, shift = sum.x / count;
       const double variance = sum.y / count - shift * shift;
       const A mean = A(double(origin) + shift), var = A(variance < 0 ? 0 : variance);  // NaN stays
       affines[threadIdx.x] = make_affine(mean, var, weight, bias, args.eps);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     apply_kernel(const Plan plan, const ForwardArgs<A, T> args, double2*, unsigned*) {
-  __shared__ Affine<A> affines[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
   for (int64_t group = blockIdx.x / plan.parts; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, blockIdx.x % plan.parts);
     const int64_t channel = share.channel + threadIdx.x;
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     backward_kernel(const Plan plan, const BackwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
   using Vec = Vector<T, V>;
   constexpr bool kFromOutput = kMask == Mask::from_output;
-  __shared__ Affine<A> affines[kMaxChannels];
-  __shared__ InputGrad<A> backs[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
+  SHARED(backs, kMaxChannels, InputGrad<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const double variance = owner ? double(args.var[channel]) : 0;
     const double2 total = team.sum(group, share, sums);
     if (owner) {
-      const double invstd = 1 / sqrt(variance + args.eps), count = max(plan.count, int64_t(1));
+      const double invstd = 1 / sqrt(variance + args.eps), count = plan.count;
       backs[threadIdx.x] = {affines[threadIdx.x].scale, A(total.x / count), A(total.y * invstd * invstd / count)};
       if (team.writes) {
         args.dbias[channel] = A(total.x);
@@ -235,12 +235,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& given) {
   constexpr auto op = "batch_norm_statistics";
-  STD_TORCH_CHECK(given.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", given.dim(), " dimensions");
+  require(given.dim() == 4, op, ": x must be (N, C, H, W), given a tensor of ", given.dim(), " dimensions");
   const Layout at = layout_of(given);
   const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
   const Tensor x = dense(given, at.format);
   Tensor mean = empty_statistics(x), var = empty_statistics(x);
-  if (at.channels == 0) return {mean, var};
+  if (x.numel() == 0) return {zeroed(mean), zeroed(var)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const ForwardArgs<A, T> args{data<T>(x), nullptr, nullptr, nullptr, nullptr, mutable_data<A>(mean),
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& given, const Ten
   // The vectors, and with them the order of the sums, are to follow from x alone.
   if (residual && !aligned({residual->const_data_ptr()}, 16)) residual = torch::stable::clone(*residual);
   Tensor y = empty(x, x.sizes(), at.format), mean = empty(weight, weight.sizes()), var = empty(weight, weight.sizes());
-  if (at.channels == 0) return {y, mean, var};
+  if (x.numel() == 0) return {y, zeroed(mean), zeroed(var)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const ForwardArgs<A, T> args{data<T>(x), data<T>(residual), mutable_data<T>(y),
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
   const Layout at = check_backward(op, grad, x, weight, bias, mean, var, y, dx, dresidual);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (at.channels == 0) return {dweight, dbias};
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     T *const into_dx = mutable_data<T>(dx), *const into_dresidual = dresidual ? mutable_data<T>(*dresidual) : nullptr;
@@ -324,8 +324,8 @@ std::tuple<Tensor, Tensor> batch_norm_act_backward_out(const Tensor& grad, const
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
-  m.impl("batch_norm_statistics", TORCH_BOX(&auglocal::batch_norm_statistics));
-  m.impl("batch_norm_act", TORCH_BOX(&auglocal::batch_norm_act));
-  m.impl("batch_norm_act_apply_out", TORCH_BOX(&auglocal::batch_norm_act_apply_out));
-  m.impl("batch_norm_act_backward_out", TORCH_BOX(&auglocal::batch_norm_act_backward_out));
+  AUGLOCAL_IMPL(m, batch_norm_statistics);
+  AUGLOCAL_IMPL(m, batch_norm_act);
+  AUGLOCAL_IMPL(m, batch_norm_act_apply_out);
+  AUGLOCAL_IMPL(m, batch_norm_act_backward_out);
 }

@@ -39,6 +39,7 @@ struct Axis {
         stride(int(std::min(given_stride, size + padding))),  // a longer one, of one window, leaves the axis as well
         padding(int(padding)), by_kernel(kernel), by_stride(stride) {}
 
+  __device__ bool has(int position) const { return position >= 0 && position < size; }
   __device__ int begin(int window) const { return window * stride - padding; }
   __device__ int first_holding(int position) const {
     const int before = position + padding - kernel;  // the last window start that does not hold it any more
@@ -54,7 +55,7 @@ struct Image {
   Image(const Tensor& x, MemoryFormat format) {
     const Strides strides = strides_of(x, format);
     values = x.size(1) * x.size(2) * x.size(3);
-    STD_TORCH_CHECK(values <= kMaxImage, "batch_norm_act_max_pool: at most 2^30 values an image, given ", values);
+    require(values <= kMaxImage, "batch_norm_act_max_pool: at most 2^30 values an image, given ", values);
     of_channel = int(strides.c), of_row = int(strides.h), of_column = int(strides.w);
   }
   __device__ int64_t at(int64_t n, int c, int h, int w) const {
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // The sum over the lanes, `columns` values a lane, to lane 0; in one order.
 __device__ __forceinline__ double2 block_sum(double2 value, int lane, int column, int lanes, int columns) {
-  __shared__ double2 sums[kThreads];
+  SHARED(sums, kThreads, double2);
   double2& mine = sums[threadIdx.x];
   mine = value;
   while (lanes > 1) {
@@ -318,8 +319,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     for_each_pixel<4>(walk, place, [&](int64_t n, int oh, int ow) {
       const int64_t o = map.out.at(n, place.channel, oh, ow);
       const int tap = index[o], i = map.columns.by_kernel.quotient(tap), j = tap - i * map.columns.kernel;
-      const A value = load(x[map.in.at(n, place.channel, map.rows.begin(oh) + i, map.columns.begin(ow) + j)]);
-      const A g = relu_backward(A(load(grad[o])), normalize(value, affine));
+      const int h = map.rows.begin(oh) + i, w = map.columns.begin(ow) + j;
+      // A tap outside the map, which no forward gives, is nobody's: dx does not find it either.
+      const bool inside = i < map.rows.kernel && map.rows.has(h) && map.columns.has(w);
+      const A value = inside ? A(load(x[map.in.at(n, place.channel, h, w)])) : affine.mean;
+      const A g = inside ? relu_backward(A(load(grad[o])), normalize(value, affine)) : A(0);
       sum += g;
       dot = mul_add(g, value - affine.mean, dot);
     });
@@ -474,11 +478,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
   const Layout at = check_pooling_backward(op, grad, x, index, weight, bias, mean, var, pool, dx);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (x.numel() == 0) {
-    torch::stable::zero_(dweight);
-    torch::stable::zero_(dbias);
-    return {dweight, dbias};
-  }
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   const Map map(x, grad, at.format, pool);
   const Walk outputs = make_walk(at, 1, x.size(0), grad.size(2), grad.size(3), std::numeric_limits<int>::max());
   const Tensor partials =
@@ -517,6 +517,6 @@ std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
-  m.impl("batch_norm_act_max_pool_apply", TORCH_BOX(&auglocal::batch_norm_act_max_pool_apply));
-  m.impl("batch_norm_act_max_pool_backward_out", TORCH_BOX(&auglocal::batch_norm_act_max_pool_backward_out));
+  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_apply);
+  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_backward_out);
 }

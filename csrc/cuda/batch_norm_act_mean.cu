@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, cons
   constexpr bool kPixels = kOrder == Order::pixels, kJoined = kOrder == Order::joined;
   constexpr int kWidth = kPixels ? V : 1;  // channels of a thread
   constexpr int kBatch = kPixels ? (V == 8 ? 2 : 3) : (V == 1 && sizeof(T) < 8 ? 8 : kLaneVectors);  // in flight
-  __shared__ Affine<A> affines[kMaxColumns * V > kThreads ? kMaxColumns * V : kThreads];
-  __shared__ Vector<A, kWidth> sums[kThreads];
+  SHARED(affines, (kMaxColumns * V > kThreads ? kMaxColumns * V : kThreads), Affine<A>);
+  SHARED(sums, kThreads, Vector<A, kWidth>);
   const int64_t part = blockIdx.x / walk.chunks, chunk = blockIdx.x % walk.chunks;
   const int64_t first_channel = chunk * walk.columns * kWidth;
   const int width = walk.columns * kWidth, thread = threadIdx.x;
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   constexpr int kGrads = kOrder == Order::maps ? 1 : (kOrder == Order::joined ? 2 : V);  // of a vector
   // As many as registers allow: eight values, with a gradient each or a residual, take many.
   constexpr int kBatch = kInFlight<Vec, V == 8 && kResidual ? 2 : (kGrads == 8 ? 3 : 4)>;
-  __shared__ Affine<A> affines[kMaxChannels];
-  __shared__ InputGrad<A> backs[kMaxChannels];
+  SHARED(affines, kMaxChannels, Affine<A>);
+  SHARED(backs, kMaxChannels, InputGrad<A>);
   Team team(plan, partial, arrivals);
   for (int64_t group = team.index; group < plan.groups; group += plan.teams) {
     const Share<V, kOrder> share(plan, group, team.part);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const double variance = owner ? double(args.var[channel]) : 0;
     const double2 total = team.sum(group, share, sums);
     if (owner) {
-      const double invstd = 1 / sqrt(variance + args.eps), count = max(plan.count, int64_t(1));
+      const double invstd = 1 / sqrt(variance + args.eps), count = plan.count;
       const double of_grad = total.x / args.map, of_dot = total.y / args.map;
       backs[threadIdx.x] = {affines[threadIdx.x].scale, A(of_grad / count), A(of_dot * invstd * invstd / count)};
       if (team.writes) {
@@ -283,8 +283,8 @@ Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Te
   const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor pooled = empty(weight, {maps.samples, maps.channels});
-  if (pooled.numel() == 0) return pooled;
-  STD_TORCH_CHECK(maps.size <= kMaxMap, op, ": at most 2^30 values a map, given ", maps.size);
+  if (x.numel() == 0) return torch::stable::fill_(pooled, NAN);
+  require(maps.size <= kMaxMap, op, ": at most 2^30 values a map, given ", maps.size);
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
     const MeanArgs<A, T> args{data<T>(x),    data<T>(residual), data<A>(weight),         data<A>(bias),
@@ -311,7 +311,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& given_
   const Maps maps = check_mean_backward(op, given_grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (maps.channels == 0) return {dweight, dbias};
+  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
   const Layout& at = maps.at;
   AUGLOCAL_DISPATCH(op, x.scalar_type(), {
     using A = typename Compute<T>::type;
@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& given_
     const BackwardArgs<A, T> args{data<A>(grad), data<T>(x), data<T>(residual), data<A>(weight), data<A>(bias),
                                   data<A>(mean), data<A>(var), mutable_data<T>(dx),
                                   dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
-                                  mutable_data<A>(dbias), eps, std::max(double(maps.size), 1.0),
+                                  mutable_data<A>(dbias), eps, double(maps.size),
                                   WideDivisor(maps.size)};
     const std::initializer_list<const void*> tensors{args.x, args.residual, args.dx, args.dresidual};
     with_shape_or_joined<T>(at, can_join(at, kWide<T>), tensors, [&](auto width, auto order) {
@@ -340,6 +340,6 @@ std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& given_
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
-  m.impl("batch_norm_act_mean_apply", TORCH_BOX(&auglocal::batch_norm_act_mean_apply));
-  m.impl("batch_norm_act_mean_backward_out", TORCH_BOX(&auglocal::batch_norm_act_mean_backward_out));
+  AUGLOCAL_IMPL(m, batch_norm_act_mean_apply);
+  AUGLOCAL_IMPL(m, batch_norm_act_mean_backward_out);
 }

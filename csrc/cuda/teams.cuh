@@ -225,7 +225,7 @@ __device__ __forceinline__ void for_each_vector(const Plan& plan, const Share<V,
 
 // For block_sum(), which exists for several widths.
 __device__ __forceinline__ double2* warp_sums() {
-  __shared__ double2 sums[kWarps * kMaxChannels];
+  SHARED(sums, kWarps * kMaxChannels, double2);
   return sums;
 }
 
@@ -254,7 +254,7 @@ __device__ double2 block_sum(double2 (&sums)[kSums], int period) {
 template <int V>
 __device__ double2 joined_sum(const Plan& plan, const Share<V, Order::joined>& share, const double2 (&sums)[V]) {
   static_assert(V <= kWarps && 2 * kThreads <= kWarps * kMaxChannels, "");
-  __shared__ double2 totals[kWarps];
+  SHARED(totals, kWarps, double2);
   double2 *here = warp_sums(), *next = here + kThreads;
   const int thread = threadIdx.x, channel = thread / kWarp, lane = thread % kWarp;
   double2 first{0, 0}, second{0, 0};
@@ -354,7 +354,7 @@ class Team {
 // A thread's own part of the block's shared memory, which no other thread touches: the vectors it keeps.
 template <class Vec>
 __device__ __forceinline__ Vec& slot(int index) {
-  extern __shared__ __align__(16) unsigned char kept_bytes[];
+  DYNAMIC_SHARED(kept_bytes);
   return reinterpret_cast<Vec*>(kept_bytes)[index * kThreads + threadIdx.x];
 }
 
@@ -378,7 +378,7 @@ const Residency& residency(int device) {
   constexpr int kMaxDevices = 64;
   static Residency known[kMaxDevices];
   static std::once_flag once[kMaxDevices];
-  STD_TORCH_CHECK(device < kMaxDevices, "batch_norm_act: at most ", kMaxDevices, " devices");
+  require(device < kMaxDevices, "batch_norm_act: at most ", kMaxDevices, " devices");
   std::call_once(once[device], [&] {
     const auto kernel = reinterpret_cast<const void*>(kKernel);
     cudaFuncAttributes of_kernel;
@@ -405,7 +405,8 @@ const Residency& residency(int device) {
 // `keeps`: false where a plan made for a second pass is only needed for the same sums.
 template <auto kKernel, int V, Order kOrder, class T, class Args>
 void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args, bool keeps = true) {
-  const int device = x.get_device_index();
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
   const Residency& held = residency<kKernel>(device);
   Plan plan = make_plan(layout, V, sizeof(T), kOrder, operands, held.blocks, held.kept_bytes, held.cooperative);
   if (!keeps) plan.kept = 0;

@@ -1,0 +1,179 @@
+"""The emulated CUDA kernels: orders of threads, devices, and sizes that the ops' own tests leave out; and the machine
+that runs them: what it stops."""
+
+import contextlib
+import ctypes
+import re
+
+import emulation
+import pytest
+import torch
+from ops_helpers import LAYOUTS, make
+
+from auglocal_ext import ops
+
+OPS = torch.ops.auglocal_ext
+
+
+def everything(shape, dtype, layout, window=(3, 3, 2, 2, 1, 1)):
+    """What every kernel makes of one input, by name."""
+    x, weight, bias, added, grad = make(shape, dtype, layout, True)
+    mean, var = ops.batch_norm_statistics(x)
+    values = {"mean": mean, "var": var}
+    for kind, residual, relu in (("plain", None, False), ("relu", None, True), ("added", added, True)):
+        y, *statistics = ops.batch_norm_act(x, weight, bias, residual, relu=relu)
+        assert torch.equal(statistics[0], mean) and torch.equal(statistics[1], var)
+        values[f"{kind} y"] = y
+        again = ops.batch_norm_act_apply(x, weight, bias, mean, var, residual, relu=relu)
+        assert torch.equal(y, again)
+        mask = y if residual is not None else None
+        backward = (weight, bias, mean, var)
+        names = [f"{kind} {name}" for name in ("dx", "dresidual", "dweight", "dbias")]
+        made = ops.batch_norm_act_backward(grad, x, *backward, mask, relu=relu)
+        values |= {name: t for name, t in zip(names, made, strict=True) if t is not None}
+        over = x.clone(), None if mask is None else mask.clone()
+        made = ops.batch_norm_act_backward(grad, over[0], *backward, over[1], relu=relu, dx=over[0], dresidual=over[1])
+        assert all(torch.equal(t, values[name]) for name, t in zip(names, made, strict=True) if t is not None)
+        values[f"{kind} pooled"] = OPS.batch_norm_act_mean_apply(x, weight, bias, mean, var, residual, 1e-5, relu)
+        of_maps = grad[:, :, 0, 0].to(weight.dtype).contiguous()
+        mask = residual if relu else None
+        made = OPS.batch_norm_act_mean_backward(of_maps, x, *backward, mask, 1e-5, relu, mask is not None)
+        names = [f"{kind} of the pool: {name}" for name in ("dx", "dresidual", "dweight", "dbias")]
+        values |= {name: t for name, t in zip(names, made, strict=True) if t.numel()}
+    sizes = [(shape[2 + i] + 2 * window[4 + i] - window[i]) // window[2 + i] + 1 for i in (0, 1)]
+    y, index = OPS.batch_norm_act_max_pool_apply(x, weight, bias, mean, var, 1e-5, *window, *sizes)
+    made = OPS.batch_norm_act_max_pool_backward(y, x, index, weight, bias, mean, var, 1e-5, *window)
+    return (
+        values | {"maxima": y, "taps": index} | dict(zip(("pool dx", "pool dweight", "pool dbias"), made, strict=True))
+    )
+
+
+def assert_close(ours, expected, dtype):
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        wrong, size = (ours[name].double() - value.double()).norm(), value.double().norm()
+        assert wrong <= tolerance * (size + 1), name
+
+
+SHAPES = [(5, 20, 7, 7), (3, 24, 8, 8), (2, 3, 33, 16), (9, 34, 2, 1), (7, 8, 1, 1), (1, 1, 5, 3), (40, 6, 3, 7)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_order_of_threads_and_blocks_changes_no_bit(shape, layout, dtype, emulator):
+    """For several seeds, on a device where a tensor takes rounds and on one where blocks team up; near the CPU's."""
+    expected = everything(shape, dtype, layout)
+    for device in ("a slice of sm_90", "a large slice of sm_90"):
+        orders = []
+        for seed in range(2):
+            with emulator.running(seed, device):
+                before = emulator.launches()
+                orders.append(everything(shape, dtype, layout))
+                assert emulator.launches() > before + 20
+        for other in orders[1:]:
+            assert all(torch.equal(value, other[name]) for name, value in orders[0].items())
+        assert_close(orders[0], expected, dtype)
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_gpus(layout, device, emulator):
+    """As many blocks to a team as a GPU has room for."""
+    shape = (12, 20, 17, 16)
+    expected = everything(shape, torch.float32, layout)
+    with emulator.running(1, device):
+        assert_close(everything(shape, torch.float32, layout), expected, torch.float32)
+
+
+def test_more_channels_than_a_grid_has_in_its_second_dimension(emulator):
+    results = []
+    for run in (contextlib.nullcontext(), emulator.running(3, "a large slice of sm_90")):
+        with run:
+            x, weight, bias, _, grad = make((2, 70_000, 1, 1), torch.float32, LAYOUTS[0], False)
+            maps = torch.stack([x, grad], 3).flatten(3)
+            y, mean, var = ops.batch_norm_act(x, weight, bias)
+            made = ops.batch_norm_act_backward(grad, x, weight, bias, mean, var)
+            pooled = OPS.batch_norm_act_mean_apply(maps, weight, bias, mean, var, None, 1e-5, True)
+            results.append([y, mean, var, made[0], *made[2:], pooled])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- the machine --------------------------------------------------------------------------------------------
+
+STOPPED = {
+    10: "a race in shared memory with thread .*, which wrote there|a race in shared memory with a thread that reads",
+    11: "a race in shared memory with thread .*, which wrote there|a race in shared memory with a thread that reads",
+    12: "a race in global memory with thread .*, which wrote there",
+    13: "a race in global memory with thread .*, which wrote there|a race in global memory with a thread that reads",
+    14: "block .* wrote there, and no fences make that known",
+    20: "a read past the end|a read outside of every allocation",
+    21: "a write past the end|a write outside of every allocation",
+    22: "a read outside of every allocation",
+    23: "a read outside of every allocation",
+    24: "an access out of line with its width",
+    30: "threads of a block wait at different barriers",
+    31: "a barrier that not all threads of the block reach",
+    32: "lanes of a warp at different shuffles",
+    33: "threads that wait for ever",
+    34: "threads that wait for ever",
+    40: "no fences make that known",
+    41: "no fences make that known",
+    42: "no fences make that known",
+    43: "a plain read may find what the first-level cache held before",
+    44: "no fences make that known|a race in global memory",
+    50: "a barrier of the grid, in a launch that is not cooperative",
+    51: "blocks that wait for one another, but are not resident together: 1000",
+    52: "more dynamic shared memory than was asked for: 204800 bytes",
+    53: "more than 12288 bytes of static shared memory",
+    54: "a grid of 0 blocks",
+    55: "blocks of 2048 threads",
+    60: "an integer overflow",
+    61: "a division by zero",
+    62: "a shift by more bits than there are",
+}
+
+
+def fault(emulator, case, seed):
+    """What the machine says of a kernel in faults.cu, and what that kernel wrote."""
+    with emulator.running(seed, "a slice of sm_80"):
+        data, counters, said = torch.empty(130), torch.zeros(2, dtype=torch.int32), ctypes.create_string_buffer(1000)
+        pointers = ctypes.c_void_p(data.data_ptr()), len(data), ctypes.c_void_p(counters.data_ptr())
+        emulator.machine.emulation_fault(case, *pointers, said, len(said))
+    return said.value.decode(), data
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_what_the_machine_stops_in_every_order(case, emulator):
+    for seed in range(8):
+        said, _ = fault(emulator, case, seed)
+        assert re.search(STOPPED[case], said), said
+        assert said.startswith("emulated on a slice of sm_80: ")
+
+
+def test_what_it_lets_pass(emulator):
+    for seed in range(8):
+        said, data = fault(emulator, 0, seed)
+        assert not said and data[2:66].tolist() == [(i + 1) % 64 for i in range(64)] and data[:2].isnan().all()
+        said, data = fault(emulator, 1, seed)
+        assert not said and data[2:].tolist() == [7.0] * 128
+        said, data = fault(emulator, 2, seed)
+        assert not said and data.isnan().all()  # memory that nothing was written to
+
+
+def test_memory_is_poisoned_and_given_back(emulator):
+    with emulator.running():
+        assert torch.empty(1000).isnan().all() and torch.empty(1000, dtype=torch.bfloat16).isnan().all()
+        outlives = torch.arange(5.0)
+    assert outlives.sum() == 10 and not torch.zeros(10).isnan().any()
+    before = emulator.launches()
+    x, weight, bias, _, _ = make((2, 3, 4, 4), torch.float32, LAYOUTS[0], False)
+    ops.batch_norm_act(x, weight, bias)
+    assert emulator.launches() == before  # outside, CPU tensors are the CPU's
+
+
+def test_it_is_built_once(emulator):
+    assert emulation.build() == emulation.build()
