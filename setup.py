@@ -13,7 +13,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -96,7 +96,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["auglocal_ext", "auglocal_ext.ops"],
+    packages=find_packages(include=["auglocal_ext*"]),
     package_data={"auglocal_ext": ["*.so"]},
     ext_modules=[Extension("auglocal_ext.native", [])],
     cmdclass={"build_ext": CMakeBuild},
