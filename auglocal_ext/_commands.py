@@ -117,8 +117,12 @@ def device(text):
 def check_cut(options):
     """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
     given = vars(options)
-    with torch.device("meta"):
-        model = models.create(options.model, given.get("num_classes") or 10)
+    name, classes = options.model, given.get("num_classes") or 10
+    try:
+        with torch.device("meta"):
+            model = models.create(name, classes)
+    except NotImplementedError:  # its constructor looks at values
+        model = models.create(name, classes).to("meta")
     backbone, budget = as_backbone(model), given.get("budget")
     if options.depth == "auto" and budget is None:
         raise ValueError(

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["meta_copy", "replaced_methods", "skip_hooks"]
+__all__ = ["METHODS", "meta_copy", "replaced_methods", "skip_hooks"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_METHODS = ("forward", "_forward_impl", "_conv_forward", "_call_impl")
+METHODS = frozenset({"forward", "_forward_impl", "_conv_forward", "_call_impl"})  # what a call goes through
 
 
 def meta_copy(module):
@@ -27,6 +27,11 @@ def meta_copy(module):
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(
                 f"parameter {name} has no shape yet, its layer is a lazy one: run the model once on a batch of images"
+            )
+    for name, buffer in module.named_buffers():
+        if buffer.layout != torch.strided:
+            raise ValueError(
+                f"buffer {name} is of layout {buffer.layout}, whose bytes cannot be planned: make it dense"
             )
     known = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     known |= {id(b): b.detach().to("meta") for b in module.buffers()}
@@ -63,7 +68,7 @@ def replaced_methods(module):
     return [
         f"{path}.{method}".removeprefix(".")
         for path, part in module.named_modules()
-        for method in _METHODS
+        for method in sorted(METHODS)
         if method in vars(part) and not isinstance(part, torch.jit.ScriptModule)
     ]
 

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models
 from ._meta import meta_copy, replaced_methods, skip_hooks
+from .engine.as_real import RealLayouts
 
 __all__ = ["Backbone", "Unit", "as_backbone"]
 
@@ -255,7 +256,8 @@ class _Shapes:
     @torch.no_grad()
     def __call__(self, x):
         try:
-            out = self.module(x)
+            with RealLayouts():
+                out = self.module(x)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(

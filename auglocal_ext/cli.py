@@ -221,8 +221,8 @@ def _new_folder(options):
         cut += f"-K{options.modules}" if options.modules else ""
         name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.runs / name
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True)
     except FileExistsError as error:
         if folder.exists():

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._meta import meta_copy
 from .backbone import as_backbone
+from .engine.as_real import RealLayouts
 from .memory import LiveBytes
 
 __all__ = ["eager_bytes"]
@@ -33,7 +34,7 @@ def _step(planner, shape, checkpointed):
     model = meta_copy(planner.model).to(dtype)  # autocast does not know meta tensors
     backbone = as_backbone(model).without_hooks()
     images, labels = planner.batch(shape)
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live, torch.enable_grad():
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live, RealLayouts(), torch.enable_grad():
         existing = live.now
         live.count(images)
         live.count(labels)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ._meta import replaced_methods
+from .engine.as_real import read_value
 from .engine.trace import Reader
 
 __all__ = ["assert_same_function"]
@@ -29,7 +30,7 @@ def assert_same_function(model, backbone, images, reader=None):
         images: a batch on the meta device.
         reader: the `Reader` that reads the backbone's parts; None: a new one.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     known = {}
     with _Expressions(known, names) as forward:
         try:
@@ -71,14 +72,15 @@ class _Expressions(TorchDispatchMode):
         super().__init__()
         self.known, self.names, self.made = known, names, {}
         self.numbers, self.alive = {}, []  # a tensor's id -> its number; the tensors, so that no id is used again
-        self.last = ""
+        self.last, self.constants = "", 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.overloadpacket is _aten._local_scalar_dense:
-            return 1  # a value that a layer reads; here there are none
+        if function.overloadpacket is _aten._local_scalar_dense and args[0].is_meta:
+            return read_value(args[0])
         given, _ = tree_flatten((args, kwargs))
-        if any(isinstance(a, torch.Tensor) and not a.is_meta and a.dim() for a in given):
+        tensors = [a for a in given if isinstance(a, torch.Tensor)]
+        if any(a.is_meta for a in tensors) and any(a.dim() and not a.is_meta for a in tensors):
             raise ValueError("it reads a tensor that is no parameter or buffer of it, and so has no copy without data")
         result = function(*args, **kwargs)
         arguments = [self.expression(a) if isinstance(a, torch.Tensor) else _plain(a) for a in given]
@@ -103,9 +105,14 @@ class _Expressions(TorchDispatchMode):
 
     def expression(self, tensor):
         if id(tensor) not in self.numbers:
-            name = self.names.get(id(tensor), id(tensor))
-            self.last = f" behind {name}" if isinstance(name, str) else self.last
-            self._set(tensor, self.known.setdefault(("leaf", name), len(self.known)))
+            name = self.names.get(id(tensor))
+            if name is None:  # made by the forward itself: by its place among such tensors, and what is known of it
+                self.constants += 1
+                leaf = "constant", self.constants, tuple(tensor.shape), str(tensor.dtype), _content(tensor)
+            else:
+                leaf = "leaf", name
+                self.last = f" behind {name}" if isinstance(tensor, torch.nn.Parameter) else self.last
+            self._set(tensor, self.known.setdefault(leaf, len(self.known)))
         return self.numbers[id(tensor)]
 
     def _number(self, call):
@@ -115,6 +122,10 @@ class _Expressions(TorchDispatchMode):
     def _set(self, tensor, number):
         self.numbers[id(tensor)] = number
         self.alive.append(tensor)
+
+
+def _content(tensor):
+    return "" if tensor.is_meta or tensor.numel() > 1000 else str(tensor.tolist())
 
 
 def _plain(argument):

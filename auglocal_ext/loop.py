@@ -486,7 +486,8 @@ class _Validation:
             if self.classes is None:
                 self.classes = logits.shape[1]
                 self._note(1, _checks.out_of_range(labels, self.classes), labels)
-            self._note(2, ~logits.isfinite().all())
+            # -inf is how classes are masked; a row of nothing else is not.
+            self._note(2, (logits.isnan() | (logits == torch.inf)).any() | ~logits.isfinite().any(1).all())
             hits = logits.topk(min(5, self.classes)).indices == labels[:, None]
             self.hits += torch.stack([hits[:, 0].sum(), hits.sum()])
         return len(images)

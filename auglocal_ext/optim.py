@@ -69,4 +69,14 @@ def make_optimizer(factory, parameters):
             f"{type(optimizer).__name__} cannot train local modules: it re-evaluates the loss in step(), when the "
             f"module's activations are gone already; choose one without a closure, such as SGD or AdamW"
         )
+    optimizer.register_load_state_dict_post_hook(_lay_out_state)
     return optimizer
+
+
+def _lay_out_state(optimizer):
+    """Gives state that was loaded its parameters' strides: fused optimizers go over both side by side in memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            beside = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if beside and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -140,6 +140,7 @@ class LocalTrainer:
         assert_apart(self.local_modules, {p: name for name, p in model.named_parameters()})
         self._optimizer = optimizer or sgd(128)
         self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
+        self._made_optimizers = list(self.optimizers)
         self._watch = self._watched()
         self._programs = self._planned_modes = self._programmed_modes = None  # what plan and programs were made for
         self._hooks_run = set()  # the modules whose hooks a step runs
@@ -179,6 +180,11 @@ class LocalTrainer:
                 NaN, and `check` raises.
         """
         self._watch.check()
+        if self.optimizers != self._made_optimizers:
+            raise ValueError(
+                "trainer.optimizers is not what the trainer made, one for each local module: change the settings in "
+                "their param_groups, or pass optimizer= to a new trainer"
+            )
         images, labels, refused = self._check_batch(images, labels)
         self.plan_for(images)
         if images.is_inference():  # which autograd cannot use

@@ -4,10 +4,23 @@ A step looks at identities and flags only, at no tensor's values.
 """
 
 from torch import nn
+from torch.nn.modules import module as torch_hooks
+
+from ._meta import METHODS
 
 __all__ = ["Watch"]
 
+# Settings that a node was chosen by; what else a layer has, its step reads each time.
+_IN_PLACE = ("inplace",)
+_SETTINGS = {
+    nn.Conv2d: ("padding_mode", "padding"),
+    nn.MaxPool2d: ("kernel_size", "dilation", "return_indices"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.BatchNorm2d: ("affine",),
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
 class Watch:
@@ -25,39 +38,50 @@ class Watch:
         self._modules = [(path, module, vars(module)) for module, path in paths.items()]
         self._parameters = list({id(p): p for _, module, _ in self._modules for p in module._parameters.values()
                                  if p is not None}.values())  # fmt: skip
+        self._chosen_by = [
+            (state, [name for name in _SETTINGS.get(type(module), _IN_PLACE) if name in state])
+            for _, module, state in self._modules
+        ]
+        self._chosen_by = [(state, names) for state, names in self._chosen_by if names]
+        self._kinds = sorted({type(module) for _, module, _ in self._modules}, key=str)
         self._parts, self._places = self._current_parts(), self._current_places()
 
     def check(self):
-        """Raises ValueError where a module or a parameter was replaced, added or removed, or moved to another dtype or
-        device; says which."""
+        """Raises ValueError where a module or a parameter was replaced, added or removed, or has another dtype, device,
+        shape or memory format; says which."""
         parts = self._current_parts()
         if parts != self._parts:
             raise ValueError(self._say_what_was_replaced(parts))
         places = self._current_places()
         if places != self._places:
             at = next(i for i, (now, then) in enumerate(zip(places, self._places, strict=True)) if now != then)
-            name = self._name(self._parameters[at])
+            now, then = ("{} on {} of shape {} and strides {}".format(*p[at]) for p in (places, self._places))
             raise ValueError(
-                f"parameter {name} is {places[at][0]} on {places[at][1]}, it was {self._places[at][0]} on "
-                f"{self._places[at][1]} when the trainer was made: move it back, or make a new trainer of the model"
+                f"parameter {self._name(self._parameters[at])} is {now}, it was {then} when the trainer was made: put "
+                f"it back, or make a new trainer of the model"
             )
 
     def modes(self):
         """What may change between steps, and is followed: which modules train, which parameters are frozen, which
-        statistics a normalisation keeps, and methods put on an object. Comparable."""
+        statistics a normalisation keeps, settings that decide what runs a layer, methods put on an object or a class.
+        Comparable."""
         found = []
         for _, _, state in self._modules:
             found.append(state["training"])
             if state["_buffers"]:
                 found.append(tuple([buffer is None for buffer in state["_buffers"].values()]))
                 found.append(state.get("track_running_stats"))
-            if "forward" in state or "_conv_forward" in state:
-                found.append((id(state.get("forward")), id(state.get("_conv_forward"))))
+            if not METHODS.isdisjoint(state):
+                found.append([state.get(method) for method in METHODS])
+        found.extend([state[name] for state, names in self._chosen_by for name in names])
+        found.extend([kind.forward for kind in self._kinds])
         found.extend([parameter.requires_grad for parameter in self._parameters])
         return found
 
     def hooked(self, run):
         """The path of the first module with a hook that no step runs, or None. run: the modules whose hooks are run."""
+        if any([getattr(torch_hooks, hooks) for hooks in _GLOBAL_HOOKS]):
+            return "every module of the process"
         for path, module, state in self._modules:
             if any([state[hooks] for hooks in _HOOKS]) and module not in run:
                 return path or type(module).__name__
@@ -77,7 +101,7 @@ class Watch:
         ]
 
     def _current_places(self):
-        return [(parameter.dtype, parameter.device) for parameter in self._parameters]
+        return [(p.dtype, p.device, tuple(p.shape), p.stride()) for p in self._parameters]
 
     def _name(self, parameter):
         for path, module, _ in self._modules:

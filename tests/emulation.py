@@ -101,8 +101,12 @@ class Emulation:
         self.machine.emulation_launches.restype = ctypes.c_int64
 
     @contextlib.contextmanager
-    def running(self, seed=0, device="a slice of sm_80"):
-        """The ops of CPU tensors run on the emulated device; memory is poisoned and its bounds are kept."""
+    def running(self, seed=0, device="a slice of sm_80", last_blocks=0):
+        """The ops of CPU tensors run on the emulated device; memory is poisoned and its bounds are kept.
+
+        last_blocks: if not 0, only so many of a grid are run, unless they wait for one another. Tensors from 64 MB are
+        then affordable: they are zeros, take no memory before they are touched, and races in them are not looked for.
+        """
         served = torch.library.Library("auglocal_ext", "IMPL")
         for name in OPS:
             op = getattr(torch.ops.auglocal_emulated, name).default
@@ -110,6 +114,7 @@ class Emulation:
         # On CUDA, this one is put together from others.
         served.impl("batch_norm_act_backward", _backward, "CPU", allow_override=True)
         self.machine.emulation_begin(seed, DEVICES.index(device))
+        self.machine.emulation_run_last_blocks(last_blocks)
         try:
             yield self
         finally:

@@ -102,6 +102,38 @@ def test_more_channels_than_a_grid_has_in_its_second_dimension(emulator):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_indices_past_2_to_the_31(layout, emulator):
+    """The last block of each kernel that walks over a map of 2.3 billion values, in memory that only it touches."""
+    shape, window = (17 * 2048, 256, 16, 16), (3, 3, 2, 2, 1, 1)  # images: a multiple of the blocks that take turns
+    with emulator.running(5, "sm_90", last_blocks=1):
+        tail, weight, bias, _, _ = make((1, *shape[1:]), torch.bfloat16, layout, False)
+        mean, var = bias.clone(), weight.clone()
+        x = torch.empty(shape, dtype=torch.bfloat16, memory_format=layout)
+        assert x.numel() > 2**31
+        x[-1:] = tail
+        statistics = (weight, bias, mean, var)
+        pooled = OPS.batch_norm_act_mean_apply(x, *statistics, None, 1e-5, True)
+        maxima, taps = OPS.batch_norm_act_max_pool_apply(x, *statistics, 1e-5, *window, 8, 8)
+        found = pooled[-1, -8:].clone(), maxima[-1, -1, -1, -1].clone(), taps[-1, -1, -1, -1].clone()
+        maxima[-1:] = 1
+        dx = torch.empty_like(x)
+        OPS.batch_norm_act_max_pool_backward_out(maxima, x, taps, *statistics, 1e-5, *window, dx)
+        assert dx[-1, -1, -1, -1].isnan()  # written, though by sums that only one block knew
+        assert not dx[0].any() and not dx[2**31 // x[0].numel()].any()
+        del dx, maxima, taps
+        if layout == torch.contiguous_format:  # of channels_last, one block's share takes half a minute
+            ops.batch_norm_act_apply(x, *statistics, out=x)
+            found = *found, x[-1, -1, -1].clone()
+        del x
+        emulator.machine.emulation_run_last_blocks(0)
+        expected_maxima, expected_taps = OPS.batch_norm_act_max_pool_apply(tail, *statistics, 1e-5, *window, 8, 8)
+        expected = OPS.batch_norm_act_mean_apply(tail, *statistics, None, 1e-5, True)[0, -8:]
+        expected = expected, expected_maxima[0, -1, -1, -1], expected_taps[0, -1, -1, -1]
+        expected = *expected, ops.batch_norm_act_apply(tail, *statistics)[0, -1, -1]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[: len(found)], strict=True))
+
+
 # ---- the machine --------------------------------------------------------------------------------------------
 
 STOPPED = {

@@ -372,3 +372,112 @@ def test_heads_that_are_none(head, message):
     model.fc = head
     with pytest.raises(ValueError, match=message):
         LocalTrainer(model, depth=2)
+
+
+# ---- forwards that a graph does not tell ------------------------------------------------------------------------
+
+
+def without_gradient(self, x):
+    with torch.no_grad():
+        y = F.relu(self.bn1(self.conv1(x)))
+    return F.relu(self.bn2(self.conv2(y)) + x)
+
+
+def by_attribute(self, x):
+    return F.relu(self.bn1(self.conv1(x)) * self.factor + x)
+
+
+def by_shapes(self, x):
+    y = self.bn1(self.conv1(x)).view(x.size(0), x.size(1), -1).view_as(x)
+    return F.relu(F.interpolate(y, size=x.shape[2:]) + torch.cat(y.chunk(2, 1)[::-1], 1) + x)
+
+
+def with_constants(self, x):
+    return F.relu(self.bn1(self.conv1(x)) * torch.tensor(0.5) + x * x.new_tensor(2.0))
+
+
+@pytest.mark.parametrize("forward", [without_gradient, by_attribute, by_shapes, with_constants])
+@pytest.mark.parametrize("on", ["object", "class"])
+def test_gradients_of_a_block_with_another_forward(forward, on, monkeypatch):
+    """By autograd on the whole block: gradients too, and what an attribute says at the time of the step."""
+    torch.manual_seed(0)
+    model = models.CifarResNet(2).double()
+    for block in model.layer1:
+        block.factor = 1.0
+        if on == "object":
+            block.forward = types.MethodType(forward, block)
+    if on == "class":
+        monkeypatch.setattr(models.BasicBlock, "factor", 1.0, raising=False)
+        original = models.BasicBlock.forward
+        monkeypatch.setattr(
+            models.BasicBlock,
+            "forward",
+            lambda self, x: forward(self, x) if self.downsample is None else original(self, x),
+        )
+    images, labels = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.arange(4)
+    trainer = LocalTrainer(model, rule="bp", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    for factor in (1.0, 0.25):
+        for block in model.layer1:
+            block.factor = factor
+        own, before = copy.deepcopy(model).train(), {n: p.detach().clone() for n, p in model.named_parameters()}
+        own.zero_grad()
+        F.cross_entropy(own(images), labels).backward()
+        trainer.step(images, labels)
+        for (name, after), expected in zip(model.named_parameters(), own.parameters(), strict=True):
+            gradient = torch.zeros_like(after) if expected.grad is None else expected.grad
+            torch.testing.assert_close(before[name] - after.detach(), gradient, rtol=1e-7, atol=1e-9, msg=name)
+
+
+class Scaled(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def with_a_guard(x):
+    if torch.isnan(x).any():
+        raise ValueError("NaN")
+    return x
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x * x.new_tensor(0.5),
+        lambda x: x * torch.tensor(0.5),
+        lambda x: x - torch.tensor([0.1, 0.2, 0.3], dtype=x.dtype, device=x.device).view(1, 3, 1, 1),
+        lambda x: x - torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).to(x),
+        with_a_guard,
+    ],
+    ids=["new_tensor", "tensor", "normalise", "normalise, moved", "guard"],
+)
+def test_constants_and_guards_in_a_stem(run):
+    torch.manual_seed(0)
+    model = models.CifarResNet(1)
+    model.conv1 = nn.Sequential(Scaled(run), model.conv1)
+    assert_trains_what_was_given(model.double(), rule="auglocal", depth=2, modules=2)
+
+
+def test_normalize_of_torchvision_as_the_first_layer(torchvision):
+    from torchvision.transforms import Normalize
+
+    model = resnet(torchvision)
+    model.conv1 = nn.Sequential(Scaled(Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.2])), model.conv1)
+    assert_trains_what_was_given(model.double(), rule="bp")
+
+
+def test_a_head_norm_of_cumulative_average():
+    model = models.CifarResNet(1)
+    model.fc = nn.Sequential(nn.BatchNorm1d(64, momentum=None), nn.Linear(64, 10))
+    assert_trains_what_was_given(model.double(), rule="bp")
+
+
+def test_different_constants_are_told_apart(torchvision, monkeypatch):
+    kind = torchvision.models.ResNet
+    original = kind._forward_impl
+    monkeypatch.setattr(kind, "_forward_impl", lambda self, x: original(self, x * torch.tensor(0.5)))
+    with pytest.raises(ValueError, match="computes something else than its units"):
+        plan(resnet(torchvision), (4, 3, 24, 24), rule="bp")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+import types
 import warnings
 from functools import partial
 
@@ -244,7 +245,7 @@ def parametrized(trainer):
         (parametrized, r"layer1.0.conv2.* was replaced"),
         (
             lambda t: t.model.double(),
-            "parameter conv1.weight is torch.float64 on cpu, it was torch.float32 on cpu when",
+            "parameter conv1.weight is torch.float64 on cpu .*, it was torch.float32 on cpu .* when",
         ),
         (lambda t: t.aux_nets.double(), "parameter aux_nets.0.net.0.conv1.weight is torch.float64"),
         (lambda t: t.model.layer3.half(), "parameter layer3.0.conv1.weight is torch.float16 on cpu"),
@@ -458,3 +459,170 @@ def test_looking_costs_less_than_a_hundredth_of_a_small_step():
         trainer._current_programs()
 
     assert least(look, 50) < 0.01 * least(lambda: trainer.step(images, labels), 10)
+
+
+# ---- strides, shapes, settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m.to(memory_format=torch.channels_last),
+            r"parameter conv1.weight is .* strides \(27, 1, 9, 3\), it was",
+        ),
+        (lambda m: setattr(m.fc.weight, "data", torch.randn(20, 64)), r"fc.weight is .* of shape \(20, 64\) .* it was"),
+        (
+            lambda m: torch.utils.swap_tensors(m.bn1.weight, nn.Parameter(torch.ones(8))),
+            r"bn1.weight is .* of shape \(8,\)",
+        ),
+    ],
+)
+def test_other_shapes_and_memory_formats_are_refused(trainer, batch, change, message):
+    change(trainer.model)
+    before = tensors(trainer)
+    with pytest.raises(ValueError, match=message):
+        trainer.step(*batch)
+    assert not moved(trainer, before)
+
+
+def test_a_gradient_that_a_hook_makes_lies_as_its_parameter(batch):
+    """Fused optimizers go over both side by side: a gradient of other strides would scramble the update."""
+    states = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = models.CifarResNet(1).double().to(memory_format=layout)
+        mask = torch.rand(16, 16, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+        model.layer1[0].conv1.weight.register_hook(lambda gradient, mask=mask: mask * gradient)
+        trainer = LocalTrainer(model, rule="bp")
+        for _ in range(2):
+            trainer.step(batch[0].double(), batch[1])
+        states.append(model.layer1[0].conv1.weight.detach().contiguous())
+    torch.testing.assert_close(*states, rtol=1e-9, atol=1e-12)
+
+
+def test_state_that_is_loaded_lies_as_its_parameters(batch):
+    images, labels = batch[0].double(), batch[1]
+    torch.manual_seed(0)
+    saved = LocalTrainer(models.CifarResNet(1).double(), rule="bp")
+    for _ in range(2):
+        saved.step(images, labels)
+    restored = LocalTrainer(models.CifarResNet(1).double().to(memory_format=torch.channels_last), rule="bp")
+    restored.model.load_state_dict(saved.model.state_dict())
+    restored.optimizers[0].load_state_dict(copy.deepcopy(saved.optimizers[0].state_dict()))
+    for _ in range(2):
+        expected, found = saved.step(images, labels), restored.step(images, labels)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "value"),
+    [
+        ("layer1.0.conv1", "padding_mode", "reflect"),
+        ("layer1.0.conv2", "padding", "same"),
+        ("maxpool", "dilation", 2),
+        ("maxpool", "kernel_size", 5),
+        ("layer1.0.bn1", "momentum", 0.5),
+        ("layer2.0.conv1", "stride", (1, 1)),
+        ("layer1.0.relu", "inplace", False),
+    ],
+)
+def test_settings_that_change_are_followed(torchvision, name, attribute, value):
+    resnet = torchvision.models.resnet
+    torch.manual_seed(0)
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    model.layer3, model.layer4, model.fc = nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity()), nn.Linear(128, 4)
+    model.layer3, model.layer4 = (nn.Sequential(resnet.BasicBlock(128, 128)) for _ in range(2))
+    model.double()
+    images, labels = torch.randn(4, 3, 24, 24).double(), torch.arange(4)
+    trainer = LocalTrainer(model, rule="bp")
+    trainer.step(images, labels)
+    setattr(model.get_submodule(name), attribute, value)
+    if attribute == "padding_mode":
+        model.layer1[0].conv1._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    if attribute == "stride":
+        model.layer2[0].downsample[0].stride = value
+    own = copy.deepcopy(model).train()
+    expected = own(images)
+    torch.testing.assert_close(trainer.step(images, labels).logits, expected, rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(model.buffers(), own.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_a_method_put_on_the_model_later_is_refused(trainer, batch):
+    original = trainer.model.forward
+    trainer.model.forward = lambda x: 4 * original(x)
+    with pytest.raises(ValueError, match="forward was replaced on the object"):
+        trainer.step(*batch)
+
+
+@pytest.mark.parametrize("where", ["class", "object", "object, twice"])
+def test_a_block_whose_forward_is_replaced_later(batch, where, monkeypatch):
+    model = models.CifarResNet(1).double()
+    images, labels = batch[0].double(), batch[1]
+    trainer = LocalTrainer(model, rule="bp", optimizer=partial(torch.optim.SGD, lr=0.0))
+    trainer.step(images, labels)
+    original, block = models.BasicBlock.forward, model.layer2[0]
+    for factor in (2, 3) if where == "object, twice" else (2,):
+        if where == "class":
+            monkeypatch.setattr(models.BasicBlock, "forward", lambda self, x: 2 * original(self, x))
+        else:
+            vars(block).pop("forward", None)
+            block.forward = types.MethodType(lambda self, x, factor=factor: factor * original(self, x), block)
+        expected = copy.deepcopy(model).train()(images)
+        torch.testing.assert_close(trainer.step(images, labels).logits, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_optimizers_that_were_exchanged_are_refused(trainer, batch):
+    before = tensors(trainer)
+    trainer.optimizers[0] = torch.optim.Adam(trainer.local_modules[0].parameters())
+    with pytest.raises(ValueError, match="trainer.optimizers is not what the trainer made"):
+        trainer.step(*batch)
+    assert not moved(trainer, before)
+
+
+@pytest.mark.parametrize("norm", ["bn1", "layer2.0.bn1", "fc.0"])
+def test_a_norm_that_counts_no_batches(batch, norm):
+    model = models.CifarResNet(1).double()
+    model.fc = nn.Sequential(nn.BatchNorm1d(64, dtype=torch.float64), model.fc)
+    model.get_submodule(norm).num_batches_tracked = None
+    own = copy.deepcopy(model).train()
+    expected = own(batch[0].double())
+    result = LocalTrainer(model, rule="bp").step(batch[0].double(), batch[1])
+    torch.testing.assert_close(result.logits, expected, rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(model.buffers(), own.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["fused and autograd", "autograd twice"])
+def test_a_hook_on_a_shared_weight_is_called_once_on_the_sum(batch, kind):
+    torch.manual_seed(0)
+    model = models.CifarResNet(1).double()
+    if kind == "autograd twice":
+        hidden = nn.Linear(64, 64)
+        model.fc = nn.Sequential(hidden, nn.Tanh(), hidden, nn.Tanh(), nn.Linear(64, 10)).double()
+        weight = hidden.weight
+    else:
+        conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect", bias=False).double()
+        weight = conv.weight = model.layer1[0].conv1.weight
+        model.layer1[0].conv2 = conv
+    calls = []
+    weight.register_hook(lambda gradient: calls.append(gradient.norm().item()) or gradient.clamp(-1e-3, 1e-3))
+    own = copy.deepcopy(model).train()
+    own_weight = own.fc[0].weight if kind == "autograd twice" else own.layer1[0].conv1.weight
+    own_weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    images = batch[0].double()
+    nn.functional.cross_entropy(own(images), batch[1]).backward()
+    before = weight.detach().clone()
+    LocalTrainer(model, rule="bp", optimizer=partial(torch.optim.SGD, lr=1.0)).step(images, batch[1])
+    torch.testing.assert_close(before - weight.detach(), own_weight.grad, rtol=1e-8, atol=1e-10)
+    assert len(calls) == 1
+
+
+def test_hooks_on_every_module_of_the_process_are_named(trainer, batch):
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+    try:
+        with pytest.warns(UserWarning, match="a hook on every module of the process does not run in a training step"):
+            trainer.step(*batch)
+    finally:
+        handle.remove()

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["RealFunctions", "RealLayouts"]
+__all__ = ["RealFunctions", "RealLayouts", "read_value"]
 
 _aten = torch.ops.aten
 
@@ -22,10 +22,13 @@ class RealLayouts(TorchDispatchMode):
     - convolutions in channels_last where input or weight are, gradients too;
     - what only moves channels in the input's format;
     - normalisation over groups with statistics in the weight's dtype, its backward and Mish's without scratch;
-    - a BatchNorm in eval mode without statistics of the batch.
+    - a BatchNorm in eval mode without statistics of the batch;
+    - where a layer reads a value (a count, whether anything is NaN), with some value.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is _aten._local_scalar_dense.default and args[0].is_meta:
+            return read_value(args[0])
         if function is _aten.native_group_norm.default and args[0].is_meta:
             return _group_norm(*args)
         if function is _aten.native_batch_norm.default and args[0].is_meta and not args[5]:
@@ -42,6 +45,11 @@ class RealLayouts(TorchDispatchMode):
         elif function in _MOVING:
             _lay_out([result], args[0])
         return result
+
+
+def read_value(tensor):
+    """What a value reads as that is not there: no for a question, else one."""
+    return tensor.dtype != torch.bool and 1
 
 
 _MOVING = {

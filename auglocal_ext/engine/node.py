@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch.fx
 from torch import nn
 
-__all__ = ["At", "Node"]
+from .._meta import METHODS
+
+__all__ = ["At", "Node", "computes", "has_own_weight", "is_as_its_class"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class At:
 
 # What the kinds of modules that are known by heart run, as torch defines it.
 _FORWARDS = {
-    kind: {name: getattr(kind, name) for name in ("forward", "_conv_forward", "__call__") if hasattr(kind, name)}
+    kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
         nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.Linear, nn.MaxPool2d, nn.ReLU
     )
@@ -113,6 +115,22 @@ def computes(module, kind):
     another forward on the object or on the class."""
     return type(module) is kind and all(
         name not in vars(module) and getattr(kind, name) is function for name, function in _FORWARDS[kind].items()
+    )
+
+
+def is_as_its_class(module):
+    """Whether a module's forward is the one that the source of its class has: neither the object's nor the class's was
+    replaced, as far as functions tell where they are from. Others may do what a graph does not tell, such as looking at
+    values or at an attribute that changes."""
+    kind = type(module)
+    home = next((base for base in kind.__mro__ if "forward" in vars(base)), nn.Module)
+    forward = vars(home)["forward"]
+    return (
+        kind.__call__ is nn.Module.__call__
+        and not vars(module).keys() & METHODS
+        and getattr(forward, "__module__", None) == home.__module__
+        and getattr(forward, "__qualname__", None) == f"{home.__qualname__}.forward"
+        and not hasattr(forward, "__wrapped__")
     )
 
 

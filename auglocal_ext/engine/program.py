@@ -23,7 +23,7 @@ from torch import nn
 from .emit import Emit, Step
 from .nodes import Head, Island
 from .schedule import Gap, add_frees, block_outputs_to_keep, with_rebuilds
-from .tensors import dense
+from .tensors import as_gradient, dense
 
 __all__ = ["Program", "build"]
 
@@ -51,9 +51,6 @@ class Program:
     labels: str = "labels"
     images: str = "images"
 
-    def __post_init__(self):
-        self._by_autograd = {parameter for island in self.islands for parameter in island.parameters}
-
     @torch.no_grad()
     def run(self, inputs, labels, images=None):
         """Forward and backward; leaves the gradients in the parameters.
@@ -75,7 +72,7 @@ class Program:
                 for step in self.steps:
                     self.execute(step, values)
             for name, parameter in self.gradients.items():
-                _leave(parameter, values.pop(name), parameter in self._by_autograd)
+                _leave(parameter, values.pop(name))
             return values.get(self.features), values[self.logits], values[self.loss]
         finally:
             values.clear()  # a traceback would keep them
@@ -92,13 +89,13 @@ class Program:
             del values[name]
 
 
-def _leave(parameter, gradient, by_autograd):
-    """Puts a gradient into its parameter, and calls the parameter's hooks as autograd's own backward does; those on the
-    gradient not again where autograd has computed it."""
-    if gradient is not None and parameter._backward_hooks and not by_autograd:
+def _leave(parameter, gradient):
+    """Puts a gradient into its parameter, and calls the parameter's hooks as autograd's own backward does."""
+    if gradient is not None and parameter._backward_hooks:
         for hook in tuple(parameter._backward_hooks.values()):
             changed = hook(gradient)
             gradient = gradient if changed is None else changed
+        gradient = as_gradient(gradient, parameter)
     parameter.grad = gradient
     if gradient is not None and parameter._post_accumulate_grad_hooks:
         for hook in tuple(parameter._post_accumulate_grad_hooks.values()):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
 from .._meta import meta_copy
+from .node import is_as_its_class
 
 __all__ = ["Untraceable", "symbolic_graph"]
 
@@ -54,7 +55,7 @@ class _Tracer(torch.fx.Tracer):
         self.inside = inside
 
     def is_leaf_module(self, module, qualified_name):
-        return type(module) not in self.inside
+        return type(module) not in self.inside or not is_as_its_class(module)
 
     def record(self, root):
         """What `trace` does, by the copy's own modules."""

@@ -67,6 +67,7 @@ struct Shadow {
 struct Region {
   uintptr_t begin = 0, end = 0;
   Shadow* shadows = nullptr;  // made, as zeros, where first needed
+  bool huge = false;          // pages come as they are touched, and nobody keeps a shadow of them
   bool holds(uintptr_t address) const { return address >= begin && address < end; }
   Shadow& at(uintptr_t address) {
     if (!shadows) shadows = static_cast<Shadow*>(calloc((end - begin) / 4 + 2, sizeof(Shadow)));
@@ -78,24 +79,34 @@ std::mutex allocations_mutex;
 std::map<uintptr_t, Region> allocations;  // by begin
 Region* recent[4] = {};
 constexpr size_t kGap = 4096;  // around an allocation, so that a step past its end is in no other
+constexpr size_t kHuge = 64 << 20;
+constexpr int kPages = PROT_READ | PROT_WRITE, kNoPages = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 struct Poisoned final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    char* whole = static_cast<char*>(aligned_alloc(64, (bytes + 2 * kGap + 63) / 64 * 64));
-    char* begin = whole + kGap;
-    memset(begin, 0xff, bytes);  // NaN in every type of float
+    const bool huge = bytes >= kHuge;
+    const size_t room = (bytes + 2 * kGap + 63) / 64 * 64;
+    void* whole = huge ? mmap(nullptr, room, kPages, kNoPages, -1, 0) : aligned_alloc(64, room);
+    if (!whole || whole == MAP_FAILED) throw std::bad_alloc();
+    char* begin = static_cast<char*>(whole) + kGap;
+    if (!huge) memset(begin, 0xff, bytes);  // NaN in every type of float
     const uintptr_t from = uintptr_t(begin);
     const std::lock_guard<std::mutex> lock(allocations_mutex);
-    allocations[from] = {from, from + bytes};
+    allocations[from] = {from, from + bytes, nullptr, huge};
     return {begin, begin, &release, c10::Device(c10::DeviceType::CPU)};
   }
   static void release(void* begin) {
     const std::lock_guard<std::mutex> lock(allocations_mutex);
     const auto found = allocations.find(uintptr_t(begin));
-    free(found->second.shadows);
+    const Region region = found->second;
     allocations.erase(found);
     std::fill(std::begin(recent), std::end(recent), nullptr);
-    free(static_cast<char*>(begin) - kGap);
+    free(region.shadows);
+    char* whole = static_cast<char*>(begin) - kGap;
+    if (region.huge)
+      munmap(whole, (region.end - region.begin + 2 * kGap + 63) / 64 * 64);
+    else
+      free(whole);
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
@@ -160,6 +171,7 @@ Region arguments;  // of the kernel, which every thread reads
 std::vector<Thread*> idle;  // fibers that wait for a block
 std::map<unsigned, std::vector<Fence>> fences;  // by block, of those that are done too
 unsigned grid = 0, arrived = 0;
+unsigned last_blocks = 0;  // if not 0, how many of a grid are run, where they do not wait for one another
 bool cooperative = false;
 Thread* current = nullptr;
 jmp_buf scheduler;
@@ -205,8 +217,7 @@ Thread* new_thread() {
     return thread;
   }
   Thread* thread = new Thread;
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  thread->stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, flags, -1, 0));
+  thread->stack = static_cast<char*>(mmap(nullptr, kStack, kPages, kNoPages, -1, 0));
   if (thread->stack == MAP_FAILED) throw std::runtime_error("emulation: no memory for the stacks of its threads");
   getcontext(&starting);
   starting.uc_stack.ss_sp = thread->stack;
@@ -304,7 +315,7 @@ void check(const void* pointer, size_t bytes, bool writes, Access access) {
   const char* const what = writes ? "a write" : "a read";
   if (!region) fail(what, " outside of every allocation");
   if (address + bytes > region->end) fail(what, " past the end of an allocation of ", region->end - region->begin);
-  if (bytes >= 4) trace(*region, address, bytes, writes, access, is_shared);
+  if (bytes >= 4 && !region->huge) trace(*region, address, bytes, writes, access, is_shared);
 }
 
 Region new_array(int64_t bytes) {
@@ -370,15 +381,15 @@ void check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
 }
 
 void run(const cudaLaunchConfig_t& config) {
-  std::vector<unsigned> order(grid);
-  for (unsigned i = 0; i < grid; ++i) order[i] = i;
+  std::vector<unsigned> order(cooperative || !last_blocks ? grid : std::min(grid, last_blocks));
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = grid - 1 - i;
   std::shuffle(order.begin(), order.end(), generator);
   const size_t together = cooperative ? grid : 2;
   std::vector<std::unique_ptr<Block>> live;
   size_t begun = 0, block = 0;
   bool looked = false, stepped = false;  // the threads that poll, and any thread since
-  while (begun < grid || !live.empty()) {
-    while (live.size() < together && begun < grid)
+  while (begun < order.size() || !live.empty()) {
+    while (live.size() < together && begun < order.size())
       live.push_back(begin_block(order[begun++], config.blockDim.x, int64_t(config.dynamicSmemBytes)));
     // Most often the same block again, as long as it can go on.
     if (block >= live.size() || live[block]->ready.empty() || draw(64) == 0) block = draw(live.size());
@@ -557,6 +568,7 @@ __attribute__((visibility("default"))) void emulation_begin(unsigned seed, int o
   device = on;
 }
 __attribute__((visibility("default"))) void emulation_end() { c10::SetCPUAllocator(c10::GetDefaultCPUAllocator(), 255); }
+__attribute__((visibility("default"))) void emulation_run_last_blocks(unsigned blocks) { last_blocks = blocks; }
 __attribute__((visibility("default"))) int64_t emulation_launches() { return launches; }
 
 // ---- what the compiler puts before every access, and where arithmetic goes wrong ---------------------

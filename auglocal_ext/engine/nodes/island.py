@@ -11,6 +11,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call
 
 from ..as_real import RealFunctions
 from ..node import Node
@@ -111,15 +112,22 @@ def _run(node, autocast, device_type, wanted, *sources):
     else:
         around = contextlib.nullcontext()
     with torch.enable_grad(), around:
-        out = node.plain(*given)
-    return dense(out.detach()), _graph(out, given, node)
+        out, parameters = _called(node, given)
+        # What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go. The
+        # view: out may be a given leaf.
+        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None
+    return dense(out.detach()), (edge, [x for x in given if x.requires_grad], parameters)
 
 
-def _graph(out, given, node):
-    """What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go."""
-    with torch.enable_grad():
-        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None  # the view: out may be a given leaf
-    return edge, [x for x in given if x.requires_grad], node.trained
+def _called(node, given):
+    """(out, the tensors that stand for its trained parameters). Hooks on parameters run once, on the whole gradient,
+    after the program: autograd differentiates by aliases of such parameters."""
+    if not any(parameter._backward_hooks for parameter in node.trained):
+        return node.plain(*given), node.trained
+    aliases = {p: p.detach().requires_grad_() for p in node.trained}
+    by_name = {name: aliases.get(p, p) for name, p in node.call.named_parameters()}
+    given = tuple(value.clone() for value in given) if node.may_write else tuple(given)
+    return functional_call(node.call, by_name, given), list(aliases.values())
 
 
 def _backward(graph, grad, *_sources):

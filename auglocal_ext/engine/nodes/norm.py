@@ -101,6 +101,7 @@ def is_plain_norm(bn, kind):
         and bn.track_running_stats
         and bn.running_mean is not None
         and bn.running_var is not None
+        and bn.num_batches_tracked is not None
         and has_own_weight(bn)
         and bn.weight.is_contiguous()
         and bn.bias is not None
