@@ -30,7 +30,8 @@ def assert_same_function(model, backbone, images, reader=None):
         images: a batch on the meta device.
         reader: the `Reader` that reads the backbone's parts; None: a new one.
     """
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    own = (("images", images), *model.named_parameters(), *model.named_buffers())
+    names = {id(tensor): name for name, tensor in own}
     known = {}
     with _Expressions(known, names) as forward:
         try:

@@ -300,14 +300,29 @@ def test_a_model_class_that_skips_a_part_is_refused(torchvision, monkeypatch):
         plan(model, (4, 3, 24, 24), rule="bp")
 
 
-def test_an_operator_in_place_that_others_see_is_refused():
-    """elu_ changes what the shortcut reads too: in the model, but not in a step, which gives such a layer a copy."""
-    model = models.CifarResNet(1)
+def test_an_operator_in_place_that_the_shortcut_sees():
+    """elu_ changes what the shortcut reads too."""
+    model = models.CifarResNet(1).double()
     model.layer1[0].forward = types.MethodType(
         lambda self, x: F.relu(self.bn1(self.conv1(F.elu_(x)))) + x, model.layer1[0]
     )
+    assert_trains_what_was_given(model, rule="bp")
+
+
+def test_an_operator_in_place_that_another_node_sees_is_refused(monkeypatch):
+    """As the engine reads a forward that it takes apart: a step gives such a layer a copy, the model does not."""
+    forward = models.BasicBlock.forward
+
+    def written_over(self, x):
+        return F.relu(self.bn1(self.conv1(F.elu_(x)))) + x
+
+    written_over.__module__, written_over.__qualname__ = forward.__module__, forward.__qualname__
+    monkeypatch.setattr(models.BasicBlock, "forward", written_over)
+    model = models.CifarResNet(1)
+    model.layer2, model.layer3 = (nn.Sequential(models.BasicBlock(16, 16)) for _ in range(2))
+    model.fc = nn.Linear(16, 10)
     copied = meta_copy(model)
-    with pytest.raises(ValueError, match="computes something else than its units .* layer1.0.forward was replaced"):
+    with pytest.raises(ValueError, match="computes something else than its units one after another"):
         assert_same_function(copied, as_backbone(copied), torch.empty(4, 3, 16, 16, device="meta"))
 
 
