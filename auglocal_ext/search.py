@@ -14,7 +14,7 @@ fast. Both return the same, ties included.
 import copy
 import functools
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from math import inf
 
@@ -436,6 +436,138 @@ def _first_borders(cuts, count, endings, macs, size):
         borders.append(j)
         first, count, macs, state, high = j + 1, count - one, macs_left, state_with, high_with
     return borders[:-1]
+
+
+# ---- one front of labels --------------------------------------------------------------------------------------
+
+
+def exact_front(table):
+    """All that can be had for how much memory: for every number of modules, the cuts of which none is worse in bytes
+    or macs than another, exactly.
+
+    Returns:
+        list of Point, by modules, then by bytes, macs falling. Of equal costs the cut whose first border is least, then
+        its second, and so on.
+    """
+    _check(table)
+    found = fronts(module_options(table), table.carried)
+    return [
+        Point(count, table.constant + size, macs, tuple(last for last, _ in modules[:-1]))
+        for count, labels in enumerate(found, 1)
+        for size, macs, modules in labels
+    ]
+
+
+def module_options(table):
+    """options[i][j - i]: the ways to run the module of units i..j with its head, each as (macs, bytes of state that the
+    head adds, highest live bytes without what is constant). Today there is one way."""
+    options = []
+    for i, (macs, _) in enumerate(table.unit_macs):
+        # What the units so far do to memory, one after another, in their forwards and in their backwards.
+        forward = backward = (0, 0)
+        row, before, walked, scratch = (
+            [],
+            0,
+            0,
+            0,
+        )  # walked: passes of a rebuild of the output before; 0 from a kept one
+        for j in range(i, len(table.input_bytes)):
+            macs += table.unit_macs[j][1] if j > i else 0
+            scratch = max(scratch, table.unit_scratch[j])
+            end = 3 * before + 2
+            high, net = _chain(forward, table.forward[j][end], table.head[j], table.backward[j][end], backward)
+            peak = table.input_bytes[i] + max(high, net + max(scratch, table.head_scratch[j]))
+            row.append([(macs + table.head_macs[j], table.head_state[j], peak)])
+            length = 1 + walked if table.identity[j] else table.rebuild_length[j]
+            kept = length > table.longest_rebuild
+            forward = _chain(forward, table.forward[j][3 * before + kept])
+            backward = _chain(table.backward[j][3 * before + kept], backward)
+            before, walked = (2, 0) if kept else (1, length)
+        options.append(row)
+    return options
+
+
+def _chain(*segments):
+    """The segment of several, one after another."""
+    high = net = 0
+    for higher, more in segments:
+        high, net = max(high, net + higher), net + more
+    return high, net
+
+
+@_compiled_where_built
+def fronts(options, carried):
+    """The undominated cuts into every number of modules.
+
+    Cuts are built from their end. A cut of units i.. is a label: its macs, its state, its highest module. In a longer
+    cut another one of the same units and as many modules that is no worse in all three is as good or better, so only
+    the undominated ones are made longer.
+
+    Args:
+        options: see `module_options`.
+
+    Returns:
+        [[(bytes, macs, modules)] of K = 1, 2, ...]: bytes rising, macs falling; modules: (last unit, option) of each,
+        of equal costs those that come first.
+    """
+    units, found = len(options), []
+    endings = [{units: [(0, 0, -carried)]}]  # by number of modules, by first unit
+    for count in range(1, units + 1):
+        longer = {}
+        for i in range(units - count + 1):
+            longer[i] = _undominated(
+                (macs + more, state + head, max(peak, high + carried))
+                for j, ways in enumerate(options[i], i)
+                for more, head, peak in ways
+                for macs, state, high in endings[-1].get(j + 1, ())
+            )
+        endings.append(longer)
+        front = []
+        for size, macs in sorted((state + high, macs) for macs, state, high in longer[0]):
+            if not front or macs < front[-1][1]:
+                front.append((size, macs, _modules(options, carried, endings, size, macs)))
+        found.append(front)
+    return found
+
+
+def _undominated(labels):
+    """The labels than which no other is as good, by macs, in one sweep over a falling staircase of (state, peak)."""
+    kept, states, peaks = [], [], []
+    for label in sorted(set(labels)):
+        _, state, peak = label
+        at = end = bisect_right(states, state)
+        if at == 0 or peaks[at - 1] > peak:
+            at -= at > 0 and states[at - 1] == state
+            while end < len(states) and peaks[end] >= peak:
+                end += 1
+            states[at:end], peaks[at:end] = [state], [peak]
+            kept.append(label)
+    return kept
+
+
+def _modules(options, carried, endings, size, macs):
+    """Of the cuts of so many bytes and macs the one whose modules come first: each the first that leaves an ending."""
+    modules, first, state, high = [], 0, 0, 0
+    for index, shorter in enumerate(reversed(endings[:-1])):
+        more = carried * index
+        way = next(
+            (j, option)
+            for j, ways in enumerate(options[first], first)
+            for option, way in enumerate(ways)
+            if any(
+                state + way[1] + ending[1] + max(high, way[2] + more, ending[2] + more + carried) <= size
+                for ending in _of(shorter.get(j + 1, ()), macs - way[0])
+            )
+        )
+        modules.append(way)
+        spent, head, peak = options[first][way[0] - first][way[1]]
+        first, macs, state, high = way[0] + 1, macs - spent, state + head, max(high, peak + more)
+    return modules
+
+
+def _of(labels, macs):
+    """Those of exactly so many macs."""
+    return labels[bisect_left(labels, (macs,)) : bisect_left(labels, (macs + 1,))]
 
 
 # ---- what a table must be -------------------------------------------------------------------------------------

@@ -257,6 +257,42 @@ def test_the_front_is_exact_where_heads_have_no_state(either):
         assert costs == [(p.modules, p.bytes, p.macs) for p in expected]
 
 
+@pytest.mark.parametrize("most", [2, 5, 100, 10**9, 2**39])
+def test_one_front_has_all_that_the_search_finds(most):
+    draw = random.Random(most)
+    for _ in range(60):
+        table = random_table(draw, draw.randrange(1, 9), most)
+        points, expected = all_cuts(table), []
+        for modules in range(1, len(table.input_bytes) + 1):
+            least = 2**62
+            for point in sorted((p for p in points if p.modules == modules), key=by_bytes):
+                if point.macs < least:
+                    expected.append(point)
+                    least = point.macs
+        front = search.exact_front(table)
+        assert front == expected
+        options = search.module_options(table)
+        assert search.fronts.plain(options, table.carried) == search.fronts(options, table.carried)
+        assert min(front, key=by_bytes) == search.smallest(table)
+        for point in points[:: max(1, len(points) // 10)]:
+            for budget, modules in itertools.product((point.bytes - 1, point.bytes), (None, point.modules)):
+                fit = [p for p in front if p.bytes <= budget and modules in (None, p.modules)]
+                assert min(fit, key=by_macs, default=None) == search.cheapest(table, budget, modules)
+
+
+@pytest.mark.parametrize("blocks", [6, 17])
+def test_one_front_of_a_resnet_has_all_that_the_search_finds(blocks):
+    table = resnet_table(blocks)
+    front = search.exact_front(table)
+    least = min(front, key=by_bytes)
+    assert least == search.smallest(table)
+    assert {(p.modules, p.bytes, p.macs) for p in search.front(table)} >= {(least.modules, least.bytes, least.macs)}
+    for point in front[:: len(front) // 10]:
+        for budget in (point.bytes - 1, point.bytes):
+            fit = [p for p in front if p.bytes <= budget]
+            assert min(fit, key=by_macs, default=None) == search.cheapest(table, budget)
+
+
 # ---- the compiled search --------------------------------------------------------------------------------------------
 
 

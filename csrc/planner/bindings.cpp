@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 
 #include "search.h"
 
 namespace py = pybind11;
+
+py::object fronts(const std::vector<std::vector<std::vector<std::array<int64_t, 3>>>>& options, int64_t carried);
 
 namespace pybind11::detail {
 
@@ -71,6 +74,7 @@ py::object to_python(const Point& point) {
 PYBIND11_MODULE(_search, module) {
   using namespace auglocal;
   module.doc() = "The compiled twin of auglocal_ext.search.";
+  module.def("fronts", &fronts, py::arg("options"), py::arg("carried"));
   module.def(
       "module_peaks", [](py::object table) { return module_peaks(read_table(table)); }, py::arg("table"));
   module.def(
