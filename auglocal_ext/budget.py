@@ -107,25 +107,16 @@ def choose(planner, shape, budget, rules, modules=None):
     wanted = 1 if isinstance(rules[0], BP) else modules
     best = None
     for rule in rules:
-        table = cut_table(planner, shape, rule)
-        point = search.cheapest(table, budget, wanted)
+        front = search.front(cut_table(planner, shape, rule))
+        point = search.cheapest(front, budget, wanted)
         if point and (best is None or (point.macs, point.bytes) < (best[0].macs, best[0].bytes)):
-            best = point, rule, table
+            best = point, rule, front
     if best is None:
         raise _too_small(planner, shape, budget, rules, wanted)
-    point, rule, table = best
-    front = [p for p in search.front(table) if wanted in (None, p.modules)]
-    cheaper = [p for p in front if p.macs < point.macs]
-    smaller = [p for p in front if p.bytes < point.bytes]
-    choice = Choice(
-        budget,
-        point,
-        rule,
-        front,
-        min(cheaper, key=lambda p: (p.bytes, p.macs), default=None),
-        min(smaller, key=lambda p: (p.macs, p.bytes), default=None),
-        eager_bytes(planner, shape),
-    )
+    point, rule, front = best
+    front = [p for p in front if wanted in (None, p.modules)]
+    cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
+    choice = Choice(budget, point, rule, front, cheaper, smaller, eager_bytes(planner, shape))
     return cut(planner.backbone, rule, borders=point.borders), choice
 
 
@@ -133,10 +124,8 @@ def _too_small(planner, shape, budget, rules, wanted):
     """The error of a budget that nothing fits: what the least is, and which batch would fit."""
 
     def least(batch):
-        tables = [cut_table(planner, (batch, *shape[1:]), rule) for rule in rules]
-        if wanted is None:
-            return min(search.smallest(table).bytes for table in tables)
-        return min(point.bytes for table in tables for point in search.front(table) if point.modules == wanted)
+        fronts = [search.front(cut_table(planner, (batch, *shape[1:]), rule)) for rule in rules]
+        return min(search.smallest(front, wanted).bytes for front in fronts)
 
     smallest, batch, too_large = least(shape[0]), 0, shape[0]
     if least(2) <= budget:
