@@ -171,13 +171,13 @@ def cut_table(planner, shape, rule):
         unit_macs=[variant.macs for variant in variants],
         head_macs=[macs for _, macs in behind],
         head_state=[
-            bytes_of(tensors_of(head)) + state for head, (state, _) in zip(heads[:-1], optimizers, strict=False)
+            bytes_of(tensors_of(head)) + state + planner.loss_bytes
+            for head, (state, _) in zip(heads[:-1], optimizers, strict=False)
         ]
         + [0],
         unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
         head_scratch=[scratch for _, scratch in optimizers],
-        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes,
-        carried=planner.dtype.itemsize,
+        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes + planner.loss_bytes,
     )
 
 

@@ -42,7 +42,7 @@ class ModulePlan:
     optimizer_scratch: int  # what the optimizer needs for a moment in its step
     kept_bytes: int  # what the forward pass leaves for the backward, the input included
     activation_bytes: int  # highest, without the parameters' gradients
-    peak_bytes: int  # highest of the whole step while this module runs: state, batch, activations, gradients
+    peak_bytes: int  # highest of the whole step while this module runs: state, batch, losses, activations, gradients
     macs: int  # multiply-accumulates of forward and backward, convolutions and linear layers
     rebuild_share: float  # of its memory traffic: what goes into rebuilding what was dropped
     islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
@@ -295,7 +295,8 @@ class Planner:
         states = [bytes_of({*tensors_of(body), *tensors_of(head)}) for body, head in zip(bodies, heads, strict=True)]
         batch_bytes = images.nbytes + labels.nbytes
         idle = sum(_frozen_state(optimizer) for optimizer in given_optimizers)
-        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers) + idle
+        losses = len(cuts) * self.loss_bytes
+        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers) + idle + losses
 
         def walk(keep=None):
             made, x = [], images
@@ -306,19 +307,12 @@ class Planner:
             return made
 
         walked = walk()
-        carried = [index * self.dtype.itemsize for index in range(len(cuts))]  # the losses of the modules before
-        top = max(line.peak + before for (_, line, _), before in zip(walked, carried, strict=True))
+        top = max(line.peak for _, line, _ in walked)
         activations = max(line.activations for _, line, _ in walked)
-        keep = [
-            fill(program.gaps, line, top - before, activations)
-            for (program, line, _), before in zip(walked, carried, strict=True)
-        ]
+        keep = [fill(program.gaps, line, top, activations) for program, line, _ in walked]
         walked = walk(keep)
         # Kept values change what is rebuilt from what: where that needs more after all, nothing is kept.
-        high = [
-            line.peak + before > top or line.activations > activations
-            for (_, line, _), before in zip(walked, carried, strict=True)
-        ]
+        high = [line.peak > top or line.activations > activations for _, line, _ in walked]
         if any(high):
             keep = [frozenset() if too_high else kept for kept, too_high in zip(keep, high, strict=True)]
             walked = walk(keep)
@@ -341,7 +335,7 @@ class Planner:
                     optimizer_scratch=scratch,
                     kept_bytes=line.kept,
                     activation_bytes=line.activations,
-                    peak_bytes=constant + carried[index] + max(line.peak, line.end + scratch),
+                    peak_bytes=constant + max(line.peak, line.end + scratch),
                     macs=line.macs,
                     rebuild_share=line.rebuild_share,
                     islands=tuple(program.islands),
@@ -361,6 +355,11 @@ class Planner:
     def programs(self, cuts, heads, keep=None):
         options = {"recompute": self.recompute, "trace": self.reader.trace, "device_type": self.device.type}
         return programs(self.backbone, cuts, heads, self.autocast, keep, **options)
+
+    @property
+    def loss_bytes(self):
+        """Of a local module's loss, in the tensor of all modules' that a step makes at its start."""
+        return self.dtype.itemsize
 
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""

@@ -4,7 +4,7 @@ A backbone of L units is cut into consecutive local modules. A cut is named by i
 module but the last one. What it costs follows from a `CutTable`, plain numbers by unit; a module's peak is walked from
 its units' segments (`module_options`), and then
 
-    bytes = constant + head_state of every border + the highest of (peak of module m + carried * m), m = 0, 1, ...
+    bytes = constant + head_state of every border + the highest of the modules' peaks
     macs = over the modules: macs of the first unit, of the other units, of the head
 
 `front` finds all cuts worth having at once; the other questions are read from its list. Its core, `fronts`, is written
@@ -37,11 +37,10 @@ class CutTable:
         longest_rebuild: an output whose rebuild would take more passes than this is kept.
         unit_macs: (as a module's first unit, otherwise).
         head_macs: of the head of a module that ends with the unit.
-        head_state: parameters, buffers and optimizer state that this head adds; 0 for the last unit, whose head is
-            the model's own classifier.
+        head_state: parameters, buffers and optimizer state that this head adds, and its loss; 0 for the last unit,
+            whose head is the model's own classifier.
         unit_scratch, head_scratch: what the optimizer needs for a moment in its step on that part.
         constant: lives during the whole step.
-        carried: what each finished module leaves until the end of the step.
     """
 
     input_bytes: list[int]
@@ -57,7 +56,6 @@ class CutTable:
     unit_scratch: list[int]
     head_scratch: list[int]
     constant: int
-    carried: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def front(table):
     """
     _check(table)
     find = fronts if _compiled is None else _compiled.fronts
-    found = find(module_options(table), table.carried)
+    found = find(module_options(table))
     return [
         Point(count, table.constant + size, macs, tuple(last for last, _ in modules[:-1]))
         for count, labels in enumerate(found, 1)
@@ -145,7 +143,7 @@ def _chain(*segments):
     return high, net
 
 
-def fronts(options, carried):
+def fronts(options):
     """The undominated cuts into every number of modules.
 
     Cuts are built from their end. A cut of units i.. is a label: its macs, its state, its highest module. In a longer
@@ -160,12 +158,12 @@ def fronts(options, carried):
         of equal costs those that come first.
     """
     units, found = len(options), []
-    endings = [{units: [(0, 0, -carried)]}]  # by number of modules, by first unit
+    endings = [{units: [(0, 0, 0)]}]  # by number of modules, by first unit
     for count in range(1, units + 1):
         longer = {}
         for i in range(units - count + 1):
             longer[i] = _undominated(
-                (macs + more, state + head, max(peak, high + carried))
+                (macs + more, state + head, max(peak, high))
                 for j, ways in enumerate(options[i], i)
                 for more, head, peak in ways
                 for macs, state, high in endings[-1].get(j + 1, ())
@@ -174,7 +172,7 @@ def fronts(options, carried):
         front = []
         for size, macs in sorted((state + high, macs) for macs, state, high in longer[0]):
             if not front or macs < front[-1][1]:
-                front.append((size, macs, _modules(options, carried, endings, size, macs)))
+                front.append((size, macs, _modules(options, endings, size, macs)))
         found.append(front)
     return found
 
@@ -194,23 +192,22 @@ def _undominated(labels):
     return kept
 
 
-def _modules(options, carried, endings, size, macs):
+def _modules(options, endings, size, macs):
     """Of the cuts of so many bytes and macs the one whose modules come first: each the first that leaves an ending."""
     modules, first, state, high = [], 0, 0, 0
-    for index, shorter in enumerate(reversed(endings[:-1])):
-        more = carried * index
+    for shorter in reversed(endings[:-1]):
         way = next(
             (j, option)
             for j, ways in enumerate(options[first], first)
             for option, way in enumerate(ways)
             if any(
-                state + way[1] + ending[1] + max(high, way[2] + more, ending[2] + more + carried) <= size
+                state + way[1] + ending[1] + max(high, way[2], ending[2]) <= size
                 for ending in _of(shorter.get(j + 1, ()), macs - way[0])
             )
         )
         modules.append(way)
         spent, head, peak = options[first][way[0] - first][way[1]]
-        first, macs, state, high = way[0] + 1, macs - spent, state + head, max(high, peak + more)
+        first, macs, state, high = way[0] + 1, macs - spent, state + head, max(high, peak)
     return modules
 
 
@@ -276,7 +273,7 @@ def _check(table):
     if not 1 <= units <= _MOST_UNITS:
         raise ValueError(f"a CutTable must have from 1 to {_MOST_UNITS} units, given {units}")
     for name, entries in vars(table).items():
-        if name not in ("longest_rebuild", "constant", "carried") and len(entries) != units:
+        if name not in ("longest_rebuild", "constant") and len(entries) != units:
             raise ValueError(f"CutTable.{name} must have an entry for each of the {units} units, given {len(entries)}")
     for name in ("forward", "backward"):
         variants = getattr(table, name)
@@ -286,7 +283,7 @@ def _check(table):
     _check_segments("head", table.head)
     for name in ("input_bytes", "head_state", "unit_scratch", "head_scratch", "rebuild_length"):
         _check_numbers(name, getattr(table, name), _MOST_BYTES)
-    for name in ("constant", "carried", "longest_rebuild"):
+    for name in ("constant", "longest_rebuild"):
         _check_numbers(name, [getattr(table, name)], _MOST_BYTES)
     _check_numbers("head_macs", table.head_macs, _MOST_MACS)
     _check_numbers("unit_macs", [macs for pair in table.unit_macs for macs in pair], _MOST_MACS)

@@ -37,7 +37,7 @@ def blank(units, **fields):
     made = dict.fromkeys(("input_bytes", "head_macs", "head_state", "unit_scratch", "head_scratch"), zeros)
     made |= {"forward": segments, "backward": segments, "head": [(0, 0)] * units, "unit_macs": [(0, 0)] * units}
     made |= {"identity": [False] * units, "rebuild_length": [1] * units}
-    made |= {"longest_rebuild": 4, "constant": 0, "carried": 0}
+    made |= {"longest_rebuild": 4, "constant": 0}
     return CutTable(**(made | fields))
 
 
@@ -68,7 +68,6 @@ def random_table(draw, units, most):
         unit_scratch=numbers(),
         head_scratch=numbers(),
         constant=number(),
-        carried=draw.choice((0, 1, number())),
     )
 
 
@@ -103,7 +102,6 @@ def resnet_table(blocks, seed=0):
         unit_scratch=[4 * weight for weight in weights],
         head_scratch=[4 * 9 * 64**2] * units,
         constant=8 * sum(weights) + input_bytes[0],
-        carried=4,
     )
 
 
@@ -137,7 +135,7 @@ def all_cuts(table):
     for count in range(units):
         for borders in itertools.combinations(range(units - 1), count):
             modules = list(zip([0, *(b + 1 for b in borders)], [*borders, units - 1], strict=True))
-            high = max(peaks[i][j] + table.carried * m for m, (i, j) in enumerate(modules))
+            high = max(peaks[i][j] for i, j in modules)
             state = sum(table.head_state[b] for b in borders)
             macs = sum(
                 table.unit_macs[i][0] + sum(table.unit_macs[k][1] for k in range(i + 1, j + 1)) + table.head_macs[j]
@@ -203,25 +201,24 @@ def test_cuts_by_hand(front):
         head_macs=[5, 6, 1],
         head_state=[3, 2, 0],
         constant=100,
-        carried=4,
     )
     one, late, early, all_three = points = [
         Point(1, 130, 6, ()),
-        Point(2, 122, 11, (1,)),  # 20 and 10 + 4, head 2
-        Point(2, 127, 10, (0,)),  # 10 and 20 + 4, head 3
-        Point(3, 123, 15, (0, 1)),  # 10, 14 and 18, heads 5
+        Point(2, 122, 11, (1,)),  # 20 and 10, head 2
+        Point(2, 123, 10, (0,)),  # 10 and 20, head 3
+        Point(3, 115, 15, (0, 1)),  # 10 each, heads 5
     ]
     assert front(table) == points
-    assert smallest(points) == late
-    assert [cheapest(points, budget) for budget in (121, 122, 126, 127, 129, 130, 2**62)] == [
-        *(None, late, late),
-        *(early, early, one, one),
+    assert smallest(points) == all_three
+    assert [cheapest(points, budget) for budget in (114, 115, 121, 122, 123, 129, 130, 2**62)] == [
+        *(None, all_three, all_three),
+        *(late, early, early, one, one),
     ]
-    assert cheapest(points, 10**6, modules=3) == smallest(points, 3) == all_three
-    assert cheapest(points, 122, modules=3) is None
+    assert cheapest(points, 10**6, modules=2) == early and smallest(points, 2) == late
+    assert cheapest(points, 121, modules=2) is None
     assert cheapest(points, -(2**62)) is None
     assert [next_cheaper(points, point) for point in points] == [None, early, one, late]
-    assert [next_smaller(points, point) for point in points] == [early, None, late, late]
+    assert [next_smaller(points, point) for point in points] == [early, all_three, late, None]
 
 
 def test_of_equal_costs_fewer_modules_then_smaller_borders(front):
@@ -260,9 +257,9 @@ def test_several_ways_to_run_a_module():
                     cuts.append((sum(states) + max(peaks), sum(macs), modules))
             least = [inf, *itertools.accumulate((macs for _, macs, _ in sorted(cuts)), min)]
             expected.append([cut for cut, before in zip(sorted(cuts), least, strict=False) if cut[1] < before])
-        assert search.fronts(options, 0) == expected
+        assert search.fronts(options) == expected
         if search._compiled:
-            assert search._compiled.fronts(options, 0) == expected
+            assert search._compiled.fronts(options) == expected
 
 
 # ---- against every cut --------------------------------------------------------------------------------------------
@@ -306,14 +303,14 @@ def test_both_return_the_same(compiled, most):
     for _ in range(60):
         table = random_table(draw, draw.randrange(1, 15), most)
         options = search.module_options(table)
-        assert compiled.fronts(options, table.carried) == search.fronts(options, table.carried)
+        assert compiled.fronts(options) == search.fronts(options)
 
 
 @pytest.mark.parametrize("blocks", [6, 9])
 def test_both_return_the_same_for_a_resnet(compiled, blocks):
     table = resnet_table(blocks)
     options = search.module_options(table)
-    assert compiled.fronts(options, table.carried) == search.fronts(options, table.carried)
+    assert compiled.fronts(options) == search.fronts(options)
     points = search.front(table)
     least, whole = smallest(points), cheapest(points, 2**40)
     assert whole.modules == 1 and least.modules > 5 and {p.modules for p in points} == set(range(1, 3 * blocks + 2))
@@ -338,7 +335,7 @@ def test_the_search_in_python_serves_a_deep_network_too(monkeypatch):
 
 def test_which_search_serves(monkeypatch):
     table, point = blank(1), Point(1, 0, 0, ())
-    monkeypatch.setattr(search, "_compiled", SimpleNamespace(fronts=lambda options, carried: [[(7, 8, [(0, 0)])]]))
+    monkeypatch.setattr(search, "_compiled", SimpleNamespace(fronts=lambda options: [[(7, 8, [(0, 0)])]]))
     assert search.front(table) == [Point(1, 7, 8, ())]
     monkeypatch.setattr(search, "_compiled", None)
     assert search.front(table) == [point]
@@ -363,7 +360,7 @@ def test_which_search_serves(monkeypatch):
         ({"forward": [[(0, 0.5)] * 9] * 2}, "CutTable.forward must be pairs of whole numbers"),
         ({"unit_scratch": [0, -1]}, "CutTable.unit_scratch must be whole numbers from 0 to 1099511627776"),
         ({"input_bytes": [0.5, 1]}, "CutTable.input_bytes must be whole numbers from 0 to"),
-        ({"carried": "4"}, "CutTable.carried must be whole numbers from 0 to"),
+        ({"longest_rebuild": "4"}, "CutTable.longest_rebuild must be whole numbers from 0 to"),
         ({"constant": 2**41}, "CutTable.constant must be whole numbers from 0 to 1099511627776"),
         ({"unit_macs": [(0, 0), (0, -1)]}, "CutTable.unit_macs must be whole numbers from 0 to 1125899906842624"),
         ({"head_state": [0, 1]}, "CutTable.head_state must be 0 for the last unit"),

@@ -40,10 +40,9 @@ vector<Label> undominated(vector<Label> labels) {
 
 class Search {
  public:
-  Search(Options options, int64_t carried)
-      : options_(std::move(options)), carried_(carried), units_(int(options_.size())) {
+  explicit Search(Options options) : options_(std::move(options)), units_(int(options_.size())) {
     endings_ = {vector<vector<Label>>(units_ + 1)};
-    endings_[0][units_] = {{0, 0, -carried}};
+    endings_[0][units_] = {{0, 0, 0}};
   }
 
   vector<vector<Cut>> fronts() {
@@ -67,7 +66,7 @@ class Search {
     for (int j = i; j < units_; ++j)
       for (const auto& [macs, state, peak] : options_[i][j - i])
         for (const Label& e : endings_[count - 1][j + 1])
-          labels.push_back({macs + e[0], state + e[1], std::max(peak, e[2] + carried_)});
+          labels.push_back({macs + e[0], state + e[1], std::max(peak, e[2])});
     return labels;
   }
 
@@ -76,30 +75,28 @@ class Search {
     Modules modules;
     int64_t state = 0, high = 0;
     for (int first = 0; first < units_; first = modules.back().first + 1) {
-      const int64_t more = carried_ * int64_t(modules.size());
-      const auto [j, option] = first_way(count - int(modules.size()) - 1, first, size - state, macs, high, more);
+      const auto [j, option] = first_way(count - int(modules.size()) - 1, first, size - state, macs, high);
       const Label& way = options_[first][j - first][option];
-      macs -= way[0], state += way[1], high = std::max(high, way[2] + more);
+      macs -= way[0], state += way[1], high = std::max(high, way[2]);
       modules.emplace_back(j, option);
     }
     return modules;
   }
 
-  std::pair<int, int> first_way(int count, int first, int64_t size, int64_t macs, int64_t high, int64_t more) const {
+  std::pair<int, int> first_way(int count, int first, int64_t size, int64_t macs, int64_t high) const {
     for (int j = first; j < units_; ++j) {
       const vector<Label>& endings = endings_[count][j + 1];
       for (int option = 0; option < int(options_[first][j - first].size()); ++option) {
         const Label& way = options_[first][j - first][option];
         auto e = std::lower_bound(endings.begin(), endings.end(), Label{macs - way[0], INT64_MIN, INT64_MIN});
         for (; e != endings.end() && (*e)[0] == macs - way[0]; ++e)
-          if (way[1] + (*e)[1] + std::max({high, way[2] + more, (*e)[2] + more + carried_}) <= size) return {j, option};
+          if (way[1] + (*e)[1] + std::max({high, way[2], (*e)[2]}) <= size) return {j, option};
       }
     }
     throw std::logic_error("no cut has these costs");
   }
 
   Options options_;
-  int64_t carried_;
   int units_;
   vector<vector<vector<Label>>> endings_;  // [number of modules][first unit]
 };
@@ -109,6 +106,5 @@ class Search {
 PYBIND11_MODULE(_search, module) {
   module.doc() = "The compiled twin of the core of auglocal_ext.search.";
   module.def(
-      "fronts", [](Options options, int64_t carried) { return Search(std::move(options), carried).fronts(); },
-      pybind11::arg("options"), pybind11::arg("carried"));
+      "fronts", [](Options options) { return Search(std::move(options)).fronts(); }, pybind11::arg("options"));
 }
