@@ -262,7 +262,19 @@ def _into(points, modules):
     return [point for point in points if modules in (None, point.modules)]
 
 
-# ---- what a table must be -------------------------------------------------------------------------------------
+# ---- tables ---------------------------------------------------------------------------------------------------
+
+
+def between(one, other, part, whole):
+    """The table of which each number is `part` / `whole` of the way from that of one table to that of another one."""
+
+    def mix(a, b):
+        if isinstance(a, list | tuple):
+            return type(a)(mix(x, y) for x, y in zip(a, b, strict=True))
+        return a if isinstance(a, bool) else a + (b - a) * part // whole
+
+    return CutTable(**{name: mix(value, getattr(other, name)) for name, value in vars(one).items()})
+
 
 _MOST_UNITS, _MOST_BYTES, _MOST_MACS = 1000, 2**40, 2**50  # what 64 bits are enough for in every sum
 
