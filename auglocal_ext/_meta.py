@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["METHODS", "meta_copy", "replaced_methods", "skip_hooks"]
+__all__ = ["METHODS", "meta_copy", "replaced_methods"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = frozenset({"forward", "_forward_impl", "_conv_forward", "_call_impl"})  # what a call goes through
@@ -52,11 +52,11 @@ def meta_copy(module):
                 f"{name or type(module).__name__} ({type(part).__name__}) cannot be copied without its data, as "
                 f"planning needs it: use the module that it was made from"
             )
-    skip_hooks(copied)
+    _skip_hooks(copied)
     return copied
 
 
-def skip_hooks(module):
+def _skip_hooks(module):
     """Lets calls of a module and of its parts go past all hooks, but those that make a weight."""
     for part in module.modules():
         if not part._forward_pre_hooks:

@@ -8,7 +8,7 @@ trains the model.
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models
-from ._meta import meta_copy, replaced_methods, skip_hooks
+from ._meta import meta_copy, replaced_methods
 from .engine.as_real import RealLayouts
 
 __all__ = ["Backbone", "Unit", "as_backbone"]
@@ -53,21 +53,19 @@ class Backbone:
     image_channels: int
     num_classes: int
     form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
-
-    def without_hooks(self):
-        """Of a meta copy: lets calls of what is put around the model's own modules go past the process's hooks too."""
-        for module in (*(unit.module for unit in self.units), self.classifier):
-            skip_hooks(module)
-        return self
+    _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
 
     def feature_shapes(self, image_shape):
         """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
-        shapes = []
-        x = torch.empty(2, *image_shape, device="meta", dtype=next(self.units[0].module.parameters()).dtype)
-        for unit in self.units:
-            x = unit.trace(x)
-            shapes.append(tuple(x.shape[1:]))
-        return shapes
+        image_shape = tuple(image_shape)
+        if image_shape not in self._shapes:
+            shapes = []
+            x = torch.empty(2, *image_shape, device="meta", dtype=next(self.units[0].module.parameters()).dtype)
+            for unit in self.units:
+                x = unit.trace(x)
+                shapes.append(tuple(x.shape[1:]))
+            self._shapes[image_shape] = shapes
+        return self._shapes[image_shape]
 
 
 def as_backbone(model):

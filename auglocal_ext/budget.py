@@ -9,7 +9,8 @@ the search (`search`) puts them together to the peak of any module, to the byte.
 import re
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from tqdm import tqdm
 
 from . import search
 from .eager import eager_bytes
@@ -18,8 +19,8 @@ from .engine.program import build
 from .engine.schedule import LONGEST_REBUILD
 from .engine.timeline import timeline
 from .memory import bytes_of, format_bytes, tensors_of
-from .module_nodes import module_nodes
-from .rules import BP, AugLocal, Cut, LocalHead, Rule, as_rule, cut
+from .module_nodes import module_nodes, unit_nodes
+from .rules import BP, AugLocal, Rule, as_rule, cut
 
 __all__ = ["Choice", "candidates", "choose", "cut_table", "parse_bytes"]
 
@@ -101,51 +102,32 @@ def choose(planner, shape, budget, rules, modules=None):
         modules: K, to choose among cuts into K modules only; None: any number.
 
     Returns:
-        (cuts, Choice)
+        (cuts, the head behind each module, Choice)
 
     Raises:
         ValueError: nothing fits; says the least that would, and the batch size that would fit.
     """
     wanted = 1 if isinstance(rules[0], BP) else modules
-    best = None
-    for rule in rules:
-        table = cut_table(planner, shape, rule)
-        point = search.cheapest(table, budget, wanted)
+    best, tables = None, _tables(planner, shape, rules)
+    for rule, table in zip(rules, tables, strict=True):
+        front = search.front(table)
+        point = search.cheapest(front, budget, wanted)
         if point and (best is None or (point.macs, point.bytes) < (best[0].macs, best[0].bytes)):
-            best = point, rule, table
+            best = point, rule, front
     if best is None:
-        raise _too_small(planner, shape, budget, rules, wanted)
-    point, rule, table = best
-    front = [p for p in search.front(table) if wanted in (None, p.modules)]
-    cheaper = [p for p in front if p.macs < point.macs]
-    smaller = [p for p in front if p.bytes < point.bytes]
-    choice = Choice(
-        budget,
-        point,
-        rule,
-        front,
-        min(cheaper, key=lambda p: (p.bytes, p.macs), default=None),
-        min(smaller, key=lambda p: (p.macs, p.bytes), default=None),
-        eager_bytes(planner, shape),
-    )
-    return cut(planner.backbone, rule, borders=point.borders), choice
+        raise _too_small(planner, shape, budget, rules, wanted, tables)
+    point, rule, front = best
+    front = [p for p in front if wanted in (None, p.modules)]
+    cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
+    choice = Choice(budget, point, rule, front, cheaper, smaller, eager_bytes(planner, shape))
+    cuts, heads = cut(planner.backbone, rule, borders=point.borders), planner.heads_by_unit(_with_heads(rule), shape)
+    return cuts, [heads[part.last] for part in cuts], choice
 
 
-def _too_small(planner, shape, budget, rules, wanted):
-    """The error of a budget that nothing fits: what the least is, and which batch would fit."""
-
-    def least(batch):
-        tables = [cut_table(planner, (batch, *shape[1:]), rule) for rule in rules]
-        if wanted is None:
-            return min(search.smallest(table).bytes for table in tables)
-        return min(point.bytes for table in tables for point in search.front(table) if point.modules == wanted)
-
-    smallest, batch, too_large = least(shape[0]), 0, shape[0]
-    if least(2) <= budget:
-        batch = 2
-    while batch and too_large - batch > 1:
-        middle = (batch + too_large) // 2
-        batch, too_large = (middle, too_large) if least(middle) <= budget else (batch, middle)
+def _too_small(planner, shape, budget, rules, wanted, tables):
+    """The error of a budget that nothing fits: what the least is, and which batch would fit. tables: at this batch."""
+    smallest = _least(tables, wanted)
+    batch = _largest_batch(planner, shape, budget, rules, wanted, tables)
     remedy = f"or batches of {batch}" if batch else "and no batch of two images fits it"
     state = planner.state_bytes()
     if budget <= state:
@@ -156,23 +138,71 @@ def _too_small(planner, shape, budget, rules, wanted):
     )
 
 
+def _largest_batch(planner, shape, budget, rules, wanted, tables):
+    """The largest batch below shape[0] of which some cut fits the budget; 0: none of two images does.
+
+    Tables are nearly affine in the batch. So a batch is guessed by tables between those of the nearest batches that are
+    known, then walked: what is returned, and that one more does not fit, was walked.
+    """
+    fits, known = 2, {shape[0]: tables}
+
+    def walked(batch):
+        known[batch] = _tables(planner, (batch, *shape[1:]), rules)
+        return _least(known[batch], wanted) <= budget
+
+    beyond = shape[0]
+    if beyond <= 2 or budget <= planner.state_bytes() or not walked(2):
+        return 0
+    while beyond - fits > 1:
+        guess = fits
+        low, high = fits + 1, beyond - 1  # batches that it may be
+        while low <= high:
+            batch = (low + high) // 2
+            between = [
+                search.between(ours, theirs, batch - fits, beyond - fits)
+                for ours, theirs in zip(known[fits], known[beyond], strict=True)
+            ]
+            if _least(between, wanted) <= budget:
+                guess, low = batch, batch + 1
+            else:
+                high = batch - 1
+        guess = max(guess, fits + 1)
+        if walked(guess):
+            fits = guess
+        else:
+            beyond = guess
+    return fits
+
+
+def _least(tables, wanted):
+    return min(search.smallest(search.front(table), wanted).bytes for table in tables)
+
+
+def _tables(planner, shape, rules):
+    with tqdm(desc=f"planning batches of {shape[0]}", unit=" walks", delay=2, leave=False, disable=None) as bar:
+        walker = Walker(planner, shape, bar.update)
+        return [cut_table(planner, shape, rule, walker) for rule in rules]
+
+
 # ---- the table that the search works on -----------------------------------------------------------------------
 
 
-def cut_table(planner, shape, rule):
+def cut_table(planner, shape, rule, walker=None):
     """The `search.CutTable` of a model: every segment of every module, each walked once.
 
     Args:
         planner, shape: see `choose`.
         rule: AugLocal, or BP.
+        walker: the Walker of this planner and shape, which may have walked for other rules; None: a new one.
     """
-    walker, last = _Walker(planner, shape), len(planner.backbone.units) - 1
-    heads = _heads(planner, rule if isinstance(rule, AugLocal) else AugLocal(2), shape)
-    stubs = _heads(planner, AugLocal(2, getattr(rule, "form", None)), shape)
+    walker, last = walker or Walker(planner, shape), len(planner.backbone.units) - 1
+    heads = planner.heads_by_unit(_with_heads(rule), shape)
+    stubs = planner.heads_by_unit(AugLocal(2, getattr(rule, "form", None)), shape)
     variants = [walker.variants(k, stubs) for k in range(last + 1)]
     behind = [walker.head(j, heads[j]) for j in range(last)] + [((0, 0), variants[last].head_macs)]
     rebuilds = [walker.rebuild(k) for k in range(last + 1)]
     optimizers = [planner.optimizer_bytes(head) for head in heads]
+    states = [bytes_of(tensors_of(head)) + state for head, (state, _) in zip(heads, optimizers, strict=True)]
     return search.CutTable(
         input_bytes=[0] + [x.nbytes for x in walker.inputs[1:]],
         forward=[variant.forward for variant in variants],
@@ -183,20 +213,16 @@ def cut_table(planner, shape, rule):
         longest_rebuild=LONGEST_REBUILD,
         unit_macs=[variant.macs for variant in variants],
         head_macs=[macs for _, macs in behind],
-        head_state=[
-            bytes_of(tensors_of(head)) + state for head, (state, _) in zip(heads[:-1], optimizers, strict=False)
-        ]
-        + [0],
+        head_state=[state + planner.loss_bytes for state in states[:-1]] + [0],
         unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
         head_scratch=[scratch for _, scratch in optimizers],
-        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes,
-        carried=planner.dtype.itemsize,
+        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes + planner.loss_bytes,
     )
 
 
-def _heads(planner, rule, shape):
-    """The rule's head behind each unit, the last one's being the classifier."""
-    return planner.heads([Cut(unit, unit) for unit in range(len(planner.backbone.units))], shape, rule)
+def _with_heads(rule):
+    """The rule whose heads a table has; with BP's one cut none is used but the classifier."""
+    return rule if isinstance(rule, AugLocal) else AugLocal(2)
 
 
 @dataclass(frozen=True)
@@ -209,25 +235,31 @@ class _Variants:
     head_macs: int = 0
 
 
-class _Walker:
-    """Walks modules of one to three units, for what their segments do; equal ones once."""
+class Walker:
+    """Walks modules of one to three units, for what their segments do; equal ones once. Only what heads do depends on
+    the rule."""
 
-    def __init__(self, planner, shape):
-        self.planner, self.units, self.known = planner, planner.backbone.units, {}
+    def __init__(self, planner, shape, say=lambda: None):
+        """say: called at each walk."""
+        self.planner, self.units, self.say = planner, planner.backbone.units, say
         images, self.labels = planner.batch(shape)
-        self.inputs, self.outputs, x = [], [], images
-        for index, unit in enumerate(self.units):
-            self.inputs.append(x)
-            x = unit.trace(x.to(planner.dtype)).to(planner.autocast or planner.dtype)
-            # The last unit hands nothing on: None.
-            self.outputs.append(module_nodes(planner.backbone, index, index, LocalHead(nn.Flatten(1)), "unit input")[1])
+        shapes = planner.backbone.feature_shapes(shape[1:])[:-1]
+        dtype = planner.autocast or planner.dtype
+        self.inputs = [images, *(torch.empty(len(images), *size, dtype=dtype, device="meta") for size in shapes)]
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
+        self.known, self.names = {}, ["images"]  # names: of each unit's input, and of the last output
+        for k in range(len(self.units)):
+            self.names.append(self.nodes(k)[1])
+
+    def nodes(self, k):
+        """The nodes of a unit, and the name of its output."""
+        return unit_nodes(self.planner.backbone, k, k, self.names[k], self.planner.reader.trace)
 
     def walk(self, first, last, head, kept=()):
         """The Timeline of a module of units first..last, the outputs of units `kept` kept and no others."""
-        source = self.outputs[first - 1] if first else "images"
+        self.say()
+        source, stay = self.names[first], {self.names[unit + 1] for unit in kept}
         nodes, features = module_nodes(self.planner.backbone, first, last, head, source, self.planner.reader.trace)
-        stay = {self.outputs[unit] for unit in kept}
         options = {"autocast": self.planner.autocast, "recompute": self.planner.recompute}
         program = build(nodes, source, features, stay=stay, device_type=self.planner.device.type, **options)
         existing = [t for unit in self.units[first : last + 1] for t in tensors_of(unit.module)] + tensors_of(head)
@@ -270,12 +302,12 @@ class _Walker:
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
-        nodes, out = module_nodes(self.planner.backbone, k, k, LocalHead(nn.Flatten(1)), "unit input")
+        nodes, out = self.nodes(k)
         by_name, length = {node.out: node for node in nodes}, 0
         while out in by_name and isinstance(by_name[out], Norm | PooledNorm):
             length += 1
             out = getattr(by_name[out], "residual", None)
-        if out == "unit input" and not self.planner.recompute:
+        if out == self.names[k] and not self.planner.recompute:
             return True, 0
         # With recompute a block's output is kept. What cannot be rebuilt, an island's output, is always kept.
         derived = out is None and length and not self.planner.recompute

@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ._meta import meta_copy
-from .backbone import as_backbone
 from .engine.as_real import RealLayouts
-from .memory import LiveBytes
+from .memory import LiveBytes, tensors_of
 
 __all__ = ["eager_bytes"]
 
@@ -25,23 +25,25 @@ def eager_bytes(planner, shape):
     The count watches autograd, which then joins two gradients out of place: where that happens at the peak, which it
     does with checkpoints only, the figure is one feature map too high.
     """
+    parts = nn.ModuleList([*(unit.module for unit in planner.backbone.units), planner.backbone.classifier])
+    # In the dtype of the features as a whole: autocast does not know meta tensors.
+    parts = meta_copy(parts).to(planner.autocast or planner.dtype)
     constant = planner.state_bytes()
-    return {"bp": constant + _step(planner, shape, False), "gc": constant + _step(planner, shape, True)}
+    return {"bp": constant + _step(planner, parts, shape, False), "gc": constant + _step(planner, parts, shape, True)}
 
 
-def _step(planner, shape, checkpointed):
-    dtype = planner.autocast or planner.dtype
-    model = meta_copy(planner.model).to(dtype)  # autocast does not know meta tensors
-    backbone = as_backbone(model).without_hooks()
+def _step(planner, parts, shape, checkpointed):
     images, labels = planner.batch(shape)
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live, RealLayouts(), torch.enable_grad():
+    *units, classifier = parts
+    with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
         existing = live.now
         live.count(images)
         live.count(labels)
-        x = images.to(dtype)
-        for index, unit in enumerate(backbone.units):
-            x = checkpoint(unit.module, x, use_reentrant=False) if checkpointed and index else unit.module(x)
-        loss = F.cross_entropy(backbone.classifier(x), labels)
+        x = images.to(planner.autocast or planner.dtype)
+        for index, unit in enumerate(units):
+            x = checkpoint(unit, x, use_reentrant=False) if checkpointed and index else unit(x)
+        loss = F.cross_entropy(classifier(x), labels)
         del x
         loss.backward()
+    parts.zero_grad(set_to_none=True)
     return live.peak - existing

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ._meta import replaced_methods
-from .engine.as_real import read_value
+from .engine.as_real import RealLayouts, read_value
 from .engine.trace import Reader
 
 __all__ = ["assert_same_function"]
@@ -33,7 +33,7 @@ def assert_same_function(model, backbone, images, reader=None):
     own = (("images", images), *model.named_parameters(), *model.named_buffers())
     names = {id(tensor): name for name, tensor in own}
     known = {}
-    with _Expressions(known, names) as forward:
+    with RealLayouts(), _Expressions(known, names) as forward:
         try:
             expected = forward.expression(model(images))
         except Exception as error:
@@ -41,7 +41,7 @@ def assert_same_function(model, backbone, images, reader=None):
             raise ValueError(
                 f"{type(model).__name__} cannot take images of shape {tuple(images.shape)}: {reason}{_replaced(model)}"
             ) from error
-    with _Expressions(known, names) as units:
+    with RealLayouts(), _Expressions(known, names) as units:
         ours = units.expression(_run(backbone, images, reader or Reader()))
     if ours != expected:
         differs = next((made for made in forward.made if made not in units.made), None)

@@ -6,7 +6,7 @@ from .engine.nodes import Loss
 from .engine.program import build
 from .engine.trace import join, trace
 
-__all__ = ["module_nodes", "programs"]
+__all__ = ["module_nodes", "programs", "unit_nodes"]
 
 
 def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False, trace=trace, device_type="cpu"):
@@ -32,11 +32,8 @@ def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False, t
 def module_nodes(backbone, first, last, head, source, trace=trace):
     """The nodes of a local module, units first..last (inclusive) with a LocalHead, and the name of the features that it
     hands on: None behind the backbone's last unit. trace: see `programs`."""
-    inside = {type(unit.module) for unit in backbone.units} - {nn.Sequential}
-    nodes, out = [], source
-    for unit in backbone.units[first : last + 1]:
-        unit_nodes, out = trace(unit.module, inside, unit.name, out)
-        nodes += unit_nodes
+    inside = _inside(backbone)
+    nodes, out = unit_nodes(backbone, first, last, source, trace)
     features = out if last < len(backbone.units) - 1 else None
     extra_weight, weight = head.weights
     if head.extra is not None:
@@ -44,3 +41,17 @@ def module_nodes(backbone, first, last, head, source, trace=trace):
         nodes += [*extra_nodes, Loss("extra loss", "extra", prediction, extra_weight, head.extra.loss)]
     head_nodes, _ = trace(head.net, inside, "head", out)
     return join(nodes, head_nodes, features, weight), features
+
+
+def unit_nodes(backbone, first, last, source, trace=trace):
+    """The nodes of units first..last (inclusive), and the name of their output. trace: see `programs`."""
+    nodes, out = [], source
+    for unit in backbone.units[first : last + 1]:
+        made, out = trace(unit.module, _inside(backbone), unit.name, out)
+        nodes += made
+    return nodes, out
+
+
+def _inside(backbone):
+    """The module types that are looked into."""
+    return {type(unit.module) for unit in backbone.units} - {nn.Sequential}

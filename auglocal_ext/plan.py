@@ -12,6 +12,7 @@ from ._meta import meta_copy
 from .backbone import as_backbone
 from .budget import Choice, candidates, choose, parse_bytes
 from .eager import eager_bytes
+from .engine.as_real import RealLayouts
 from .engine.emit import Phase
 from .engine.timeline import Timeline, fill, timeline
 from .engine.trace import Reader
@@ -20,7 +21,7 @@ from .memory import LiveBytes, bytes_of, format_bytes, tensors_of
 from .module_nodes import programs
 from .ops.batch_norm_act import memory_format
 from .optim import make_optimizer, sgd
-from .rules import LocalHead, as_rule, assert_apart, borders_of, cut, local_heads
+from .rules import Cut, LocalHead, as_rule, assert_apart, borders_of, cut, local_heads
 
 __all__ = ["ModulePlan", "Plan", "plan", "train_mode"]
 
@@ -43,7 +44,7 @@ class ModulePlan:
     optimizer_scratch: int  # what the optimizer needs for a moment in its step
     kept_bytes: int  # what the forward pass leaves for the backward, the input included
     activation_bytes: int  # highest, without the parameters' gradients
-    peak_bytes: int  # highest of the whole step while this module runs: state, batch, activations, gradients
+    peak_bytes: int  # highest of the whole step while this module runs: state, batch, losses, activations, gradients
     macs: int  # multiply-accumulates of forward and backward, convolutions and linear layers
     rebuild_share: float  # of its memory traffic: what goes into rebuilding what was dropped
     islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
@@ -211,18 +212,18 @@ def plan(
     if memory_budget is None:
         if depth == "auto":
             raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
-        rule, choice = as_rule(rule, depth, form), None
+        rule, heads, choice = as_rule(rule, depth, form), None, None
         cuts = cut(backbone, rule, modules)
-        planner = Planner(model, precision, optimizer, recompute or rule.recompute)
+        planner = Planner(model, precision, optimizer, recompute or rule.recompute, backbone)
     else:
         budget = parse_bytes(memory_budget)
         rules = candidates(rule, depth, form, len(backbone.units))
         cut(backbone, rules[0], modules)  # says what is wrong
-        planner = Planner(model, precision, optimizer, recompute or rules[0].recompute)
+        planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, backbone)
         _check_device(planner.device, budget)
-        cuts, choice = choose(planner, shape, budget, rules, modules)
+        cuts, heads, choice = choose(planner, shape, budget, rules, modules)
         rule = choice.rule
-    planned = planner.plan(cuts, shape, rule)
+    planned = planner.plan(cuts, shape, rule, heads)
     choice = choice and replace(choice, bp_macs=planned.bp_macs)
     return replace(planned, eager=choice.eager if choice else eager_bytes(planner, shape), choice=choice)
 
@@ -253,19 +254,19 @@ class Planner:
     Args:
         model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
         precision, optimizer, recompute: see `auglocal_ext.train`.
+        backbone: of the model, where it was read already.
     """
 
-    def __init__(self, model, precision="fp32", optimizer=None, recompute=False):
+    def __init__(self, model, precision="fp32", optimizer=None, recompute=False, backbone=None):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
         self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
-        self.model = meta_copy(model)
+        self.model, self.backbone = _meta_copies(model, backbone or as_backbone(model))
         train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
-        self.backbone = as_backbone(self.model).without_hooks()
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        self.reader = Reader()
+        self.reader, self._optimizers, self._heads = Reader(), {}, {}
 
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
@@ -296,7 +297,8 @@ class Planner:
         states = [bytes_of({*tensors_of(body), *tensors_of(head)}) for body, head in zip(bodies, heads, strict=True)]
         batch_bytes = images.nbytes + labels.nbytes
         idle = sum(_frozen_state(optimizer) for optimizer in given_optimizers)
-        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers) + idle
+        losses = len(cuts) * self.loss_bytes
+        constant = batch_bytes + sum(states) + sum(state for state, _ in optimizers) + idle + losses
 
         def walk(keep=None):
             made, x = [], images
@@ -307,19 +309,12 @@ class Planner:
             return made
 
         walked = walk()
-        carried = [index * self.dtype.itemsize for index in range(len(cuts))]  # the losses of the modules before
-        top = max(line.peak + before for (_, line, _), before in zip(walked, carried, strict=True))
+        top = max(line.peak for _, line, _ in walked)
         activations = max(line.activations for _, line, _ in walked)
-        keep = [
-            fill(program.gaps, line, top - before, activations)
-            for (program, line, _), before in zip(walked, carried, strict=True)
-        ]
+        keep = [fill(program.gaps, line, top, activations) for program, line, _ in walked]
         walked = walk(keep)
         # Kept values change what is rebuilt from what: where that needs more after all, nothing is kept.
-        high = [
-            line.peak + before > top or line.activations > activations
-            for (_, line, _), before in zip(walked, carried, strict=True)
-        ]
+        high = [line.peak > top or line.activations > activations for _, line, _ in walked]
         if any(high):
             keep = [frozenset() if too_high else kept for kept, too_high in zip(keep, high, strict=True)]
             walked = walk(keep)
@@ -342,7 +337,7 @@ class Planner:
                     optimizer_scratch=scratch,
                     kept_bytes=line.kept,
                     activation_bytes=line.activations,
-                    peak_bytes=constant + carried[index] + max(line.peak, line.end + scratch),
+                    peak_bytes=constant + max(line.peak, line.end + scratch),
                     macs=line.macs,
                     rebuild_share=line.rebuild_share,
                     islands=tuple(island.what for island in program.islands),
@@ -359,9 +354,21 @@ class Planner:
             *made, classifier = local_heads(self.backbone, rule, cuts, shape[1:])
         return [*(meta_copy(head.to(self.dtype)) for head in made), classifier]
 
+    def heads_by_unit(self, rule, shape):
+        """AugLocal's head behind each unit, the last one's being the classifier; made once."""
+        key = rule.depth, rule.form, shape[1:]
+        if key not in self._heads:
+            self._heads[key] = self.heads([Cut(unit, unit) for unit in range(len(self.backbone.units))], shape, rule)
+        return self._heads[key]
+
     def programs(self, cuts, heads, keep=None):
         options = {"recompute": self.recompute, "trace": self.reader.trace, "device_type": self.device.type}
         return programs(self.backbone, cuts, heads, self.autocast, keep, **options)
+
+    @property
+    def loss_bytes(self):
+        """Of a local module's loss, in the tensor of all modules' that a step makes at its start."""
+        return self.dtype.itemsize
 
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""
@@ -376,33 +383,49 @@ class Planner:
 
     def optimizer_bytes(self, module):
         """(bytes of state, bytes that a step needs for a moment) of the optimizer of one module."""
+        trained = tuple((tuple(p.shape), p.stride(), p.dtype) for p in module.parameters() if p.requires_grad)
+        if trained not in self._optimizers:
+            self._optimizers[trained] = self._probe_optimizer(trained)
+        return self._optimizers[trained]
+
+    def _probe_optimizer(self, trained):
+        """`optimizer_bytes` for parameters of (shape, strides, dtype)."""
         probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
         fused = all(group.get("fused") for group in probe.param_groups)
         try:
-            state, scratch = self._optimizer_step(module, "meta")
+            state, scratch = _optimizer_step(self.factory, trained, "meta")
         except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
-            state, scratch = self._optimizer_step(module, self.device)
+            state, scratch = _optimizer_step(self.factory, trained, self.device)
         return state, 0 if fused else scratch
 
-    def _optimizer_step(self, module, device):
-        def like(parameter):
-            strided = parameter.shape, parameter.stride()
-            return torch.empty_strided(*strided, dtype=parameter.dtype, device=device).zero_()
 
-        trained = [p for p in module.parameters() if p.requires_grad]
-        parameters = [nn.Parameter(like(p)) for p in trained]
-        if not parameters:
-            return 0, 0
-        optimizer = make_optimizer(self.factory, parameters)
-        for parameter in parameters:
-            parameter.grad = like(parameter)
+def _optimizer_step(factory, trained, device):
+    def zeros():
+        return [torch.empty_strided(*like, dtype=dtype, device=device).zero_() for *like, dtype in trained]
+
+    if not trained:
+        return 0, 0
+    parameters = [nn.Parameter(value) for value in zeros()]
+    optimizer = make_optimizer(factory, parameters)
+    for parameter, gradient in zip(parameters, zeros(), strict=True):
+        parameter.grad = gradient
+    with RealLayouts():
         optimizer.step()
         state = [value for values in optimizer.state.values() for value in values.values()]
         state = [value for value in state if isinstance(value, torch.Tensor)]
-        with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live:
-            before = live.now
-            optimizer.step()
-        return bytes_of(state), live.peak - before
+    with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live, RealLayouts():
+        before = live.now
+        optimizer.step()
+    return bytes_of(state), live.peak - before
+
+
+def _meta_copies(model, backbone):
+    """A model and its backbone on the meta device; they share their modules as the given ones do."""
+    copied, *units, classifier = meta_copy(
+        nn.ModuleList([model, *(unit.module for unit in backbone.units), backbone.classifier])
+    )
+    units = tuple(replace(unit, module=module) for unit, module in zip(backbone.units, units, strict=True))
+    return copied, replace(backbone, units=units, classifier=classifier)
 
 
 def train_mode(model):

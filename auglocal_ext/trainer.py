@@ -189,7 +189,9 @@ class LocalTrainer:
         self.plan_for(images)
         if images.is_inference():  # which autograd cannot use
             images, labels = images.clone(), labels.clone()
-        inputs, losses, modules = [images], [], self._current_programs()
+        inputs, modules = [images], self._current_programs()
+        # Made once, so that what a step holds does not depend on how many modules are done.
+        losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
             logits = None  # the module before's
@@ -202,10 +204,9 @@ class LocalTrainer:
                 raise
             finally:
                 optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
+            losses[index] = loss
             inputs.append(features)
-            del features
-        losses = torch.stack(losses)
+            del features, loss
         if refused is not None:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses)

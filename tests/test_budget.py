@@ -28,18 +28,15 @@ def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, s
         planner = Planner(models.create(name, 10), **options)
     rule = AugLocal(depth)
     table, units = cut_table(planner, shape, rule), len(planner.backbone.units)
-    peaks, rng = search.module_peaks(table), random.Random(0)
+    options, rng = search.module_options(table), random.Random(0)
     for _ in range(4):
         borders = tuple(sorted(rng.sample(range(units - 1), rng.randint(0, 6))))
         parts = list(zip((0, *(b + 1 for b in borders)), (*borders, units - 1), strict=True))
-        highest = max(peaks[i][j] + table.carried * m for m, (i, j) in enumerate(parts))
-        macs = sum(
-            table.unit_macs[i][0] + sum(table.unit_macs[k][1] for k in range(i + 1, j + 1)) + table.head_macs[j]
-            for i, j in parts
-        )
+        ways = [options[i][j - i][0] for i, j in parts]
+        highest = max(peak for _, _, peak in ways)
         planned = planner.plan(cut(planner.backbone, rule, borders=borders), shape, rule)
-        assert table.constant + sum(table.head_state[b] for b in borders) + highest == planned.peak_bytes
-        assert macs == planned.macs
+        assert table.constant + sum(state for _, state, _ in ways) + highest == planned.peak_bytes
+        assert sum(macs for macs, _, _ in ways) == planned.macs
 
 
 def test_the_choice_is_the_cheapest_that_fits():

@@ -24,19 +24,17 @@ class RealLayouts(TorchDispatchMode):
     - normalisation over groups with statistics in the weight's dtype, its backward and Mish's without scratch;
     - a BatchNorm in eval mode without statistics of the batch;
     - where a layer reads a value (a count, whether anything is NaN), with some value.
+
+    What a walk calls most is answered here at once: torch's own answers come from decompositions in Python, of
+    milliseconds for a BatchNorm.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is _aten._local_scalar_dense.default and args[0].is_meta:
-            return read_value(args[0])
-        if function is _aten.native_group_norm.default and args[0].is_meta:
-            return _group_norm(*args)
-        if function is _aten.native_batch_norm.default and args[0].is_meta and not args[5]:
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        if function is _aten.native_group_norm_backward.default and args[0].is_meta:
-            return _group_norm_backward(*args)
-        if function is _aten.mish_backward.default and args[0].is_meta:
-            return torch.empty_like(args[1])
+        answer = _ANSWERS.get(function)
+        if answer is not None and args[0].is_meta:
+            result = answer(*args, **(kwargs or {}))
+            if result is not None:
+                return result
         result = function(*args, **(kwargs or {}))
         if function is _aten.convolution.default:
             _lay_out([result], args[0], args[1])
@@ -49,7 +47,7 @@ class RealLayouts(TorchDispatchMode):
 
 def read_value(tensor):
     """What a value reads as that is not there: no for a question, else one."""
-    return tensor.dtype != torch.bool and 1
+    return False if tensor.dtype == torch.bool else 1
 
 
 _MOVING = {
@@ -77,6 +75,73 @@ def _group_norm(x, weight, bias, n, channels, size, groups, eps):
 def _group_norm_backward(grad, x, mean, rstd, weight, n, channels, size, groups, mask):
     affine = [x.new_empty(channels, dtype=None if weight is None else weight.dtype) if m else None for m in mask[1:]]
     return torch.empty_like(x) if mask[0] else None, *affine
+
+
+def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
+    if not training:
+        return _like(x), x.new_empty(0), x.new_empty(0)
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return _like(x), *(_vector(x.shape[1], dtype) for _ in range(2))
+
+
+def _batch_norm_backward(grad, x, weight, mean, var, saved_mean, saved_invstd, training, eps, mask):
+    if weight is None:
+        return None
+    affine = [_vector(x.shape[1], weight.dtype) if wanted else None for wanted in mask[1:]]
+    return _like(x) if mask[0] else None, *affine
+
+
+def _written_over(x, *others, **_options):
+    """The answer of an elementwise operator in place, or None: not known."""
+    return x if _fit(x, others) else None
+
+
+def _elementwise(x, *others, **_options):
+    """The answer of an elementwise operator, or None: not known."""
+    tensors = [other for other in others if isinstance(other, torch.Tensor)]
+    alike = x.is_floating_point() and all((t.dtype, t.stride()) == (x.dtype, x.stride()) for t in tensors)
+    return _like(x) if alike and _fit(x, others) else None
+
+
+def _fit(x, others):
+    return all(
+        other.is_meta and other.shape == x.shape if isinstance(other, torch.Tensor) else isinstance(other, int | float)
+        for other in others
+    )
+
+
+def _empty_like(x, **options):
+    return None if options else _like(x)
+
+
+def _like(x):
+    """torch.empty_like, quicker where x has no gaps."""
+    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        return torch.empty_like(x, memory_format=torch.preserve_format)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _vector(size, dtype):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+_ANSWERS = {
+    _aten._local_scalar_dense.default: read_value,
+    _aten.native_group_norm.default: _group_norm,
+    _aten.native_group_norm_backward.default: _group_norm_backward,
+    _aten.mish_backward.default: lambda grad, x: torch.empty_like(x),
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_batch_norm_backward.default: _batch_norm_backward,
+    _aten.empty_like.default: _empty_like,
+    **dict.fromkeys((_aten.add.Tensor, _aten.mul.Tensor), _elementwise),
+    **dict.fromkeys(
+        (
+            _aten.add_.Tensor, _aten.mul_.Tensor, _aten.lerp_.Scalar, _aten.addcmul_.default, _aten.addcdiv_.default,
+            _aten.zero_.default, _aten.relu_.default, _aten.copy_.default,
+        ),
+        _written_over,
+    ),
+}  # fmt: skip
 
 
 class RealFunctions(TorchFunctionMode):

@@ -67,14 +67,13 @@ def test_a_resnet152_is_measured_on_meta_tensors(torchvision):
         images, labels = torch.empty(256, 3, 224, 224), torch.empty(256, dtype=torch.int64)
     trainer = LocalTrainer(model, 5, modules=4)
     planned = plan(model, tuple(images.shape), 5, modules=4)
-    programs, carried = trainer._current_programs(), 0
-    state = [*trainer.tensors()]
+    programs = trainer._current_programs()
+    state, losses = [*trainer.tensors()], 4 * len(programs)
     inputs, peaks = [images], []
     for program in programs:
         with LiveBytes([*state, images, labels, inputs[0]]) as live:
             features, _, _ = program.run(inputs, labels)
-        peaks.append(live.peak + carried + (planned.state_bytes - sum(t.nbytes for t in state)))
-        carried += 4
+        peaks.append(live.peak + losses + (planned.state_bytes - sum(t.nbytes for t in state)))
         inputs.append(features)
         for parameter in [p for p in model.parameters()] + [*trainer.aux_nets.parameters()]:
             parameter.grad = None
