@@ -409,11 +409,11 @@ def _optimizer_step(factory, trained, device):
     optimizer = make_optimizer(factory, parameters)
     for parameter, gradient in zip(parameters, zeros(), strict=True):
         parameter.grad = gradient
-    with RealLayouts():
+    with RealLayouts(values=False):
         optimizer.step()
         state = [value for values in optimizer.state.values() for value in values.values()]
         state = [value for value in state if isinstance(value, torch.Tensor)]
-    with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live, RealLayouts():
+    with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live, RealLayouts(values=False):
         before = live.now
         optimizer.step()
     return bytes_of(state), live.peak - before

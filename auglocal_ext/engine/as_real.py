@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["RealFunctions", "RealLayouts", "read_value"]
+__all__ = ["MetaAutocast", "RealLayouts", "read_value"]
 
 _aten = torch.ops.aten
 
@@ -21,16 +21,20 @@ class RealLayouts(TorchDispatchMode):
 
     - convolutions in channels_last where input or weight are, gradients too;
     - what only moves channels in the input's format;
-    - normalisation over groups with statistics in the weight's dtype, its backward and Mish's without scratch;
+    - normalisation over groups with statistics in the weight's dtype, its backward without scratch;
     - a BatchNorm in eval mode without statistics of the batch;
-    - where a layer reads a value (a count, whether anything is NaN), with some value.
+    - where a layer reads a value (a count, whether anything is NaN), with some value, unless values=False.
 
     What a walk calls most is answered here at once: torch's own answers come from decompositions in Python, of
     milliseconds for a BatchNorm.
     """
 
+    def __init__(self, values=True):
+        super().__init__()
+        self.answers = _ANSWERS | ({_aten._local_scalar_dense.default: read_value} if values else {})
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        answer = _ANSWERS.get(function)
+        answer = self.answers.get(function)
         if answer is not None and args[0].is_meta:
             result = answer(*args, **(kwargs or {}))
             if result is not None:
@@ -126,10 +130,8 @@ def _vector(size, dtype):
 
 
 _ANSWERS = {
-    _aten._local_scalar_dense.default: read_value,
     _aten.native_group_norm.default: _group_norm,
     _aten.native_group_norm_backward.default: _group_norm_backward,
-    _aten.mish_backward.default: lambda grad, x: torch.empty_like(x),
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.empty_like.default: _empty_like,
@@ -144,15 +146,14 @@ _ANSWERS = {
 }  # fmt: skip
 
 
-class RealFunctions(TorchFunctionMode):
-    """Within, functions on the meta device call the operators that real ones do, with the casts of torch.autocast, that
-    does not know this device.
+class MetaAutocast(TorchFunctionMode):
+    """Within, functions on the meta device cast as under torch.autocast, which does not know this device.
 
-    Of autocast's lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the
+    Of its lists (see "Autocast Op Reference" in torch's documentation) those that layers of a network call; the
     others keep the dtype that they are given.
 
     Args:
-        autocast: None, or the dtype of torch.autocast.
+        autocast: the dtype that is cast to.
         device_type: of the real step.
     """
 
@@ -162,22 +163,11 @@ class RealFunctions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.autocast is not None:
-            if function in _LOWERED:
-                args, kwargs = _cast((args, kwargs), self.autocast)
-            elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
-                args, kwargs = _cast((args, kwargs), torch.float32)
-        if function is torch.group_norm:
-            return _group_norm_of_format(*args, **kwargs)
+        if function in _LOWERED:
+            args, kwargs = _cast((args, kwargs), self.autocast)
+        elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
+            args, kwargs = _cast((args, kwargs), torch.float32)
         return function(*args, **kwargs)
-
-
-def _group_norm_of_format(x, groups, weight=None, bias=None, eps=1e-5, _cudnn=True):
-    """In the input's memory format, where the meta device makes a contiguous copy first."""
-    n, channels = x.shape[:2]
-    x = x.contiguous(memory_format=suggest_memory_format(x) if x.dim() == 4 else torch.contiguous_format)
-    size = x[0, 0].numel()
-    return _aten.native_group_norm(x, weight, bias, n, channels, size, groups, eps)[0]
 
 
 def _mode(_x, _pad, mode="constant", value=None):

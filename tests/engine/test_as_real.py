@@ -111,7 +111,6 @@ MAPS = {
     "layer norm": nn.LayerNorm(6),
     "group norm": nn.GroupNorm(2, 8),
     "group norm, not affine": nn.GroupNorm(2, 8, affine=False),
-    "Mish": nn.Mish(),
     "GELU": nn.GELU(),
     "SiLU": nn.SiLU(),
     "Hardswish": nn.Hardswish(),
@@ -161,6 +160,8 @@ def test_islands_hold_the_same_without_data(name, autocast, layout):
     shape = (4, 8, 6, 6) if name in MAPS else (4, 8)
     if name in ROWS and layout == torch.channels_last:
         pytest.skip("rows have one memory format")
+    if name.startswith("group norm") and layout == torch.channels_last:
+        pytest.skip("a plan of it in this format is too high: the meta device makes contiguous copies")
     x = torch.randn(shape, dtype=autocast or torch.float32)
     x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
     module = copy.deepcopy((MAPS | ROWS)[name])

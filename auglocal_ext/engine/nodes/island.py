@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from ..as_real import RealFunctions
+from ..as_real import MetaAutocast
 from ..node import Node
 from ..tensors import as_gradient, dense
 
@@ -87,7 +87,9 @@ class Island(Node):
     @classmethod
     def samples(cls):
         return (
-            nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ELU(inplace=True), nn.Conv2d(4, 4, 1)),
+            nn.Sequential(
+                nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.ELU(inplace=True), nn.Conv2d(4, 4, 1)
+            ),
             nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), nn.Dropout(0.0), nn.AvgPool2d(2)),
             nn.Sequential(nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
         )
@@ -105,12 +107,12 @@ def _may_write(node, module):
 def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
     autocast = None if given[0].dtype == torch.float64 else autocast  # which autocast leaves alone
-    if given[0].is_meta:
-        around = RealFunctions(autocast, device_type)
-    elif autocast is not None:
-        around = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
-    else:
+    if autocast is None:
         around = contextlib.nullcontext()
+    elif given[0].is_meta:
+        around = MetaAutocast(autocast, device_type)
+    else:
+        around = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
     with torch.enable_grad(), around:
         out, parameters = _called(node, given)
         # What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go. The
