@@ -138,7 +138,7 @@ def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):
             program.execute(step, values)
             for name in step.writes:
                 value = values.get(name)
-                if step.rebuilds:
+                if step.rebuilds and name in made:
                     assert torch.equal(value, made[name]), name
                 elif isinstance(value, torch.Tensor):
                     made[name] = value.clone()
