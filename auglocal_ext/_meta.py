@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["METHODS", "meta_copy", "replaced_methods"]
+__all__ = ["METHODS", "as_meta_copy", "meta_copy", "replaced_methods"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = frozenset({"forward", "_forward_impl", "_conv_forward", "_call_impl"})  # what a call goes through
@@ -54,6 +54,16 @@ def meta_copy(module):
             )
     _skip_hooks(copied)
     return copied
+
+
+def as_meta_copy(module):
+    """`meta_copy` of a module that nobody else uses: itself, where it is on the meta device and has no hooks."""
+    own = [*module.parameters(), *module.buffers()]
+    hooked = any(vars(part).get(hooks) for part in module.modules() for hooks in _HOOKS)
+    if hooked or not all(tensor.is_meta for tensor in own):
+        return meta_copy(module)
+    _skip_hooks(module)
+    return module
 
 
 def _skip_hooks(module):

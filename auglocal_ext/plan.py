@@ -8,7 +8,7 @@ from torch import nn
 
 from . import report
 from ._checks import whole_number
-from ._meta import meta_copy
+from ._meta import as_meta_copy, meta_copy
 from .backbone import as_backbone
 from .budget import Choice, candidates, choose, parse_bytes
 from .eager import eager_bytes
@@ -266,7 +266,7 @@ class Planner:
         train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        self.reader, self._optimizers, self._heads = Reader(), {}, {}
+        self.reader, self._optimizers, self._heads, self._same = Reader(), {}, {}, set()
 
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
@@ -291,7 +291,7 @@ class Planner:
         pairs = [nn.ModuleList(pair) for pair in zip(bodies, heads, strict=True)]
         assert_apart(pairs, {parameter: name for name, parameter in self.model.named_parameters()})
         images, labels = self.batch(shape, like)
-        assert_same_function(self.model, self.backbone, images.to(self.dtype), self.reader)
+        self._assert_same_function(images.to(self.dtype))
         words = [rule.describe(border) for border in borders_of(self.backbone, cuts, shape[1:])]
         optimizers = [self.optimizer_bytes(pair) for pair in pairs]
         states = [bytes_of({*tensors_of(body), *tensors_of(head)}) for body, head in zip(bodies, heads, strict=True)]
@@ -348,11 +348,18 @@ class Planner:
         bp_macs = _bp_macs([line for _, line, _ in walked])
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, tuple(modules), batch_bytes, bp_macs)
 
+    def _assert_same_function(self, images):
+        """See `equivalence.assert_same_function`; once for images of a shape and layout."""
+        key = images.shape, images.stride()
+        if key not in self._same:
+            assert_same_function(self.model, self.backbone, images, self.reader)
+            self._same.add(key)
+
     def heads(self, cuts, shape, rule):
         """The LocalHead behind each module, new ones on the meta device and last the classifier's."""
-        with torch.device("meta"):
+        with torch.device("meta"), RealLayouts():
             *made, classifier = local_heads(self.backbone, rule, cuts, shape[1:])
-        return [*(meta_copy(head.to(self.dtype)) for head in made), classifier]
+        return [*(as_meta_copy(head.to(self.dtype)) for head in made), classifier]
 
     def heads_by_unit(self, rule, shape):
         """AugLocal's head behind each unit, the last one's being the classifier; made once."""

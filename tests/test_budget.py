@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from auglocal_ext import budget as budget_module
 from auglocal_ext import models, plan, search, train
 from auglocal_ext.budget import cut_table, parse_bytes
 from auglocal_ext.memory import format_bytes
@@ -85,6 +86,31 @@ def test_a_budget_too_small_says_what_would_do():
         plan(models.resnet32(), (batch + 1, *shape[1:]), 4, memory_budget="10MB")
     with pytest.raises(ValueError, match="the model's parameters and optimizer state alone are 3.7. MB"):
         plan(models.resnet32(), shape, 4, memory_budget="1MB")
+
+
+def test_a_refusal_walks_few_batches(monkeypatch):
+    """And names the batch that trying every one would find."""
+    shape, rules, walked = (16, 3, 16, 16), [AugLocal(2), AugLocal(3)], []
+
+    def tables(planner, shape, rules, real=budget_module._tables):
+        walked.append(shape[0])
+        return real(planner, shape, rules)
+
+    monkeypatch.setattr(budget_module, "_tables", tables)
+    with torch.device("meta"):
+        planner = Planner(models.CifarResNet(1))
+    fronts = {
+        batch: [search.front(table) for table in tables(planner, (batch, *shape[1:]), rules)] for batch in range(2, 17)
+    }
+    for modules, fit in ((None, 5), (None, 14), (3, 9)):
+        least = {b: min(search.smallest(front, modules).bytes for front in fronts[b]) for b in fronts}
+        walked.clear()
+        error = rf"\({least[16]:,} bytes\); give at least that, or batches of {fit}$"
+        with pytest.raises(ValueError, match=error):
+            budget_module.choose(planner, shape, (least[fit] + least[fit + 1]) // 2, rules, modules)
+        assert len(walked) <= 5 and {2, fit, fit + 1, 16} <= set(walked)
+    with pytest.raises(ValueError, match="and no batch of two images fits it$"):
+        budget_module.choose(planner, shape, least[2] - 1, rules, modules)
 
 
 @pytest.mark.parametrize("text", ["6 parsecs", "", "GB", "-1GB", "0", "1e9x", None, True])

@@ -82,10 +82,8 @@ def _group_norm_backward(grad, x, mean, rstd, weight, n, channels, size, groups,
 
 
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
-    if not training:
-        return _like(x), x.new_empty(0), x.new_empty(0)
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    return _like(x), *(_vector(x.shape[1], dtype) for _ in range(2))
+    return _like(x), *(_vector(x.shape[1] if training else 0, dtype) for _ in range(2))
 
 
 def _batch_norm_backward(grad, x, weight, mean, var, saved_mean, saved_invstd, training, eps, mask):
@@ -135,11 +133,18 @@ _ANSWERS = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.empty_like.default: _empty_like,
-    **dict.fromkeys((_aten.add.Tensor, _aten.mul.Tensor), _elementwise),
     **dict.fromkeys(
         (
-            _aten.add_.Tensor, _aten.mul_.Tensor, _aten.lerp_.Scalar, _aten.addcmul_.default, _aten.addcdiv_.default,
-            _aten.zero_.default, _aten.relu_.default, _aten.copy_.default,
+            _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sqrt.default,
+            _aten.relu.default, _aten.threshold_backward.default,
+        ),
+        _elementwise,
+    ),
+    **dict.fromkeys(
+        (
+            _aten.add_.Tensor, _aten.sub_.Tensor, _aten.mul_.Tensor, _aten.div_.Tensor, _aten.sqrt_.default,
+            _aten.lerp_.Scalar, _aten.addcmul_.default, _aten.addcdiv_.default, _aten.relu_.default,
+            _aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar, _aten.normal_.default, _aten.uniform_.default,
         ),
         _written_over,
     ),

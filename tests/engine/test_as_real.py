@@ -269,3 +269,58 @@ def test_a_budget_with_an_optimizer_that_needs_values():
     model, factory = models.CifarResNet(1), partial(optim.Adam, fused=True)
     planned = plan(model, (16, 3, 16, 16), depth=2, memory_budget="20MB", optimizer=factory)
     assert planned.peak_bytes == planned.choice.point.bytes
+
+
+def elementwise_cases():
+    x, other = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
+    last = other.contiguous(memory_format=torch.channels_last)
+    for first in (x, last, x.bfloat16(), x.double(), x[:, :, :, ::2], x[:, :1].expand(2, 3, 4, 5)):
+        for second in (other, last, other.double(), other[:, :, :1, :1], other[0, 0, 0, 0], torch.arange(5), 2, 0.5):
+            yield first, second
+    yield torch.arange(6), 1
+    yield torch.arange(6), 0.5
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div"])
+def test_quick_answers_are_those_of_real_tensors(name):
+    compared = 0
+    for first, second in elementwise_cases():
+        for function in (getattr(torch.Tensor, name), getattr(torch.Tensor, f"{name}_")):
+            real = first.clone(memory_format=torch.preserve_format) if function.__name__.endswith("_") else first
+            try:
+                expected = function(real, second)
+            except RuntimeError:  # nothing that a step would do
+                continue
+            given = [x.to("meta") if isinstance(x, torch.Tensor) and x.dim() else x for x in (real, second)]
+            if first is not real:  # which to() would make dense
+                given[0] = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
+            with RealLayouts():
+                found = function(*given)
+            assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+            assert (found is given[0]) == (expected is real)
+            if real.is_contiguous() or real.is_contiguous(memory_format=torch.channels_last):
+                assert found.stride() == expected.stride()
+            compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_quick_answers_of_batch_norms(layout, dtype, training):
+    aten, x = torch.ops.aten, torch.rand(4, 3, 5, 5).to(dtype).contiguous(memory_format=layout)
+    affine_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    affine = [torch.rand(3, dtype=affine_dtype) for _ in range(4)]
+
+    def run(x, affine):
+        out, mean, invstd = aten.native_batch_norm(x, *affine, training, 0.1, 1e-5)
+        weight, _, *running = affine
+        mask = [True, True, False]
+        given = (out, x, weight, *running, mean, invstd, training, 1e-5, mask)
+        return [
+            (t.shape, t.dtype, t.stride()) for t in (out, mean, invstd, *aten.native_batch_norm_backward(*given)[:2])
+        ]
+
+    with RealLayouts():
+        found = run(torch.empty_like(x, device="meta"), [a.to("meta") for a in affine])
+    assert found == run(x, affine)
