@@ -93,10 +93,12 @@ def test_more_channels_than_a_grid_has_in_its_second_dimension(emulator):
     for run in (contextlib.nullcontext(), emulator.running(3, "a large slice of sm_90")):
         with run:
             x, weight, bias, _, grad = make((2, 70_000, 1, 1), torch.float32, LAYOUTS[0], False)
-            maps = torch.stack([x, grad], 3).flatten(3)
+            maps = torch.arange(4 * 70_000 * 5.0, dtype=torch.float64).sin().view(4, 70_000, 5, 1)
             y, mean, var = ops.batch_norm_act(x, weight, bias)
             made = ops.batch_norm_act_backward(grad, x, weight, bias, mean, var)
-            pooled = OPS.batch_norm_act_mean_apply(maps, weight, bias, mean, var, None, 1e-5, True)
+            as_double = [t.double() for t in (weight, bias, mean, var)]
+            # Two lanes a map, and more images than blocks beside one another: a block takes several in turn.
+            pooled = OPS.batch_norm_act_mean_apply(maps, *as_double, None, 1e-5, True)
             results.append([y, mean, var, made[0], *made[2:], pooled])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

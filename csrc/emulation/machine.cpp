@@ -561,15 +561,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 // ---- what tests call -------------------------------------------------------------------------------
 
 extern "C" {
-__attribute__((visibility("default"))) void emulation_begin(unsigned seed, int on) {
+#define EXPORTED __attribute__((visibility("default")))
+EXPORTED void emulation_begin(unsigned seed, int on) {
   static Poisoned poisoned;
   c10::SetCPUAllocator(&poisoned, 255);
   generator.seed(seed);
   device = on;
 }
-__attribute__((visibility("default"))) void emulation_end() { c10::SetCPUAllocator(c10::GetDefaultCPUAllocator(), 255); }
-__attribute__((visibility("default"))) void emulation_run_last_blocks(unsigned blocks) { last_blocks = blocks; }
-__attribute__((visibility("default"))) int64_t emulation_launches() { return launches; }
+EXPORTED void emulation_end() { c10::SetCPUAllocator(c10::GetDefaultCPUAllocator(), 255); }
+EXPORTED void emulation_run_last_blocks(unsigned blocks) { last_blocks = blocks; }
+EXPORTED int64_t emulation_launches() { return launches; }
 
 // ---- what the compiler puts before every access, and where arithmetic goes wrong ---------------------
 
@@ -594,7 +595,9 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
-int __tsan_atomic32_fetch_add(volatile int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_fetch_add(volatile int* at, int value, int) {  // the host's: a count of a tensor's owners
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
 
 // Each gets where it happened as the first part of its data.
 struct Source {
