@@ -131,7 +131,8 @@ def _content(tensor):
 
 def _plain(argument):
     """An argument that is no tensor, as something that can be compared: a list as well as a tuple."""
-    return argument if isinstance(argument, int | float | str | bool | torch.dtype | type(None)) else str(argument)
+    comparable = isinstance(argument, int | float | str | bool | torch.dtype | type(None)) and argument == argument
+    return argument if comparable else str(argument)  # NaN, which is not itself, too
 
 
 def _run(backbone, images, reader):
