@@ -15,9 +15,15 @@ from auglocal_ext import ops
 OPS = torch.ops.auglocal_ext
 
 
-def everything(shape, dtype, layout, window=(3, 3, 2, 2, 1, 1)):
-    """What every kernel makes of one input, by name."""
+def shifted(t):
+    """The same values in the same layout, from the second element of an allocation on."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype).as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+def everything(shape, dtype, layout, window=(3, 3, 2, 2, 1, 1), place=torch.clone):
+    """What every kernel makes of one input, by name. place: makes a copy of it somewhere."""
     x, weight, bias, added, grad = make(shape, dtype, layout, True)
+    x, added, grad = place(x), place(added), place(grad)
     mean, var = ops.batch_norm_statistics(x)
     values = {"mean": mean, "var": var}
     for kind, residual, relu in (("plain", None, False), ("relu", None, True), ("added", added, True)):
@@ -76,6 +82,16 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(shape, layout, dtype, em
         for other in orders[1:]:
             assert all(torch.equal(value, other[name]) for name, value in orders[0].items())
         assert_close(orders[0], expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 24, 8, 8), (5, 16, 7, 7)])
+def test_tensors_may_begin_anywhere(shape, layout, dtype, emulator):
+    """Where whole vectors would not be in line, narrower ones are used."""
+    expected = everything(shape, dtype, layout)
+    with emulator.running(2, "a slice of sm_90"):
+        assert_close(everything(shape, dtype, layout, place=shifted), expected, dtype)
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_90"])
