@@ -111,7 +111,7 @@ def check_writable(path, option, make_folder=True):
     path = Path(path)
     real = Path(os.path.realpath(path))
     if real.is_dir():
-        raise OSError(f"{path} cannot be written: it is a folder; choose another {option}")
+        raise OSError(f"{path} cannot be written: Is a directory: {real}; choose another {option}")
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
