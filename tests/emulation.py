@@ -82,7 +82,7 @@ def build(csrc=ROOT / "csrc", into=ROOT / "build" / "emulation"):
 
 
 def finish(process, partial, whole):
-    """Waits for a compiler; only then the file has its name, which another session may look for."""
+    """Waits for a compiler; only then the file has its name, which another run may look for."""
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, process.args)
     os.replace(partial, whole)

@@ -151,7 +151,7 @@ def test_a_weight_in_two_local_modules_is_refused(tiny_model, torchvision):
         LocalTrainer(model, depth=2)
 
 
-def test_the_number_of_the_issue(torchvision):
+def test_one_relu_at_every_place_of_a_whole_vgg(torchvision):
     torch.manual_seed(0)
     model = torchvision.models.vgg11_bn(num_classes=10, dropout=0).double()
     model.avgpool = nn.AdaptiveAvgPool2d(1)
