@@ -44,18 +44,21 @@ class Watch:
         ]
         self._chosen_by = [(state, names) for state, names in self._chosen_by if names]
         self._kinds = sorted({type(module) for _, module, _ in self._modules}, key=str)
-        self._parts, self._places = self._current_parts(), self._current_places()
+        self._parts_of_each = [self._parts_of([one]) for one in self._modules]
+        self._parts, self._places = self._parts_of(self._modules), self._current_places()
 
     def check(self):
         """Raises ValueError where a module or a parameter was replaced, added or removed, or has another dtype, device,
         shape or memory format; says which."""
-        parts = self._current_parts()
-        if parts != self._parts:
-            raise ValueError(self._say_what_was_replaced(parts))
+        if self._parts_of(self._modules) != self._parts:
+            raise ValueError(self._say_what_was_replaced())
         places = self._current_places()
         if places != self._places:
             at = next(i for i, (now, then) in enumerate(zip(places, self._places, strict=True)) if now != then)
-            now, then = ("{} on {} of shape {} and strides {}".format(*p[at]) for p in (places, self._places))
+            now, then = (
+                f"{dtype} on {device} of shape {tuple(shape)} and strides {strides}"
+                for dtype, device, shape, strides in (places[at], self._places[at])
+            )
             raise ValueError(
                 f"parameter {self._name(self._parameters[at])} is {now}, it was {then} when the trainer was made: put "
                 f"it back, or make a new trainer of the model"
@@ -87,21 +90,21 @@ class Watch:
                 return path or type(module).__name__
         return None
 
-    def _current_parts(self):
-        """The identities of each module's children and parameters."""
-        return [
-            (
-                module.__class__,
-                *state["_modules"],
-                *map(id, state["_modules"].values()),
-                *state["_parameters"],  # by name too: pruning makes another weight of the same parameter
-                *map(id, state["_parameters"].values()),
-            )
-            for _, module, state in self._modules
-        ]
+    @staticmethod
+    def _parts_of(modules):
+        """The identities of each module's children and parameters, by name too: pruning makes another weight of the
+        same parameter. Of all modules in one list."""
+        found = []
+        for _, module, state in modules:
+            found.append(module.__class__)
+            for kind in ("_modules", "_parameters"):
+                if state[kind]:
+                    found += state[kind]
+                    found += map(id, state[kind].values())
+        return found
 
     def _current_places(self):
-        return [(p.dtype, p.device, tuple(p.shape), p.stride()) for p in self._parameters]
+        return [(p.dtype, p.device, p.shape, p.stride()) for p in self._parameters]
 
     def _name(self, parameter):
         for path, module, _ in self._modules:
@@ -109,9 +112,9 @@ class Watch:
                 if own is parameter:
                     return f"{path}.{name}".removeprefix(".")
 
-    def _say_what_was_replaced(self, parts):
-        at = next(i for i, (now, then) in enumerate(zip(parts, self._parts, strict=True)) if now != then)
-        path, module, state = self._modules[at]
+    def _say_what_was_replaced(self):
+        each = zip(self._modules, self._parts_of_each, strict=True)
+        path, module, state = next(one for one, then in each if self._parts_of([one]) != then)
         known = {id(m) for _, m, _ in self._modules} | {id(p) for p in self._parameters} | {id(None)}
         changed = [n for kind in ("_modules", "_parameters") for n, own in state[kind].items() if id(own) not in known]
         what = f"{path}.{changed[0]}".strip(".") if changed else path or type(module).__name__
