@@ -188,3 +188,25 @@ def test_weights_of_any_strides(batch, name):
     trainer = LocalTrainer(model, rule="bp", optimizer=partial(torch.optim.SGD, lr=0.05))
     assert trainer.step(*batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert trainer.step(*batch).loss < expected
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn = kind(64, 10, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x[:, None])[0][:, 0]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_head_in_bf16(batch, kind):
+    """What autocast does to it is not known to the plan; it trains all the same."""
+    torch.manual_seed(0)
+    model = models.CifarResNet(1)
+    model.fc = Recurrent(kind)
+    trainer = LocalTrainer(model, depth=2, precision="bf16", optimizer=partial(torch.optim.SGD, lr=0.1))
+    first = trainer.step(*batch).loss
+    for _ in range(4):
+        last = trainer.step(*batch).loss
+    assert last < first

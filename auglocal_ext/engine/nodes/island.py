@@ -114,7 +114,14 @@ def _run(node, autocast, device_type, wanted, *sources):
     else:
         around = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
     with torch.enable_grad(), around:
-        out, parameters = _called(node, given)
+        try:
+            out, parameters = _called(node, given)
+        except (RuntimeError, ValueError):
+            if not isinstance(around, MetaAutocast):
+                raise
+            # A layer whose casts are not known, a recurrent one for instance: its bytes are then about right only.
+            out, parameters = _called(node, [x.float() for x in given])
+            out = out.to(autocast)
         # What the backward needs: the edge that out's gradient comes in by, not out itself, whose memory may go. The
         # view: out may be a given leaf.
         edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None
