@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["METHODS", "as_meta_copy", "meta_copy", "replaced_methods"]
+__all__ = ["HOOKS", "METHODS", "as_meta_copy", "first_line", "meta_copy", "replaced_methods"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 METHODS = frozenset({"forward", "_forward_impl", "_conv_forward", "_call_impl"})  # what a call goes through
 
 
@@ -36,14 +36,14 @@ def meta_copy(module):
     known = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     known |= {id(b): b.detach().to("meta") for b in module.buffers()}
     for part in module.modules():
-        found = [vars(part)[hooks] for hooks in _HOOKS if hooks in vars(part)]
+        found = [vars(part)[hooks] for hooks in HOOKS if hooks in vars(part)]
         known |= {id(hooks): _kept_hooks(hooks) for hooks in found}
     try:
         with torch.inference_mode(False), torch.no_grad(), _TensorsToMeta():
             copied = copy.deepcopy(module, known)
     except Exception as error:
         raise ValueError(
-            f"{type(module).__name__} cannot be copied, as planning needs it: {_first_line(error)}{_culprit(module)}"
+            f"{type(module).__name__} cannot be copied, as planning needs it: {first_line(error)}{_culprit(module)}"
         ) from error
     for name, part in copied.named_modules():
         own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
@@ -59,7 +59,7 @@ def meta_copy(module):
 def as_meta_copy(module):
     """`meta_copy` of a module that nobody else uses: itself, where it is on the meta device and has no hooks."""
     own = [*module.parameters(), *module.buffers()]
-    hooked = any(vars(part).get(hooks) for part in module.modules() for hooks in _HOOKS)
+    hooked = any(vars(part).get(hooks) for part in module.modules() for hooks in HOOKS)
     if hooked or not all(tensor.is_meta for tensor in own):
         return meta_copy(module)
     _skip_hooks(module)
@@ -112,5 +112,6 @@ def _culprit(module):
     return ""
 
 
-def _first_line(error):
+def first_line(error):
+    """What an error says, for a sentence of ours."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

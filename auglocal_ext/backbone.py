@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import models
-from ._meta import meta_copy, replaced_methods
+from ._meta import first_line, meta_copy, replaced_methods
 from .engine.as_real import RealLayouts
 
 __all__ = ["Backbone", "Unit", "as_backbone"]
@@ -54,6 +54,11 @@ class Backbone:
     num_classes: int
     form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
     _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
+
+    @property
+    def looked_into(self):
+        """The module types whose forward tracing looks into."""
+        return {type(unit.module) for unit in self.units} - {nn.Sequential}
 
     def feature_shapes(self, image_shape):
         """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
@@ -257,9 +262,9 @@ class _Shapes:
             with RealLayouts():
                 out = self.module(x)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) cannot take an input of shape {tuple(x.shape)}: {reason}"
+                f"{self.name} ({type(self.module).__name__}) cannot take an input of shape {tuple(x.shape)}: "
+                f"{first_line(error)}"
             ) from error
         if not isinstance(out, torch.Tensor):
             raise ValueError(f"{self.name} ({type(self.module).__name__}) must put out a tensor, given {type(out)}")

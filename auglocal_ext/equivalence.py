@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ._meta import replaced_methods
-from .engine.as_real import RealLayouts, read_value
+from ._meta import first_line, replaced_methods
+from .engine.as_real import RealLayouts
 from .engine.trace import Reader
 
 __all__ = ["assert_same_function"]
@@ -37,9 +37,9 @@ def assert_same_function(model, backbone, images, reader=None):
         try:
             expected = forward.expression(model(images))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{type(model).__name__} cannot take images of shape {tuple(images.shape)}: {reason}{_replaced(model)}"
+                f"{type(model).__name__} cannot take images of shape {tuple(images.shape)}: {first_line(error)}"
+                f"{_replaced(model)}"
             ) from error
     with RealLayouts(), _Expressions(known, names) as units:
         ours = units.expression(_run(backbone, images, reader or Reader()))
@@ -77,8 +77,6 @@ class _Expressions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.overloadpacket is _aten._local_scalar_dense and args[0].is_meta:
-            return read_value(args[0])
         given, _ = tree_flatten((args, kwargs))
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
         if any(a.is_meta for a in tensors) and any(a.dim() and not a.is_meta for a in tensors):
@@ -113,12 +111,11 @@ class _Expressions(TorchDispatchMode):
             else:
                 leaf = "leaf", name
                 self.last = f" behind {name}" if isinstance(tensor, torch.nn.Parameter) else self.last
-            self._set(tensor, self.known.setdefault(leaf, len(self.known)))
+            self._set(tensor, self._number(leaf))
         return self.numbers[id(tensor)]
 
     def _number(self, call):
-        number = self.known.setdefault(call, len(self.known))
-        return number
+        return self.known.setdefault(call, len(self.known))
 
     def _set(self, tensor, number):
         self.numbers[id(tensor)] = number
@@ -137,11 +134,10 @@ def _plain(argument):
 
 def _run(backbone, images, reader):
     """The logits, by the nodes that were read of the units and of the classifier."""
-    inside = {type(unit.module) for unit in backbone.units} - {torch.nn.Sequential}
     x, out = images, "images"
     for name, module in [*((unit.name, unit.module) for unit in backbone.units), ("head", backbone.classifier)]:
         values = {out: x}
-        nodes, out = reader.read(module, inside, name, out)
+        nodes, out = reader.read(module, backbone.looked_into, name, out)
         for node in nodes:
             values[node.out] = node.plain(*(values[source] for source in node.sources))
         x = values[out]

@@ -1,7 +1,5 @@
 """The nodes and programs of a backbone's local modules: where what is cut meets the engine."""
 
-from torch import nn
-
 from .engine.nodes import Loss
 from .engine.program import build
 from .engine.trace import join, trace
@@ -32,7 +30,7 @@ def programs(backbone, cuts, heads, autocast=None, keep=None, recompute=False, t
 def module_nodes(backbone, first, last, head, source, trace=trace):
     """The nodes of a local module, units first..last (inclusive) with a LocalHead, and the name of the features that it
     hands on: None behind the backbone's last unit. trace: see `programs`."""
-    inside = _inside(backbone)
+    inside = backbone.looked_into
     nodes, out = unit_nodes(backbone, first, last, source, trace)
     features = out if last < len(backbone.units) - 1 else None
     extra_weight, weight = head.weights
@@ -47,11 +45,6 @@ def unit_nodes(backbone, first, last, source, trace=trace):
     """The nodes of units first..last (inclusive), and the name of their output. trace: see `programs`."""
     nodes, out = [], source
     for unit in backbone.units[first : last + 1]:
-        made, out = trace(unit.module, _inside(backbone), unit.name, out)
+        made, out = trace(unit.module, backbone.looked_into, unit.name, out)
         nodes += made
     return nodes, out
-
-
-def _inside(backbone):
-    """The module types that are looked into."""
-    return {type(unit.module) for unit in backbone.units} - {nn.Sequential}

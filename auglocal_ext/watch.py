@@ -6,7 +6,7 @@ A step looks at identities and flags only, at no tensor's values.
 from torch import nn
 from torch.nn.modules import module as torch_hooks
 
-from ._meta import METHODS
+from ._meta import HOOKS, METHODS
 
 __all__ = ["Watch"]
 
@@ -19,7 +19,6 @@ _SETTINGS = {
     nn.Flatten: ("start_dim", "end_dim"),
     nn.BatchNorm2d: ("affine",),
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
@@ -86,7 +85,7 @@ class Watch:
         if any([getattr(torch_hooks, hooks) for hooks in _GLOBAL_HOOKS]):
             return "every module of the process"
         for path, module, state in self._modules:
-            if any([state[hooks] for hooks in _HOOKS]) and module not in run:
+            if any([state[hooks] for hooks in HOOKS]) and module not in run:
                 return path or type(module).__name__
         return None
 

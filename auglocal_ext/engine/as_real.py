@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["MetaAutocast", "RealLayouts", "read_value"]
+__all__ = ["MetaAutocast", "RealLayouts"]
 
 _aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ class RealLayouts(TorchDispatchMode):
 
     def __init__(self, values=True):
         super().__init__()
-        self.answers = _ANSWERS | ({_aten._local_scalar_dense.default: read_value} if values else {})
+        self.answers = _ANSWERS | ({_aten._local_scalar_dense.default: _read_value} if values else {})
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         answer = self.answers.get(function)
@@ -49,7 +49,7 @@ class RealLayouts(TorchDispatchMode):
         return result
 
 
-def read_value(tensor):
+def _read_value(tensor):
     """What a value reads as that is not there: no for a question, else one."""
     return False if tensor.dtype == torch.bool else 1
 
