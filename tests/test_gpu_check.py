@@ -76,7 +76,7 @@ def test_the_tests_of_every_op_are_collected_by_what_they_are():
     tests = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "cuda", str(tests)]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent).stdout.splitlines()
-    collected = [name for name in collected if "::" in name]
+    collected = [name for name in collected if name.startswith("tests/")]  # warnings name tests too
     files = {tests.parent / name.split("::")[0] for name in collected}
     takes_a_device = {file for file in tests.glob("test_*.py") if "\nfrom ops_helpers import" in file.read_text()}
     takes_a_device = {file for file in takes_a_device if '("device", D' in file.read_text()}
