@@ -7,10 +7,14 @@ result = auglocal_ext.train(model, loader, depth=4)
 __version__ = "0.1.0"
 
 from . import models, ops, rules
-from .loop import TrainingDiverged, TrainingInterrupted, TrainResult, evaluate, train
-from .plan import Plan, plan
-from .rule import Rule
-from .trainer import LocalTrainer, StepResult, assert_isolated
+from .planning.plan import plan
+from .planning.result import Plan
+from .rules.rule import Rule
+from .training.divergence import TrainingDiverged
+from .training.evaluate import evaluate
+from .training.isolation import assert_isolated
+from .training.loop import TrainingInterrupted, TrainResult, train
+from .training.trainer import LocalTrainer, StepResult
 
 __all__ = [
     "LocalTrainer",

@@ -19,6 +19,7 @@ __all__ = [
     "resnet110",
     "create",
     "init_weights",
+    "initialised",
 ]
 
 
@@ -79,6 +80,13 @@ def init_weights(module):
             nn.init.zeros_(part.bias)
 
 
+def initialised(*layers):
+    """A net of these layers, by `init_weights`; a single one as it is."""
+    net = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    init_weights(net)
+    return net
+
+
 def resnet20(num_classes=10, in_channels=3):
     return CifarResNet(3, num_classes, in_channels)
 
@@ -110,7 +118,7 @@ def create(name, num_classes):
     """
     if name in _CIFAR:
         return _CIFAR[name](num_classes)
-    from ._torchvision import import_torchvision
+    from .common.torchvision import import_torchvision
 
     models = import_torchvision(f"the model {name!r}").models
     expected = (

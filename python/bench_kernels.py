@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 import auglocal_ext
 from auglocal_ext import _commands, models, ops
-from auglocal_ext._commands import Parser, number, whole
-from auglocal_ext._device import usable_device
-from auglocal_ext._files import check_writable, write_json
+from auglocal_ext.cli.options import Parser, number, whole
+from auglocal_ext.common.device import usable_device
+from auglocal_ext.common.files import check_writable, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine

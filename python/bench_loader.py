@@ -15,11 +15,12 @@ from torch.utils.benchmark import Timer
 
 import auglocal_ext
 from auglocal_ext import _commands
-from auglocal_ext._commands import Parser, device, number, whole
-from auglocal_ext._files import check_writable, write_json
-from auglocal_ext.data import AUGMENTATIONS, DeviceLoader, mean_and_std
+from auglocal_ext.cli.options import Parser, device, number, whole
+from auglocal_ext.common.checks import PRECISIONS
+from auglocal_ext.common.files import check_writable, write_json
+from auglocal_ext.data.device_loader import DeviceLoader, mean_and_std
+from auglocal_ext.data.sources import AUGMENTATIONS
 from auglocal_ext.models import resnet32
-from auglocal_ext.plan import PRECISIONS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 import auglocal_ext
 from auglocal_ext import _commands
-from auglocal_ext._commands import Parser, number, whole
-from auglocal_ext._device import usable_device
-from auglocal_ext._files import check_writable, write_json, write_text
 from auglocal_ext.backbone import as_backbone
-from auglocal_ext.memory import LiveBytes
+from auglocal_ext.cli.options import Parser, number, whole
+from auglocal_ext.common.device import usable_device
+from auglocal_ext.common.files import check_writable, write_json, write_text
+from auglocal_ext.common.memory import LiveBytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine

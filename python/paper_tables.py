@@ -33,11 +33,11 @@ import records
 
 import auglocal_ext
 from auglocal_ext import _commands
-from auglocal_ext._commands import Parser, device, number, seed, whole
-from auglocal_ext._files import check_writable
 from auglocal_ext.backbone import as_backbone
-from auglocal_ext.memory import format_bytes
-from auglocal_ext.plan import PRECISIONS
+from auglocal_ext.cli.options import Parser, device, number, seed, whole
+from auglocal_ext.common.checks import PRECISIONS
+from auglocal_ext.common.files import check_writable
+from auglocal_ext.common.memory import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,9 +7,10 @@ import records
 import torch
 
 from auglocal_ext import _commands, rules
-from auglocal_ext._commands import check_cut, device, number, seed, whole
-from auglocal_ext._files import check_writable, save_model
-from auglocal_ext.plan import PRECISIONS
+from auglocal_ext.cli.checks import check_cut
+from auglocal_ext.cli.options import device, number, seed, whole
+from auglocal_ext.common.checks import PRECISIONS
+from auglocal_ext.common.files import check_writable, save_model
 
 
 def add_options(parser, batch_size_help, lr_help, **defaults):

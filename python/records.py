@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import auglocal_ext
-from auglocal_ext._files import append_line
+from auglocal_ext.common.files import append_line
 
 FIELDS = {"settings", "machine", "local_modules", "macs_per_bp", "accuracy", "seconds", "peak_bytes"}
 

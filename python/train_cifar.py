@@ -24,8 +24,9 @@ import records
 
 import auglocal_ext
 from auglocal_ext import data, models, rules
-from auglocal_ext._commands import Parser, check_image_size
-from auglocal_ext.memory import format_bytes
+from auglocal_ext.cli.checks import check_image_size
+from auglocal_ext.cli.options import Parser
+from auglocal_ext.common.memory import format_bytes
 from auglocal_ext.optim import cosine, sgd
 
 BATCH_SIZES = {"cifar10": 1024, "svhn": 1024, "stl10": 128}

@@ -23,9 +23,9 @@ import records
 
 import auglocal_ext
 from auglocal_ext import data, models, rules
-from auglocal_ext._commands import Parser, size, whole
-from auglocal_ext._torchvision import import_torchvision
-from auglocal_ext.memory import format_bytes
+from auglocal_ext.cli.options import Parser, size, whole
+from auglocal_ext.common.memory import format_bytes
+from auglocal_ext.common.torchvision import import_torchvision
 from auglocal_ext.optim import sgd
 
 MOST_FAKE = 10_000_000  # they are made one by one, but their order is held in memory

@@ -57,8 +57,8 @@ class Emit:
         steps: so far.
         gradients: name of a gradient's value -> the parameter it is of.
         recipes: name of a value that can be made again -> its Recipe.
-        pinned: names of such values that are never dropped, between their births and their last readers.
-        checkpoints: with recompute: what is kept, of all that can be made again.
+        pinned: names of such values that are never dropped, between their births and their last readers: with recompute
+            the checkpoints.
         constants: names of values that need no gradient: the input, and what has no parameters behind it.
         readers: name -> how many nodes read the value.
     """
@@ -67,7 +67,7 @@ class Emit:
         self.steps, self.gradients, self.recipes = [], {}, {}
         self.source, self.features = source, features
         self.autocast, self.recompute, self.device_type = autocast, recompute, device_type
-        self.pinned, self.checkpoints, self.constants, self.readers = set(), set(), {source}, {}
+        self.pinned, self.constants, self.readers = set(), {source}, {}
         self.losses = []  # names of the terms of the loss
         self._one_loss = sum(node.is_a_loss for node in nodes) == 1
         self.phase = Phase.FORWARD
@@ -84,7 +84,7 @@ class Emit:
                 self.readers[name] = self.readers.get(name, 0) + 1
                 leaves = node.keeps_its_source and node.part != parts.get(name) and name not in self._ours
                 if recompute and (self.readers[name] > 1 or leaves):
-                    self.checkpoints.add(name)
+                    self.pinned.add(name)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class Emit:
         """
         recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution)
         self.recipes.update(dict.fromkeys(writes, recipe))
-        if like is not None and writes[0] not in self.checkpoints:
+        if like is not None and writes[0] not in self.pinned:
             self._layouts[writes[0]] = self._layouts.get(like, like)
 
     def layout_of(self, value):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.fx
 from torch import nn
 
-from .._meta import METHODS
+from ..common.meta import METHODS
 
 __all__ = ["At", "Node", "computes", "has_own_weight", "is_as_its_class"]
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from .emit import Emit, Step
 from .nodes import Head, Island
-from .schedule import Gap, add_frees, block_outputs_to_keep, with_rebuilds
+from .schedule import Gap, add_frees, block_outputs_to_pin, with_rebuilds
 from .tensors import as_gradient, dense
 
 __all__ = ["Program", "build"]
@@ -37,7 +37,7 @@ class Program:
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
         islands: what runs by autograd.
-        gaps: where the schedule drops and rebuilds, for `build`'s `keep`.
+        gaps: where the schedule drops and rebuilds, for `build`'s `kept_gaps`.
     """
 
     steps: list[Step]
@@ -102,7 +102,7 @@ def _leave(parameter, gradient):
             hook(parameter)
 
 
-def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompute=False, device_type="cpu"):
+def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, recompute=False, device_type="cpu"):
     """The program of one local module.
 
     Args:
@@ -110,8 +110,8 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
         source: the name of the module's input.
         features: the name of the value to hand on, or None.
         autocast: None, or the dtype that features have beside parameters of float32.
-        keep: keys of gaps not to drop a value over.
-        stay: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
+        kept_gaps: keys of gaps not to drop a value over.
+        pinned: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
         recompute: drop convolution outputs too, and run the convolutions again.
         device_type: of the real step, where the program is walked on the meta device.
     """
@@ -123,11 +123,11 @@ def build(nodes, source, features, *, autocast=None, keep=(), stay=None, recompu
         emit.settle(node)
         node.backward(emit)
     emit.sum_shared()
-    if stay is None:
-        stay = set() if recompute else block_outputs_to_keep(emit)
-    steps, gaps = with_rebuilds(emit, keep, stay)
+    if pinned is None:
+        pinned = set() if recompute else block_outputs_to_pin(emit)
+    steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned)
     logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
-    kept = {features, logits, "loss", *emit.gradients} - {None}
-    add_frees(steps, {source, "labels", "images"}, kept)
+    outputs = {features, logits, "loss", *emit.gradients} - {None}
+    add_frees(steps, {source, "labels", "images"}, outputs)
     islands = [node for node in nodes if isinstance(node, Island)]
     return Program(steps, source, features, logits, emit.gradients, islands, gaps)

@@ -5,9 +5,9 @@ from functools import partial
 
 from .emit import Phase, Step
 
-__all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_keep", "with_rebuilds"]
+__all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_pin", "with_rebuilds"]
 
-# How many elementwise passes a rebuild may walk before a block output on its way is kept instead.
+# How many elementwise passes a rebuild may walk before a block output on its way is pinned instead.
 LONGEST_REBUILD = 6
 
 
@@ -25,17 +25,16 @@ class Gap:
         return self.name, self.reader
 
 
-def with_rebuilds(emit, keep, stay):
+def with_rebuilds(emit, kept_gaps, pinned):
     """The steps with each value that can be made again dropped after its last forward reader, and rebuilt where it is
     read and not there; and the gaps between.
 
     Args:
         emit: `Emit`, after the last node's backward.
-        keep: keys of gaps not to drop a value over.
-        stay: names of values that are never dropped.
+        kept_gaps: keys of gaps not to drop a value over.
+        pinned: names of values that are never dropped.
     """
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: of what can be made again
-    stay = emit.pinned | emit.checkpoints | stay
     reads_of = {name: [] for name in emit.recipes}
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -62,7 +61,7 @@ def with_rebuilds(emit, keep, stay):
             return name == emit.features
         again = emit.recipes[name].by_convolution and emit.steps[index].phase is Phase.BACKWARD
         in_forward = emit.steps[later].phase is Phase.FORWARD
-        return in_forward or later == index + 1 or name in stay or again or (name, later) in keep
+        return in_forward or later == index + 1 or name in pinned or again or (name, later) in kept_gaps
 
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -77,18 +76,18 @@ def with_rebuilds(emit, keep, stay):
     return steps, gaps
 
 
-def block_outputs_to_keep(emit):
-    """Names of values that are kept after all, so that no rebuild walks further than LONGEST_REBUILD. The count starts
-    anew behind the features that are handed on, so that a head does not depend on what is before them."""
-    kept, length = set(), {}
+def block_outputs_to_pin(emit):
+    """Names of values not to drop, so that no rebuild walks further than LONGEST_REBUILD. The count starts anew behind
+    the features that are handed on, so that a head does not depend on what is before them."""
+    pinned, length = set(), {}
     for name, recipe in emit.recipes.items():
-        walked = [length[read] for read in recipe.reads if read in emit.recipes and read not in kept]
+        walked = [length[read] for read in recipe.reads if read in emit.recipes and read not in pinned]
         length[name] = 1 + max(walked, default=0)
         if name == emit.features:
             length[name] = 0
         elif length[name] > LONGEST_REBUILD:
-            kept.add(name)
-    return kept
+            pinned.add(name)
+    return pinned
 
 
 def add_frees(steps, given, outputs):

@@ -11,7 +11,7 @@ import torch.fx
 from torch import nn
 from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
-from .._meta import meta_copy
+from ..common.meta import meta_copy
 from .node import is_as_its_class
 
 __all__ = ["Untraceable", "symbolic_graph"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory import LiveBytes, MultiplyAccumulates
+from ..common.memory import LiveBytes, MultiplyAccumulates
 from .as_real import RealLayouts
 from .emit import Phase
 

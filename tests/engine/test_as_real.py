@@ -10,11 +10,11 @@ from torch import nn, optim
 from torch.utils.flop_counter import FlopCounterMode
 
 from auglocal_ext import LocalTrainer, models, plan
-from auglocal_ext._meta import meta_copy
+from auglocal_ext.common.memory import LiveBytes
+from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.as_real import RealLayouts
 from auglocal_ext.engine.nodes import Island
 from auglocal_ext.engine.nodes.island import _backward, _run
-from auglocal_ext.memory import LiveBytes
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

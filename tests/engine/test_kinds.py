@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auglocal_ext._meta import meta_copy
+from auglocal_ext.common.memory import LiveBytes, tensors_of
+from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.nodes import KINDS, Head, Loss
 from auglocal_ext.engine.program import build
 from auglocal_ext.engine.timeline import timeline
 from auglocal_ext.engine.trace import join, trace
-from auglocal_ext.memory import LiveBytes, tensors_of
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 CASES = [(kind, index) for kind in KINDS for index in range(len(kind.samples()))]

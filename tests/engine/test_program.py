@@ -13,16 +13,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from auglocal_ext import models
-from auglocal_ext._meta import meta_copy
 from auglocal_ext.backbone import as_backbone
+from auglocal_ext.common.memory import LiveBytes
+from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.program import Program, build
 from auglocal_ext.engine.schedule import LONGEST_REBUILD
 from auglocal_ext.engine.trace import join, trace
-from auglocal_ext.memory import LiveBytes
-from auglocal_ext.module_nodes import programs
-from auglocal_ext.rule import LocalHead
-from auglocal_ext.rules import as_rule, cut, local_heads
-from auglocal_ext.trainer import LocalModule
+from auglocal_ext.planning.module_nodes import programs
+from auglocal_ext.rules.by_name import as_rule
+from auglocal_ext.rules.cutting import cut, local_heads
+from auglocal_ext.rules.rule import LocalHead
+from auglocal_ext.training.trainer import LocalModule
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from auglocal_ext import LocalTrainer, models, plan
-from auglocal_ext.memory import LiveBytes
+from auglocal_ext.common.memory import LiveBytes
 
 
 def measured_peak(trainer, images, labels):

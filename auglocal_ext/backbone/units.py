@@ -1,0 +1,90 @@
+"""A model as an ordered list of units and a classifier, without changing the model.
+
+A unit is the smallest part that a local module can end after: of a ResNet the stem, then each residual block; of a
+VGG each convolution with what follows it up to the next one. Units hold the model's own submodules, so training them
+trains the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..common.meta import first_line, meta_copy
+from ..engine.as_real import RealLayouts
+
+__all__ = ["Backbone", "Shapes", "Unit"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the backbone: (N, in, H, W) -> (N, out_channels, H / stride, W / stride)."""
+
+    name: str
+    module: nn.Module
+    width: int  # base width, before a bottleneck's expansion (the paper's ch, torchvision's planes)
+    out_channels: int
+    reduction: int  # image pixels per output pixel, along a side
+    kept: float  # convolution output elements per image pixel: what its backward keeps, by the main part
+    copy: Callable[[int, int], nn.Module] | None  # (in_channels, stride) -> new block like it; None: the stem
+    plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
+
+    def trace(self, x):
+        """The output for x, both on the meta device: shapes without arithmetic, the module untouched.
+
+        Raises:
+            ValueError: the unit cannot take x.
+        """
+        return Shapes(self.name, self.module)(x)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """`classifier` takes the last unit's output to (N, num_classes)."""
+
+    units: tuple[Unit, ...]
+    classifier: nn.Module
+    image_channels: int
+    num_classes: int
+    form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+    _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
+
+    @property
+    def looked_into(self):
+        """The module types whose forward tracing looks into."""
+        return {type(unit.module) for unit in self.units} - {nn.Sequential}
+
+    def feature_shapes(self, image_shape):
+        """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
+        image_shape = tuple(image_shape)
+        if image_shape not in self._shapes:
+            shapes = []
+            x = torch.empty(2, *image_shape, device="meta", dtype=next(self.units[0].module.parameters()).dtype)
+            for unit in self.units:
+                x = unit.trace(x)
+                shapes.append(tuple(x.shape[1:]))
+            self._shapes[image_shape] = shapes
+        return self._shapes[image_shape]
+
+
+class Shapes:
+    """x -> the shape of what a module makes of it, as a meta tensor: without arithmetic, the module left alone."""
+
+    def __init__(self, name, module):
+        # In eval mode: training mode looks at values here and there, and has no other shapes.
+        self.name, self.module = name, meta_copy(module).eval()
+
+    @torch.no_grad()
+    def __call__(self, x):
+        try:
+            with RealLayouts():
+                out = self.module(x)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name} ({type(self.module).__name__}) cannot take an input of shape {tuple(x.shape)}: "
+                f"{first_line(error)}"
+            ) from error
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(f"{self.name} ({type(self.module).__name__}) must put out a tensor, given {type(out)}")
+        return out

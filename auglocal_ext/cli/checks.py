@@ -1,0 +1,43 @@
+"""What is checked before anything is read or planned."""
+
+import torch
+
+from .. import models
+from ..backbone.families import as_backbone
+from ..planning.budget import candidates
+from ..rules.by_name import RULES, as_rule
+from ..rules.cutting import cut
+
+__all__ = ["check_cut", "check_image_size"]
+
+
+def check_cut(options):
+    """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
+    given = vars(options)
+    name, classes = options.model, given.get("num_classes") or 10
+    try:
+        with torch.device("meta"):
+            model = models.create(name, classes)
+    except NotImplementedError:  # its constructor looks at values
+        model = models.create(name, classes).to("meta")
+    backbone, budget = as_backbone(model), given.get("budget")
+    if options.depth == "auto" and budget is None:
+        raise ValueError(
+            "depth='auto' chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
+        )
+    rule = RULES[options.rule], options.depth, given.get("form")
+    rules = [as_rule(*rule)] if budget is None else candidates(*rule, len(backbone.units))
+    cut(backbone, rules[0], options.modules)
+    return model
+
+
+def check_image_size(model, height, width, option):
+    """ValueError unless images of that size go through the model, which is on the meta device; option: to change."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.empty(2, 3, height, width, device="meta"))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"images of {height}x{width} pixels do not go through this model: choose another {option} ({reason})"
+        ) from None

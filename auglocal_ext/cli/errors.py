@@ -1,0 +1,90 @@
+"""Errors in the words of the options, and exit statuses.
+
+2: a mistake of the user's, told in one sentence; 3: the training diverged; 130: interrupted; a bug: 1 and a traceback.
+"""
+
+import dis
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from ..training.divergence import TrainingDiverged
+
+__all__ = ["in_words_of_options", "run"]
+
+
+def run(program, command, lost=""):
+    """Runs a command, and tells in one sentence what its user can have caused.
+
+    Args:
+        program: its name.
+        command: () -> exit status.
+        lost: what an interruption or a divergence costs, ": no record" for instance.
+
+    Returns:
+        The exit status. A bug is raised.
+    """
+    try:
+        return command()
+    except SystemExit as stopped:  # argparse has said why
+        return stopped.code
+    except KeyboardInterrupt as stopped:
+        print(f"\n{program}: {str(stopped) or 'interrupted'}{lost}", file=sys.stderr)
+        return 130
+    except TrainingDiverged as error:
+        print(f"{program}: {in_words_of_options(error)}{lost}", file=sys.stderr)
+        return 3
+    except Exception as error:
+        if not _of_the_user(error, command):
+            raise
+        print(f"{program}: error: {in_words_of_options(error)}", file=sys.stderr)
+        return 2
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# What the library calls what an option sets, and what the option is called.
+_WORDS = [
+    (r", for instance optimizer=functools\.partial\(.*\)$", " with --lr"),
+    (r"\bmemory_budget='([^']*)'", r"--budget \1"),
+    (r"\bmemory_budget\b", "--budget"),
+    (r"\b(depth|form|modules|rule)='([^']*)'", r"--\1 \2"),
+    (r"^(data|depth|form|modules|epochs|workers|device|seed) ", r"--\1 "),
+    (r"\b(leave|give) (modules|form)\b", r"\1 --\2"),
+    (r"\bbatch_size\b", "--batch-size"),
+    (r"\bauglocal_ext\.plan\b", "auglocal plan"),
+]
+
+
+def in_words_of_options(error):
+    """An error's message in one line, as who typed the options knows things."""
+    message = " ".join(str(error).split("\n")) or type(error).__name__
+    for pattern, option in _WORDS:
+        message = re.sub(pattern, option, message)
+    return message
+
+
+def _of_the_user(error, command):
+    """Whether an error is one of the user's machine, files or arguments, and no bug.
+
+    Of ValueError and TypeError, which bugs raise too, those are that a `raise` of this package or of the program has
+    made: a sentence of ours. What torch or an operation on wrong values raises is none.
+    """
+    if isinstance(error, (OSError, ImportError, MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, on the CPU
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    if type(error).__module__.startswith(f"{_PACKAGE.name}."):  # raised again from a DataLoader's worker
+        return True
+    at = error.__traceback__
+    while at.tb_next:
+        at = at.tb_next
+    code = at.tb_frame.f_code
+    ours = {_PACKAGE, Path(inspect.getfile(inspect.unwrap(command))).resolve().parent}
+    raised = code.co_code[at.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and any(Path(code.co_filename).resolve().is_relative_to(folder) for folder in ours)

@@ -1,0 +1,84 @@
+"""Options of the command lines here: numbers, sizes, devices, and errors of one line."""
+
+import argparse
+import math
+import re
+
+from ..common.device import usable_device
+from ..common.memory import parse_bytes
+
+__all__ = ["Parser", "device", "number", "seed", "size", "whole"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # What argparse takes for a value and not for an option: -5GB and -inf are values too.
+        self._negative_number_matcher = re.compile(r"^-(\.?\d|inf|nan)", re.IGNORECASE)
+
+    def error(self, message):
+        message = re.sub(r"^argument (\S+): (must |'|\d)", r"\1 \2", message)  # of the kinds of values below
+        self.exit(2, f"{self.prog.split()[0]}: error: {message}\n")
+
+
+def whole(least, most=10**6, expected=None, words=()):
+    """A whole number from `least` to `most`; expected: the range in words; words: which are taken too."""
+    also = "".join(f" or {word}" for word in words)
+
+    def read(text):
+        if text in words:
+            return text
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number{also}, given {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {expected or f'at least {least}{also}'}, given {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, given {value}")
+        return value
+
+    return read
+
+
+def number(least=None, above=None):
+    """A finite number of at least `least`, or above `above`."""
+    expected = f"above {above}" if least is None else f"at least {least}"
+
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, given {text!r}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number, {expected}, given {value}")
+        if not (value >= least if above is None else value > above):
+            raise argparse.ArgumentTypeError(f"must be {expected}, given {value}")
+        return value
+
+    return read
+
+
+def seed(text):
+    """What torch.manual_seed takes."""
+    return whole(-(2**63), 2**64 - 1)(text)
+
+
+def size(text):
+    """Bytes, as 6GB; stays text."""
+    try:
+        parse_bytes(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"must be a size such as '6GB', '500 MB' or '4GiB', given {text!r}") from None
+    return text
+
+
+def device(text):
+    """The name of a device that can be trained on."""
+    try:
+        usable_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device ")) from None
+    return text

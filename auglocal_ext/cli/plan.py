@@ -1,0 +1,28 @@
+"""`auglocal plan`"""
+
+from .. import report
+from ..planning.plan import plan
+from .checks import check_cut, check_image_size
+
+__all__ = ["plan_command"]
+
+
+def plan_command(options):
+    if options.front and options.budget is None:
+        raise ValueError("--front draws the search under a budget: give --budget too, for instance --budget 6GB")
+    for path, option in ((options.picture, "--picture"), (options.front, "--front")):
+        if path:
+            report.check_picture(path, option)
+    model, side = check_cut(options), options.image_size
+    check_image_size(model, side, side, "--image-size")
+    shape = (options.batch_size, 3, side, side)
+    cutting = {"rule": options.rule, "form": options.form, "modules": options.modules, "recompute": options.recompute}
+    # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
+    model = model.train().to_empty(device="cpu")
+    planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, **cutting)
+    print(planned)
+    for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
+        if path:
+            save(path)
+            print(f"saved {path}")
+    return 0

@@ -1,0 +1,113 @@
+"""Batches from images that are held as bytes on a device, and made there."""
+
+import torch
+
+from ..common.checks import normalisation, whole_number
+from ..common.device import usable_device
+
+__all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std", "whole_batch_size"]
+
+
+class DeviceLoader:
+    """Batches from images held as bytes on a device, and made there; nothing in its loop waits for the device.
+
+    An iterable of (images, labels): images (N, C, H, W), float32, normalised, contiguous, on CUDA channels_last; labels
+    (N,), int64. With `augment` shuffled, cropped after padding, and flipped. All random numbers come from torch's
+    default generator of the device (the CPU's, or that GPU's), which torch.manual_seed and train's `seed` set.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), integers from 0.
+        batch_size: images in a batch; the last one of an epoch has what is left.
+        mean, std: (C,), of images scaled to 0..1; finite, std above 0.
+        augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
+            random; `flip` mirrors half of the images.
+        device: where the images lie, and the batches are made.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is none of this.
+    """
+
+    def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False, device="cpu"):
+        check_bytes(images)
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels must be a tensor, given {type(labels).__name__}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
+        batch_size = whole_batch_size(batch_size)
+        most = min(images.shape[2:]) - 1  # an image has no more than that to reflect
+        pad = whole_number(pad, f"pad must be from 0 to {most} for these images", 0, most)
+        device = usable_device(device)
+        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"labels must be whole numbers, given {labels.dtype}: convert them with .long()")
+        if labels.amin() < 0:
+            raise ValueError(f"labels must be from 0, given {labels.amin().item()}: remap or leave out such images")
+        self.mean, self.std = normalisation(mean, std, images.shape[1], device)
+        self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
+        self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+    def __len__(self):
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self):
+        order = (torch.randperm if self.augment else torch.arange)(len(self.images), device=self.images.device)
+        for chosen in order.split(self.batch_size):
+            yield self._batch(self.images[chosen]), self.labels[chosen]  # no name here keeps a batch past its step
+
+    def _batch(self, images):
+        if self.augment and (self.pad or self.flip):
+            n, device = len(images), images.device
+            top, left = torch.randint(2 * self.pad + 1, (2, n), device=device)
+            mirrored = torch.rand(n, device=device) < (0.5 if self.flip else 0)
+            images = crop_and_flip(images, top, left, mirrored, self.pad)
+        images = images.to(torch.float32, memory_format=self._layout)
+        mean, std = (255 * values.view(-1, 1, 1) for values in (self.mean, self.std))
+        return images.sub_(mean).div_(std)
+
+
+def check_bytes(images):
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images must be a tensor, given {type(images).__name__}: see images_in_memory")
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"images must be (N, C, H, W) bytes, given {tuple(images.shape)} of {images.dtype}")
+    if not images.numel():
+        raise ValueError(f"images must be at least one, and of at least one pixel, given shape {tuple(images.shape)}")
+
+
+def whole_batch_size(value):
+    return whole_number(whole_number(value, "batch_size must be a whole number"), "batch_size must be at least 1", 1)
+
+
+def crop_and_flip(images, top, left, mirrored, pad):
+    """Crops of the images' own size out of the images with `pad` pixels reflected around them.
+
+    Args:
+        images: (N, C, H, W), of any dtype; pad is less than H and W.
+        top, left: (N,), int64, from 0 to 2 * pad: where the crop begins in the padded image.
+        mirrored: (N,), bool: which crops are flipped left to right.
+    """
+    channels, height, width = images.shape[1:]
+    rows = torch.arange(height, device=images.device) + top[:, None] - pad
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None] - pad
+    # Pixels are picked where the padded image would have them from: no padded image is made.
+    picked = _reflected(rows, height)[:, :, None] * width + _reflected(columns, width)[:, None, :]
+    return images.flatten(2).gather(2, picked.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
+
+
+def _reflected(index, size):
+    """Positions in a row of `size`, those beyond its ends reflected by them."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
+def mean_and_std(images):
+    """(C,) and (C,): mean and deviation of each channel of images (N, C, H, W), uint8, scaled to 0..1."""
+    check_bytes(images)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    # By counting, a channel at a time: exact, and no image becomes float.
+    shares = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    shares /= shares.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.float(), std.clamp_min(1e-3).float()

@@ -1,0 +1,97 @@
+"""Large images: folders of classes, read by torchvision's ImageFolder and a DataLoader."""
+
+from pathlib import Path
+
+import torch
+
+from ..common.checks import whole_number
+from ..common.torchvision import import_torchvision
+from .data import Data
+from .device_loader import whole_batch_size
+from .images import image_errors, in_bytes, is_pil, name_of, unreadable
+
+__all__ = ["LARGE_SIDE", "image_folders", "large_images", "read_image"]
+
+
+LARGE_SIDE = 224  # what larger ones are cropped to
+
+
+def image_folders(root):
+    """torchvision's ImageFolders of ROOT/train and of ROOT/test or ROOT/val, which have a folder of images per class;
+    they name a file that cannot be read.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: with what is expected and what to do.
+    """
+    torchvision, root = import_torchvision("data 'imagefolder:ROOT'"), Path(root)
+    train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
+    if not train_root.is_dir() or test_root is None:
+        raise FileNotFoundError(f"no image folder at {root}: expected {root}/train and {root}/test (or val)")
+    try:
+        folders = [torchvision.datasets.ImageFolder(part, loader=read_image) for part in (train_root, test_root)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no images under {root}: expected a folder of images per class ({error})") from error
+    if folders[0].classes != folders[1].classes:
+        raise ValueError(
+            f"{train_root} and {test_root} must have the same classes, given {folders[0].classes} and "
+            f"{folders[1].classes}"
+        )
+    return folders
+
+
+def read_image(path):
+    """One image, or an error that names its file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return in_bytes(image, path, colours=True)
+    except image_errors() as error:
+        raise unreadable(path, error) from error
+
+
+def large_images(train, test, batch_size, classes, *, workers=0):
+    """Data of large images, as in torchvision's ImageNet recipes: for training a random part of each resized to 224x224
+    and half of them mirrored, for testing the middle 224x224 of the image resized to 256; ImageNet's normalisation.
+
+    Args:
+        train, test: datasets of (PIL image, label), for instance `image_folders(ROOT)`.
+        classes: their names.
+        workers: processes that read and transform.
+    """
+    v2 = import_torchvision("large images").transforms.v2
+    batch_size = whole_batch_size(batch_size)
+    workers = whole_number(workers, "workers must be a whole number of at least 0", 0)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    to_tensor = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean, std),
+    ]
+    train_transform = v2.Compose([v2.RandomResizedCrop(LARGE_SIDE), v2.RandomHorizontalFlip(), *to_tensor])
+    test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
+    options = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
+    options["pin_memory"] = torch.cuda.is_available()
+    one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
+    return Data(
+        torch.utils.data.DataLoader(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
+        torch.utils.data.DataLoader(_Transformed(test, test_transform), **options),
+        len(classes),
+        {"mean": mean, "std": std, "image_size": [LARGE_SIDE, LARGE_SIDE], "classes": classes},
+    )
+
+
+class _Transformed(torch.utils.data.Dataset):
+    """A dataset of (image, label) with its images transformed."""
+
+    def __init__(self, dataset, transform):
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        if is_pil(image):
+            image = in_bytes(image, name_of(self.dataset, index), colours=True)
+        return self.transform(image), label

@@ -1,0 +1,49 @@
+"""What plain PyTorch would hold for the same step: eager backpropagation, and with every unit checkpointed."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..common.memory import LiveBytes, tensors_of
+from ..common.meta import meta_copy
+from ..engine.as_real import RealLayouts
+
+__all__ = ["eager_bytes"]
+
+
+def eager_bytes(planner, shape):
+    """Bytes of one training step at its peak, everything in it, counted on meta tensors.
+
+    Args:
+        planner: `plan.Planner` of the model.
+        shape: of the batch, (N, C, H, W).
+
+    Returns:
+        {"bp": eager backpropagation, "gc": each unit behind the stem checkpointed (use_reentrant=False)}
+
+    The count watches autograd, which then joins two gradients out of place: where that happens at the peak, which it
+    does with checkpoints only, the figure is one feature map too high.
+    """
+    parts = nn.ModuleList([*(unit.module for unit in planner.backbone.units), planner.backbone.classifier])
+    # In the dtype of the features as a whole: autocast does not know meta tensors.
+    parts = meta_copy(parts).to(planner.autocast or planner.dtype)
+    constant = planner.state_bytes()
+    return {"bp": constant + _step(planner, parts, shape, False), "gc": constant + _step(planner, parts, shape, True)}
+
+
+def _step(planner, parts, shape, checkpointed):
+    images, labels = planner.batch(shape)
+    *units, classifier = parts
+    with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
+        existing = live.now
+        live.count(images)
+        live.count(labels)
+        x = images.to(planner.autocast or planner.dtype)
+        for index, unit in enumerate(units):
+            x = checkpoint(unit, x, use_reentrant=False) if checkpointed and index else unit(x)
+        loss = F.cross_entropy(classifier(x), labels)
+        del x
+        loss.backward()
+    parts.zero_grad(set_to_none=True)
+    return live.peak - existing

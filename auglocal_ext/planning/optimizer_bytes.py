@@ -1,0 +1,64 @@
+"""What optimizers hold, and what one needs for a moment in its step: it is made and stepped without data."""
+
+import torch
+from torch import nn
+
+from ..common.memory import LiveBytes, bytes_of
+from ..engine.as_real import RealLayouts
+from ..optim import make_optimizer
+
+__all__ = ["OptimizerBytes", "frozen_state"]
+
+
+class OptimizerBytes:
+    """Module -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are probed once.
+
+    Args:
+        factory: see `auglocal_ext.train`.
+        dtype, device: of the real parameters.
+    """
+
+    def __init__(self, factory, dtype, device):
+        self.factory, self.dtype, self.device = factory, dtype, device
+        self._known = {}
+
+    def __call__(self, module):
+        trained = tuple((tuple(p.shape), p.stride(), p.dtype) for p in module.parameters() if p.requires_grad)
+        if trained not in self._known:
+            self._known[trained] = self._probe(trained)
+        return self._known[trained]
+
+    def _probe(self, trained):
+        """For parameters of (shape, strides, dtype)."""
+        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
+        fused = all(group.get("fused") for group in probe.param_groups)
+        try:
+            state, scratch = self._two_steps(trained, "meta")
+        except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
+            state, scratch = self._two_steps(trained, self.device)
+        return state, 0 if fused else scratch
+
+    def _two_steps(self, trained, device):
+        def zeros():
+            return [torch.empty_strided(*like, dtype=dtype, device=device).zero_() for *like, dtype in trained]
+
+        if not trained:
+            return 0, 0
+        parameters = [nn.Parameter(value) for value in zeros()]
+        optimizer = make_optimizer(self.factory, parameters)
+        for parameter, gradient in zip(parameters, zeros(), strict=True):
+            parameter.grad = gradient
+        with RealLayouts(values=False):
+            optimizer.step()
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        state = [value for value in state if isinstance(value, torch.Tensor)]
+        with LiveBytes([*parameters, *(p.grad for p in parameters), *state]) as live, RealLayouts(values=False):
+            before = live.now
+            optimizer.step()
+        return bytes_of(state), live.peak - before
+
+
+def frozen_state(optimizer):
+    """Bytes of the state of an optimizer's frozen parameters."""
+    states = [state for parameter, state in optimizer.state.items() if not parameter.requires_grad]
+    return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))

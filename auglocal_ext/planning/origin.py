@@ -1,0 +1,31 @@
+"""What a plan was made of: by it a trainer runs the step that was planned, and knows a model that is another one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..rules.rule import Rule
+
+__all__ = ["Origin", "fingerprint"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """rule, recompute, optimizer, memory_format: what the plan was made with. model: the `fingerprint` of its model."""
+
+    rule: Rule
+    recompute: bool
+    optimizer: Callable
+    memory_format: torch.memory_format
+    model: tuple
+
+
+def fingerprint(model):
+    """What the plan of a model depends on, comparable: layers with their settings, their modes, which are those of
+    training where the model is in eval mode as a whole, and parameters' places and shapes."""
+    modes = [module.training for module in model.modules()]
+    parameters = [
+        (name, tuple(p.shape), p.stride(), p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()
+    ]
+    return repr(model), modes if any(modes) else [True] * len(modes), parameters

@@ -1,0 +1,81 @@
+"""Plans a training without running it: what a step will consist of and hold."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from ..backbone.families import as_backbone
+from ..common.checks import whole_number
+from ..common.memory import parse_bytes
+from ..rules.by_name import as_rule
+from ..rules.cutting import cut
+from .budget import candidates, check_device, choose
+from .eager import eager_bytes
+from .planner import Planner
+
+__all__ = ["check_shape", "plan"]
+
+
+@torch.inference_mode(False)
+def plan(
+    model,
+    input_shape,
+    depth=4,
+    *,
+    rule="auglocal",
+    form=None,
+    modules=None,
+    precision="fp32",
+    memory_budget=None,
+    recompute=False,
+    optimizer=None,
+    memory_format=torch.contiguous_format,
+):
+    """Plans a training without running it; the model is not changed.
+
+    Args:
+        model: see `as_backbone`.
+        input_shape: of a batch of images, (N, C, H, W).
+        depth, rule, form, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
+            be "auto".
+        memory_format: of the images; on CUDA `auglocal_ext.train` makes them channels_last.
+        memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
+            least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
+
+    Returns:
+        Plan
+
+    Raises:
+        ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
+            budget: it then says the least that would, and the batch size that would fit.
+    """
+    backbone = as_backbone(model)
+    shape = check_shape(backbone, input_shape)
+    if memory_budget is None:
+        if depth == "auto":
+            raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
+        rules = [as_rule(rule, depth, form)]
+    else:
+        budget = parse_bytes(memory_budget)
+        rules = candidates(rule, depth, form, len(backbone.units))
+    spans = cut(backbone, rules[0], modules)
+    planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone)
+    if memory_budget is None:
+        planned = planner.plan(spans, shape, rules[0])
+        return replace(planned, eager=eager_bytes(planner, shape))
+    check_device(planner.device, budget)
+    spans, heads, choice = choose(planner, shape, budget, rules, modules)
+    planned = planner.plan(spans, shape, choice.rule, heads)
+    return replace(planned, eager=choice.eager, choice=replace(choice, bp_macs=planned.bp_macs))
+
+
+def check_shape(backbone, input_shape):
+    """The shape as a tuple, or one sentence about what is wrong with it."""
+    expected = f"input_shape must be (N, {backbone.image_channels}, H, W) for this model"
+    if isinstance(input_shape, torch.Tensor) or not isinstance(input_shape, Iterable):
+        raise TypeError(f"{expected}, given {type(input_shape).__name__}")
+    input_shape = tuple(whole_number(size, f"{expected}, whole numbers") for size in input_shape)
+    if len(input_shape) != 4 or input_shape[1] != backbone.image_channels or min(input_shape) < 1:
+        raise ValueError(f"{expected}, given {input_shape}")
+    return input_shape

@@ -1,0 +1,254 @@
+"""The plan of one cut: its programs walked on meta tensors, at one batch shape."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..backbone.equivalence import assert_same_function
+from ..backbone.families import as_backbone
+from ..common.checks import check_precision
+from ..common.memory import bytes_of, tensors_of
+from ..common.meta import as_meta_copy, meta_copy
+from ..engine.as_real import RealLayouts
+from ..engine.emit import Phase
+from ..engine.program import Program
+from ..engine.timeline import Timeline, fill, timeline
+from ..engine.trace import Reader
+from ..ops.batch_norm_act import memory_format
+from ..optim import sgd
+from ..rules import LocalHead
+from ..rules.cutting import Span, assert_apart, borders_of, local_heads
+from .module_nodes import module_program
+from .optimizer_bytes import OptimizerBytes, frozen_state
+from .origin import Origin, fingerprint
+from .result import ModulePlan, Plan
+
+__all__ = ["Planner", "train_mode"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A local module without data, and what of it is there all the time."""
+
+    span: Span
+    body: nn.ModuleList
+    head: LocalHead
+    module: nn.ModuleList  # of both
+    existing: list  # parameters and buffers
+    state_bytes: int
+    optimizer_bytes: int
+    optimizer_scratch: int
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A local module's program, and what walking it told."""
+
+    program: Program
+    line: Timeline
+    output: tuple
+    features: torch.Tensor | None  # without data
+    kept_gaps: frozenset
+
+
+class Planner:
+    """Walks the programs of a model's local modules on meta tensors: nothing is computed, the model is not touched.
+
+    Args:
+        model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
+        precision, optimizer, recompute: see `auglocal_ext.train`.
+        memory_format: of the images, where no batch tells it.
+        backbone: of the model, where it was read already.
+
+    Attributes:
+        options: how the programs are built; see `module_nodes.module_program`.
+        optimizer_bytes: see `OptimizerBytes`.
+    """
+
+    def __init__(
+        self,
+        model,
+        precision="fp32",
+        optimizer=None,
+        recompute=False,
+        memory_format=torch.contiguous_format,
+        backbone=None,
+    ):
+        check_precision(precision)
+        self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
+        self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
+        self.fingerprint, self.memory_format = fingerprint(model), memory_format
+        self.model, self.backbone = _meta_copies(model, backbone or as_backbone(model))
+        train_mode(self.model)
+        self.dtype = next(self.model.parameters()).dtype
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
+        self.reader, self._heads, self._same = Reader(), {}, set()
+        self.options = {
+            "autocast": self.autocast,
+            "recompute": recompute,
+            "trace": self.reader.trace,
+            "device_type": self.device.type,
+        }
+
+    def batch(self, shape, like=None):
+        """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
+        # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
+        dtype, layout = (self.dtype, self.memory_format) if like is None else (like.dtype, memory_format(like))
+        size = (max(shape[0], 2), *shape[1:])
+        images = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+        return images, torch.empty(len(images), dtype=torch.int64, device="meta")
+
+    def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):
+        """The Plan of a cut of the backbone for batches of `shape`.
+
+        spans: see `rules.cutting.cut`.
+        heads: the LocalHeads that the modules have already, or None to make them.
+        like: see `batch`.
+        given_optimizers: the modules' own, where there are any: for state of parameters that were frozen since.
+        """
+        if heads is None:
+            heads = self.heads(spans, shape, rule)
+        else:
+            heads = [*(meta_copy(head) for head in heads[:-1]), LocalHead(self.backbone.classifier)]
+        parts = [self._part(span, head) for span, head in zip(spans, heads, strict=True)]
+        assert_apart([part.module for part in parts], {p: name for name, p in self.model.named_parameters()})
+        images, labels = self.batch(shape, like)
+        self._assert_same_function(images.to(self.dtype))
+        words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
+        batch_bytes = images.nbytes + labels.nbytes
+        constant = batch_bytes + len(parts) * self.loss_bytes
+        constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
+        constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
+        walks = self._filled(parts, images, labels)
+        modules = tuple(
+            self._module_plan(index, part, walk, constant, words[index], shape[0])
+            for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
+        )
+        bp_macs = _bp_macs([walk.line for walk in walks])
+        origin = Origin(rule, self.recompute, self.factory, memory_format(images), self.fingerprint)
+        return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
+
+    def _part(self, span, head):
+        body = nn.ModuleList(unit.module for unit in span.of(self.backbone.units))
+        module = nn.ModuleList((body, head))
+        existing = [*tensors_of(body), *tensors_of(head)]
+        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *self.optimizer_bytes(module))
+
+    def _filled(self, parts, images, labels):
+        """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
+        its activations'."""
+        first = self._walks(parts, images, labels, [frozenset()] * len(parts))
+        top, activations = (max(getattr(walk.line, what) for walk in first) for what in ("peak", "activations"))
+        kept = [fill(walk.program.gaps, walk.line, top, activations) for walk in first]
+        walks = self._walks(parts, images, labels, kept, first)
+        # Kept values change what is rebuilt from what: where that needs more after all, nothing is kept.
+        high = [walk.line.peak > top or walk.line.activations > activations for walk in walks]
+        return [before if too_high else walk for before, walk, too_high in zip(first, walks, high, strict=True)]
+
+    def _walks(self, parts, images, labels, kept_gaps, known=None):
+        """Each local module walked, but for those that keep nothing where such a walk is `known`."""
+        walks, x, source = [], images, "images"
+        for index, (part, kept) in enumerate(zip(parts, kept_gaps, strict=True)):
+            if known is not None and not kept:
+                walk = known[index]
+            else:
+                program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
+                line, features = timeline(program, x, labels, part.existing, index > 0, images)
+                walk = _Walk(program, line, line.output or self._output(part.span, x), features, kept)
+            walks.append(walk)
+            x, source = walk.features, walk.program.features
+        return walks
+
+    def _module_plan(self, index, part, walk, constant, aux_net, batch):
+        """aux_net: in words; None: the classifier is the head."""
+        line, last, of_head = walk.line, aux_net is None, _count(part.head)
+        return ModulePlan(
+            index=index,
+            units=tuple(unit.name for unit in part.span.of(self.backbone.units)),
+            output_shape=(batch, *walk.output[1:]),
+            aux_net=aux_net or "",
+            parameters=_count(part.body) + of_head * last,
+            aux_parameters=0 if last else of_head,
+            state_bytes=part.state_bytes,
+            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad}),
+            optimizer_bytes=part.optimizer_bytes,
+            optimizer_scratch=part.optimizer_scratch,
+            kept_bytes=line.kept,
+            activation_bytes=line.activations,
+            peak_bytes=constant + max(line.peak, line.end + part.optimizer_scratch),
+            macs=line.macs,
+            rebuild_share=line.rebuild_share,
+            islands=tuple(island.what for island in walk.program.islands),
+            timeline=line,
+            kept_gaps=walk.kept_gaps,
+        )
+
+    def _assert_same_function(self, images):
+        """See `equivalence.assert_same_function`; once for images of a shape and layout."""
+        key = images.shape, images.stride()
+        if key not in self._same:
+            assert_same_function(self.model, self.backbone, images, self.reader)
+            self._same.add(key)
+
+    def heads(self, spans, shape, rule):
+        """The LocalHead behind each module, new ones on the meta device and last the classifier's."""
+        with torch.device("meta"), RealLayouts():
+            *made, classifier = local_heads(self.backbone, rule, spans, shape[1:])
+        return [*(as_meta_copy(head.to(self.dtype)) for head in made), classifier]
+
+    def heads_by_unit(self, rule, shape):
+        """AugLocal's head behind each unit, the last one's being the classifier; made once."""
+        key = rule.depth, rule.form, shape[1:]
+        if key not in self._heads:
+            self._heads[key] = self.heads([Span(unit, unit) for unit in range(len(self.backbone.units))], shape, rule)
+        return self._heads[key]
+
+    @property
+    def loss_bytes(self):
+        """Of a local module's loss, in the tensor of all modules' that a step makes at its start."""
+        return self.dtype.itemsize
+
+    def state_bytes(self):
+        """Parameters, buffers and optimizer state of the model alone."""
+        return bytes_of(tensors_of(self.model)) + self.optimizer_bytes(self.model)[0]
+
+    def _output(self, span, x):
+        """The shape of what units of the backbone put out, which the last module's program may never store."""
+        x = x.to(self.dtype)
+        for unit in span.of(self.backbone.units):
+            x = unit.trace(x)
+        return tuple(x.shape)
+
+
+def _meta_copies(model, backbone):
+    """A model and its backbone on the meta device; they share their modules as the given ones do."""
+    copied, *units, classifier = meta_copy(
+        nn.ModuleList([model, *(unit.module for unit in backbone.units), backbone.classifier])
+    )
+    units = tuple(replace(unit, module=module) for unit, module in zip(backbone.units, units, strict=True))
+    return copied, replace(backbone, units=units, classifier=classifier)
+
+
+def train_mode(model):
+    """Puts a model that is in eval mode as a whole into training mode; returns whether it was. Where parts are in
+    training mode, somebody chose which."""
+    wholly_eval = not any(module.training for module in model.modules())
+    if wholly_eval:
+        model.train()
+    return wholly_eval
+
+
+def _bp_macs(lines):
+    """Multiply-accumulates of backpropagation: those of the first unit, which gives the images no gradient there
+    either; of every other unit forward and twice backward; and the classifier's."""
+    units = [m for line in lines for m in line.moments if m.part not in ("head", "extra") and not m.rebuilds]
+    first = sum(moment.macs for moment in units if moment.part == units[0].part)
+    others = [m.macs for m in units if m.part != units[0].part and m.phase is Phase.FORWARD]
+    classifier = [moment.macs for moment in lines[-1].moments if moment.part == "head"]
+    return first + 3 * sum(others) + sum(classifier)
+
+
+def _count(module):
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,160 @@
+"""What a plan says: modules, units, aux nets, bytes, arithmetic."""
+
+from dataclasses import dataclass, field
+
+from .. import report
+from ..common.memory import format_bytes
+from ..engine.timeline import Timeline
+from .budget import Choice
+from .origin import Origin
+
+__all__ = ["ModulePlan", "Plan"]
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One local module. Bytes are those of one training step, from the second step on."""
+
+    index: int
+    units: tuple[str, ...]  # names of its backbone units
+    output_shape: tuple[int, ...]  # of its last unit, (N, C, H, W)
+    aux_net: str  # in words; empty: the classifier is its head
+    parameters: int  # of its units, and of the classifier in the last module
+    aux_parameters: int
+    state_bytes: int  # parameters and buffers, its own and its aux net's
+    gradient_bytes: int  # of the parameters
+    optimizer_bytes: int  # the optimizer's state
+    optimizer_scratch: int  # what the optimizer needs for a moment in its step
+    kept_bytes: int  # what the forward pass leaves for the backward, the input included
+    activation_bytes: int  # highest, without the parameters' gradients
+    peak_bytes: int  # highest of the whole step while this module runs: state, batch, losses, activations, gradients
+    macs: int  # multiply-accumulates of forward and backward, convolutions and linear layers
+    rebuild_share: float  # of its memory traffic: what goes into rebuilding what was dropped
+    islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
+    timeline: Timeline = field(repr=False)
+    kept_gaps: frozenset = field(repr=False)  # see `engine.program.build`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cut of one network, and what its step holds; `print(plan)` shows it as a table."""
+
+    model: str
+    rule: str
+    depth: int | None  # of the aux nets, where the rule has one
+    precision: str
+    input_shape: tuple[int, ...]
+    modules: tuple[ModulePlan, ...]
+    batch_bytes: int  # images and labels
+    bp_macs: int  # of backpropagation through the same network
+    origin: Origin = field(compare=False, repr=False)  # what it was made of
+    eager: dict | None = field(default=None, compare=False, repr=False)  # see `eager.eager_bytes`
+    choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
+
+    @property
+    def parameters(self):
+        """Parameters of the model itself."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def aux_parameters(self):
+        """Parameters of the aux nets, which exist during training only."""
+        return sum(module.aux_parameters for module in self.modules)
+
+    @property
+    def state_bytes(self):
+        """What lives between steps: parameters, buffers and optimizer state, of the model and the aux nets."""
+        return sum(module.state_bytes + module.optimizer_bytes for module in self.modules)
+
+    @property
+    def activation_bytes(self):
+        """The highest of what a step makes besides parameters' gradients."""
+        return max(module.activation_bytes for module in self.modules)
+
+    @property
+    def peak_bytes(self):
+        """Predicted peak of a step, everything in it: state, batch, activations, gradients, optimizer's scratch."""
+        return max(module.peak_bytes for module in self.modules)
+
+    @property
+    def macs(self):
+        return sum(module.macs for module in self.modules)
+
+    @property
+    def borders(self):
+        """The last unit of each module but the last: what `LocalTrainer` takes to cut the same way."""
+        ends, last = [], -1
+        for module in self.modules[:-1]:
+            last += len(module.units)
+            ends.append(last)
+        return tuple(ends)
+
+    def save_picture(self, path):
+        """Draws live bytes over the time of one step, stacked by kind, and writes them as an image."""
+        report.memory_picture(self, path)
+
+    def save_front(self, path):
+        """Draws what every number of modules costs, memory against arithmetic, and writes it as an image."""
+        if self.choice is None:
+            raise ValueError("save_front draws the search under a memory budget: plan with memory_budget='6GB'")
+        report.front_picture(self, path)
+
+    def __str__(self):
+        aux = "aux net: unit (width, stride)" if self.rule == "auglocal" else "aux net"
+        header = ("module", "units", "output", aux, "parameters", "aux parameters")
+        header += ("kept", "activations", "step's peak", "MACs / BP")
+        rows = [header]
+        for module in self.modules:
+            rows.append(
+                (
+                    str(module.index),
+                    module.units[0] if len(module.units) == 1 else f"{module.units[0]} .. {module.units[-1]}",
+                    "x".join(str(size) for size in module.output_shape[1:]),
+                    module.aux_net or "none: the classifier",
+                    f"{module.parameters:,}",
+                    f"{module.aux_parameters:,}",
+                    format_bytes(module.kept_bytes),
+                    format_bytes(module.activation_bytes),
+                    format_bytes(module.peak_bytes),
+                    f"{module.macs / self.bp_macs:.3f}",
+                )
+            )
+        total = ("total", "", "", "", f"{self.parameters:,}", f"{self.aux_parameters:,}", "")
+        total += (format_bytes(self.activation_bytes), format_bytes(self.peak_bytes), f"{self.macs / self.bp_macs:.3f}")
+        rows.append(total)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = []
+        for row in rows:
+            left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
+            lines.append("  ".join(left + right).rstrip())
+        rule_line = "-" * max(len(line) for line in lines)
+        lines = [lines[0], rule_line, *lines[1:-1], rule_line, lines[-1], "", self._peak_line()]
+        for module in self.modules:
+            if module.islands:
+                lines.append(f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}")
+        if self.choice is not None:
+            lines += [str(self.choice)]
+        elif self.eager is not None:
+            lines.append(
+                f"eager BP would need {format_bytes(self.eager['bp'])}, and with every unit checkpointed "
+                f"{format_bytes(self.eager['gc'])} at 1.33 x the MACs"
+            )
+        return "\n".join([self.title, *lines])
+
+    @property
+    def title(self):
+        count = len(self.modules)
+        what = f", depth {self.depth}" if self.depth else ""
+        return (
+            f"{self.model}, rule {self.rule}{what}: {count} local module{'s' * (count > 1)}, "
+            f"input {'x'.join(str(size) for size in self.input_shape)}"
+        )
+
+    def _peak_line(self):
+        top = max(self.modules, key=lambda module: module.peak_bytes)
+        return (
+            f"a step's peak, {format_bytes(self.peak_bytes)}, is in module {top.index}: state "
+            f"{format_bytes(self.state_bytes)}, batch {format_bytes(self.batch_bytes)}, the rest activations and "
+            f"gradients ({self.precision})"
+        )

@@ -1,0 +1,34 @@
+"""The learning rules by name."""
+
+from .auglocal import AugLocal
+from .bp import BP, Checkpoint
+from .dgl import DGL
+from .infopro import InfoPro
+from .predsim import PredSim
+from .rule import Rule
+
+__all__ = ["RULES", "as_rule", "for_images"]
+
+
+RULES = {rule.name: rule for rule in (AugLocal, DGL, PredSim, InfoPro, BP, Checkpoint)}
+
+
+def as_rule(rule, depth=4, form=None):
+    """The Rule that is meant: one of RULES by name, a subclass of Rule, or an object of one, which is given back as it
+    is. depth and form are AugLocal's and its subclasses'."""
+    if isinstance(rule, Rule):
+        return rule
+    kind = RULES.get(rule) if isinstance(rule, str) else rule
+    if not (isinstance(kind, type) and issubclass(kind, Rule)):
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, or an auglocal_ext.Rule of your own, given {rule!r}")
+    if issubclass(kind, AugLocal):
+        return kind(depth, form)
+    if form is not None:
+        raise ValueError(f"form is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {form!r})")
+    return kind()
+
+
+def for_images(rule, mean, std):
+    """The rule for images normalised by mean and std: InfoPro for them where that is named, which draws images as they
+    were before; else the rule as it was given."""
+    return InfoPro(mean, std) if rule == "infopro" else rule

@@ -1,0 +1,118 @@
+"""How a backbone is cut into local modules, with a rule's nets behind them."""
+
+from dataclasses import dataclass
+
+from ..common.checks import whole_number
+from .bp import BP
+from .rule import Border, LocalHead
+
+__all__ = ["Span", "assert_apart", "borders_of", "cut", "local_heads"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive units first..last, inclusive: those of one local module."""
+
+    first: int
+    last: int
+
+    def of(self, units):
+        """These of all the units."""
+        return units[self.first : self.last + 1]
+
+
+def cut(backbone, rule, modules=None, borders=None):
+    """Cuts a backbone into local modules.
+
+    Args:
+        backbone: from `as_backbone`.
+        rule: a Rule; it says where the borders are, unless modules or borders do.
+        modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
+            module (by what its convolutions keep for the backward) is as small as possible.
+        borders: the last unit of each module but the last one, to cut there instead.
+
+    Returns:
+        list of Span, from the input to the output; behind the last one stands the classifier.
+
+    Raises:
+        ValueError: an argument is out of the range that this backbone allows.
+    """
+    count = len(backbone.units)
+    if isinstance(rule, BP):
+        expected = f"rule={rule.name!r} has one module: leave modules out, or set it to 1"
+        if borders:
+            raise ValueError(f"{expected}, given borders {tuple(borders)}")
+        if modules is not None:
+            whole_number(modules, expected, 1, 1)
+        borders = ()
+    elif modules is None and borders is None:
+        borders = rule.borders(backbone)
+    elif borders is None:
+        expected = f"modules must be a whole number from 1 to {count}, the units of this network"
+        modules = whole_number(modules, expected, 1, count)
+        borders = _balanced_borders([unit.kept for unit in backbone.units], modules)
+    rule.check(backbone)
+    expected = f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last"
+    ends = [*(whole_number(border, expected) for border in borders), count - 1]
+    if ends != sorted(set(ends)) or ends[0] < 0:
+        raise ValueError(f"{expected}, given {tuple(borders)}")
+    return [Span(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
+
+
+def assert_apart(local_modules, names):
+    """Raises ValueError where two local modules have a parameter in common: each would step it.
+
+    names: parameter -> how to call it.
+    """
+    owner = {}
+    for index, module in enumerate(local_modules):
+        for parameter in module.parameters():
+            if owner.setdefault(parameter, index) != index:
+                name = names.get(parameter, "of an auxiliary net")
+                raise ValueError(
+                    f"parameter {name} is in local modules {owner[parameter]} and {index}, of which each steps its own "
+                    f"parameters: cut the model so that one has it all (modules=, borders=), train with rule='bp', or "
+                    f"give each layer a weight of its own"
+                )
+
+
+def local_heads(backbone, rule, spans, image_shape):
+    """What stands behind each local module: the rule's new nets, and last the backbone's own classifier.
+
+    Args:
+        image_shape: (C, H, W).
+
+    Returns:
+        list of LocalHead
+    """
+    heads = [
+        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border))
+        for border in borders_of(backbone, spans, image_shape)
+    ]
+    return [*heads, LocalHead(backbone.classifier)]
+
+
+def borders_of(backbone, spans, image_shape):
+    """The Border behind each local module but the last, for images of image_shape, (C, H, W)."""
+    if len(spans) == 1:
+        return []
+    shapes = backbone.feature_shapes(image_shape)
+    return [
+        Border(backbone, span.last, index, len(spans) - 1, shapes[span.last], tuple(image_shape))
+        for index, span in enumerate(spans[:-1])
+    ]
+
+
+def _balanced_borders(sizes, parts):
+    """The last index of each part but the final one, of the cut into `parts` consecutive parts whose largest
+    sum is least; among equals, the one whose earlier parts are fuller."""
+    best = {(0, 0): (0.0, ())}  # (items used, parts used) -> (largest sum, borders)
+    for used_parts in range(1, parts + 1):
+        for end in range(used_parts, len(sizes) - (parts - used_parts) + 1):
+            choices = []
+            for start in range(used_parts - 1, end):
+                if (start, used_parts - 1) in best:
+                    largest, borders = best[start, used_parts - 1]
+                    choices.append((max(largest, sum(sizes[start:end])), (*borders, end - 1)))
+            best[end, used_parts] = min(choices, key=lambda choice: (choice[0], [-b for b in choice[1]]))
+    return best[len(sizes), parts][1][:-1]

@@ -1,0 +1,1 @@
+"""Training: the local step, and the loop around it."""

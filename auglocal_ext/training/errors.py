@@ -1,0 +1,66 @@
+"""What a trainer refuses to begin with, and what it says of a step that stopped."""
+
+import torch
+
+from ..planning.origin import fingerprint
+from ..planning.result import Plan
+
+__all__ = ["check_parameters", "check_plan", "say_where_it_stopped"]
+
+
+def check_plan(plan, model, alone):
+    """ValueError unless the plan was made of this model as it is, and nothing that it tells is given `alone` too."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be what auglocal_ext.plan returns, given {type(plan).__name__}")
+    if not alone:
+        raise ValueError(
+            "plan= tells depth, rule, form, modules, borders, optimizer, precision and recompute: leave them out, or "
+            "give them to auglocal_ext.plan"
+        )
+    if plan.origin.model != fingerprint(model):
+        raise ValueError(
+            f"the plan was made of another {plan.model}, or of this one before its layers, modes, parameters or device "
+            f"changed: call auglocal_ext.plan with the model as it is now"
+        )
+
+
+def check_parameters(model):
+    """ValueError or TypeError where a parameter cannot be trained; names it."""
+    first = next(model.parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"parameter {name} is {parameter.dtype}: parameters must be float32, or float64; call "
+                f"model.float(), and pass precision='bf16' for bfloat16 features"
+            )
+        if parameter.dtype != first.dtype or parameter.device != first.device:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype} on {parameter.device}, expected {first.dtype} on "
+                f"{first.device} like the first one: move the whole model with model.to()"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name} was made under torch.inference_mode(), where nothing can be trained: make the "
+                f"model outside of it"
+            )
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"parameter {name} is frozen: local modules train every parameter; call "
+                f"model.requires_grad_(True), or train with the frozen part outside the model"
+            )
+
+
+def say_where_it_stopped(error, index, count, more=""):
+    """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
+    if index == 0:
+        ahead = "No finished module was changed"
+    elif index == 1:
+        ahead = "Module 0 has taken this step already and is one step ahead of the rest"
+    else:
+        ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
+    note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
+    note += more
+    if not error.args:
+        error.args = (note,)
+    elif isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

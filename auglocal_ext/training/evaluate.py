@@ -1,0 +1,153 @@
+"""The accuracy of a model on a loader."""
+
+import threading
+
+import torch
+from tqdm import tqdm
+
+from ..common import checks
+from .divergence import NotFinite
+from .loaders import length_of, move, no_bar, until
+
+__all__ = ["Validation", "accuracies", "evaluate", "modes_of", "restore"]
+
+
+def modes_of(model):
+    return [(module, module.training) for module in model.modules()]
+
+
+def restore(modes):
+    for module, training in modes:
+        module.training = training
+
+
+def evaluate(model, loader, *, precision="fp32", progress=False):
+    """The model's accuracy on a loader, in eval mode; the modes are restored.
+
+    Args:
+        model: any classifier, images -> (N, classes).
+        loader: an iterable of (images, labels): floating-point images of the model's dtype, int64 labels (N,).
+        precision: "fp32", or "bf16": under autocast.
+        progress: a progress bar.
+
+    Returns:
+        from 0 to 1.
+
+    Raises:
+        ValueError, TypeError: a batch does not fit the model, its values are not finite, or there is none.
+        FloatingPointError: the model's outputs are not finite.
+    """
+    return accuracies(Validation(model, precision), loader, progress, threading.Event())[0]
+
+
+class Validation:
+    """Checks the batches of a validation as a step checks its own, and counts hits. What only values tell is raised at
+    once on the CPU; on other devices it is flagged, so that nothing waits for them but `raise_faults`.
+
+    Args:
+        channels, classes: of the model, where they are known beforehand.
+        prefix: of the names in messages.
+    """
+
+    def __init__(self, model, precision="fp32", channels=None, classes=None, prefix="validation "):
+        self.model, self.precision, self.prefix = model, precision, prefix
+        self.channels, self.classes = channels, classes
+        first = next(model.parameters(), torch.empty(0))
+        self.device, self.dtype = first.device, first.dtype
+        self.hits = torch.zeros(2, device=self.device)  # in the first place, in the first five
+        self.faults = torch.zeros(3, dtype=torch.bool, device=self.device)  # of images, labels, outputs
+
+    def check(self, batch):
+        """The batch on the model's device; raises for what can be told without running the model."""
+        checks.check_device(batch, self.device, self.prefix)
+        images, labels = batch = move(batch, self.device)
+        options = {"channels": self.channels, "half": self.precision == "bf16", "prefix": self.prefix}
+        checks.check_batch(images, labels, self.device, self.dtype, **options)
+        self._note(0, checks.not_finite(images, self.dtype))
+        if self.classes is not None and len(labels):
+            self._note(1, checks.out_of_range(labels, self.classes), labels)
+        return batch
+
+    def add(self, batch):
+        """Runs the model on a batch; returns how many images it has."""
+        images, labels = self.check(batch)
+        if not len(images):
+            return 0
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
+            logits = self._logits(images)
+            if self.classes is None:
+                self.classes = logits.shape[1]
+                self._note(1, checks.out_of_range(labels, self.classes), labels)
+            # -inf is how classes are masked; a row of nothing else is not.
+            self._note(2, (logits.isnan() | (logits == torch.inf)).any() | ~logits.isfinite().any(1).all())
+            hits = logits.topk(min(5, self.classes)).indices == labels[:, None]
+            self.hits += torch.stack([hits[:, 0].sum(), hits.sum()])
+        return len(images)
+
+    def accuracies(self, seen):
+        """(top-1, top-5) accuracy of so many images; top-5 None for fewer than 6 classes."""
+        self.raise_faults()
+        top1, top5 = (self.hits.double() / seen).tolist()
+        return top1, top5 if self.classes > 5 else None
+
+    def raise_faults(self):
+        """Raises for what is flagged. Waits for the device."""
+        for index, fault in enumerate(self.faults.tolist()):
+            if fault:
+                raise self._error(index)
+
+    def _logits(self, images):
+        try:
+            logits = self.model(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model cannot be run on {self.prefix}images of shape {tuple(images.shape)}, {images.dtype}: "
+                f"{str(error).partition(chr(10))[0]}"
+            ) from error
+        is_tensor = isinstance(logits, torch.Tensor)
+        shape = len(images), self.classes or (logits.shape[-1] if is_tensor and logits.dim() else 1)
+        if not is_tensor or logits.shape != shape or not logits.is_floating_point():
+            given = f"{tuple(logits.shape)} of {logits.dtype}" if is_tensor else f"a {type(logits).__name__}"
+            raise ValueError(
+                f"the model must give a row of floating-point outputs per image, ({len(images)}, "
+                f"{self.classes or 'classes'}), given {given}"
+            )
+        return logits
+
+    def _note(self, index, fault, labels=None):
+        if self.device.type != "cpu":
+            self.faults[index] |= fault
+        elif fault:
+            raise self._error(index, labels)
+
+    def _error(self, index, labels=None):
+        if index == 0:
+            return checks.bad_images(self.prefix)
+        if index == 1:
+            return checks.bad_labels(self.classes, labels, self.prefix)
+        return NotFinite(
+            f"the model's outputs for {self.prefix}images are NaN or infinite: its weights or running statistics are, "
+            f"or are far too large"
+        )
+
+
+def accuracies(validation, loader, progress, stop):
+    """(top-1, top-5) accuracy of the model on the loader; top-5 None for fewer than 6 classes."""
+    modes, seen = modes_of(validation.model), 0
+    validation.model.eval()
+    bar = tqdm(
+        desc="test", total=length_of(loader), unit="batch", leave=False, disable=no_bar(progress), mininterval=0.5
+    )
+    try:
+        for batch in until(stop, loader):
+            checks.check_pair(batch, "the validation loader")
+            seen += validation.add(batch)
+            bar.update()
+    finally:
+        bar.close()
+        restore(modes)
+    if not seen:
+        raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
+    return validation.accuracies(seen)

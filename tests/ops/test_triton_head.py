@@ -1,0 +1,148 @@
+"""The Triton kernels of linear_cross_entropy, without a GPU: their numbers in Triton's interpreter, and what the
+compiler makes of them for sm_90. Run as a program under TRITON_INTERPRET=1 it prints the numbers as JSON."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ops_helpers import error
+
+from auglocal_ext.ops import _fallbacks
+
+if __name__ != "__main__":
+    triton = pytest.importorskip("triton", reason="needs triton, which CPU builds of torch come without")
+
+# N, C, K, bias, label_smoothing, ignore_index, a label out of range
+CASES = [
+    (5, 7, 3, True, 0.0, -100, False),
+    (70, 40, 10, True, 0.1, -100, False),
+    (33, 65, 130, False, 0.1, 2, False),
+    (1, 1, 1, True, 0.0, 7, False),
+    (64, 32, 32, True, 1.0, -100, False),
+    (40, 9, 1000, True, 0.0, 1001, False),
+    (6, 4, 5, True, 0.1, -100, True),
+    (300, 16, 10, False, 0.0, -100, False),
+]
+NAMES = ["loss", "logits", "dpooled", "dweight", "dbias"]
+
+
+def make_case(n, c, k, bias, label_smoothing, ignore_index, wrong):
+    generator = torch.Generator().manual_seed(n)
+    pooled, weight, offset = (torch.randn(size, generator=generator) for size in [(n, c), (k, c), (k,)])
+    labels = torch.randint(k, (n,), generator=generator)
+    labels[1::3] = ignore_index
+    if wrong:
+        labels[0], labels[2], labels[3] = k, 2**62, -1
+    return pooled, weight, offset if bias else None, labels, label_smoothing, ignore_index
+
+
+def permute_the_programs(builder):
+    """Lets the interpreter run the programs of each launch in an order of its own; returns the list of these orders."""
+    set_dimensions, set_index, orders = builder.set_grid_dim, builder.set_grid_idx, []
+    generator = torch.Generator().manual_seed(0)
+
+    def set_grid_dim(*dimensions):
+        set_dimensions(*dimensions)
+        orders.append(tuple(torch.randperm(math.prod(dimensions), generator=generator).tolist()))
+
+    def set_grid_idx(x, y, z):
+        _, ny, nz = builder.grid_dim
+        rest, z = divmod(orders[-1][(x * ny + y) * nz + z], nz)
+        set_index(*divmod(rest, ny), z)
+
+    builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
+    return orders
+
+
+def interpret():
+    """Prints, a case a line, the error of each result relative to float64, plain torch's error, and two NaN flags."""
+    from triton.runtime import interpreter
+
+    from auglocal_ext.ops import _triton_head
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_for_numpy_2_4(tensor, *scope):  # github.com/triton-lang/triton/issues/9171
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_for_numpy_2_4
+    orders = permute_the_programs(interpreter.interpreter_builder)
+    for case in CASES:
+        arguments = make_case(*case)
+        ours, *others = (_triton_head.linear_cross_entropy(*arguments) for _ in range(3))
+        for other in others:  # in another order of programs, the same bits
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, other, strict=True))
+        plain = _fallbacks.linear_cross_entropy(*arguments)
+        as_double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+        exact = _fallbacks.linear_cross_entropy(*as_double)
+        errors = [[error(a, c), error(b, c)] for a, b, c in zip(ours, plain, exact, strict=True)]
+        print(json.dumps({"errors": errors, "nan": [bool(ours[0].isnan()), bool(exact[0].isnan())]}))
+    assert len(set(orders)) > len(CASES)  # they were really different
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_numbers_in_the_interpreter(interpreted, index):
+    case = interpreted[index]
+    assert case["nan"][0] == case["nan"][1] == CASES[index][-1]
+    for name, (ours, plain) in zip(NAMES, case["errors"], strict=True):
+        if name != "loss" or not case["nan"][0]:
+            assert ours <= 2 * max(plain, 2**-24), name
+
+
+INTEGERS = {"n", "k", "c", "ignore_index", "run", "runs"}
+TYPES = dict.fromkeys(INTEGERS, "i32") | {"labels": "*i64", "label_smoothing": "fp32"}
+
+
+@pytest.mark.parametrize("classes", [16, 32])
+@pytest.mark.parametrize("name", ["logits_kernel", "dpooled_kernel", "dweight_kernel", "sums_kernel"])
+def test_compiled_for_sm_90(name, classes, tmp_path):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from auglocal_ext.ops import _triton_head
+
+    sizes = {"ROWS": _triton_head.ROWS, "CLASSES": classes, "CHANNELS": _triton_head.CHANNELS}
+    sizes |= {"LABELS": _triton_head.LABELS, "HAS_BIAS": True}
+    kernel = getattr(_triton_head, name)
+    constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*fp32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source, warps = ASTSource(kernel, signature, constants, aligned), 4 if name == "sums_kernel" else _triton_head.WARPS
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listing = subprocess.run(
+        [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    registers, stack, local = map(int, usage)
+    # Two blocks of 256 threads share a multiprocessor: 65,536 registers; and shared memory for several more.
+    assert registers <= 128 and (stack, local) == (0, 0), usage
+    assert compiled.metadata.num_warps == warps and compiled.metadata.shared <= 24 * 1024
+
+
+@pytest.mark.cuda
+def test_cuda_is_served_by_triton():
+    if os.environ.get("AUGLOCAL_NATIVE") == "0":
+        pytest.skip("AUGLOCAL_NATIVE=0 is set")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("auglocal_ext::linear_cross_entropy", "CUDA")
+
+
+if __name__ == "__main__":
+    interpret()
