@@ -25,7 +25,8 @@ import torch._inductor.config
 import torch.nn.functional as F
 
 import auglocal_ext
-from auglocal_ext import _commands, models, ops
+from auglocal_ext import models, ops
+from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.common.device import usable_device
 from auglocal_ext.common.files import check_writable, write_json
@@ -501,7 +502,7 @@ def bench(options):
 def main(arguments=None):
     """Runs the program; returns the exit status."""
     options = parse(arguments)
-    return _commands.run("bench_kernels", lambda: bench(options))
+    return errors.run("bench_kernels", lambda: bench(options))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import auglocal_ext
-from auglocal_ext import _commands
+from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, device, number, whole
 from auglocal_ext.common.checks import PRECISIONS
 from auglocal_ext.common.files import check_writable, write_json
@@ -88,7 +88,7 @@ def bench(options):
 def main(arguments=None):
     """Runs the program; returns the exit status."""
     options = parse(arguments)
-    return _commands.run("bench_loader", lambda: bench(options))
+    return errors.run("bench_loader", lambda: bench(options))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import auglocal_ext
-from auglocal_ext import _commands
 from auglocal_ext.backbone import as_backbone
+from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.common.device import usable_device
 from auglocal_ext.common.files import check_writable, write_json, write_text
@@ -364,7 +364,7 @@ def bench(options):
 def main(arguments=None):
     """Runs the program; returns the exit status."""
     options = parse(arguments)
-    return _commands.run("bench_memory", lambda: bench(options))
+    return errors.run("bench_memory", lambda: bench(options))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import records
 
 import auglocal_ext
-from auglocal_ext import _commands
 from auglocal_ext.backbone import as_backbone
+from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, device, number, seed, whole
 from auglocal_ext.common.checks import PRECISIONS
 from auglocal_ext.common.files import check_writable
@@ -479,7 +479,7 @@ def report(options):
 def main(arguments=None):
     """Runs the program; returns the exit status."""
     options = parse(arguments)
-    return _commands.run("paper_tables", lambda: report(options), lost="; the same command goes on from here")
+    return errors.run("paper_tables", lambda: report(options), lost="; the same command goes on from here")
 
 
 if __name__ == "__main__":

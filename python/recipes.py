@@ -6,7 +6,8 @@ from pathlib import Path
 import records
 import torch
 
-from auglocal_ext import _commands, rules
+from auglocal_ext import rules
+from auglocal_ext.cli import errors
 from auglocal_ext.cli.checks import check_cut
 from auglocal_ext.cli.options import device, number, seed, whole
 from auglocal_ext.common.checks import PRECISIONS
@@ -71,7 +72,7 @@ def main(program, parse, train, summary):
         summary: options, record -> a sentence.
 
     Returns:
-        The exit status, see `auglocal_ext._commands`.
+        The exit status, see `auglocal_ext.cli.errors`.
     """
 
     def command():
@@ -80,4 +81,4 @@ def main(program, parse, train, summary):
         print(f"{summary(options, made)}; record in {options.results}")
         return 0
 
-    return _commands.run(program, command, lost=": no record")
+    return errors.run(program, command, lost=": no record")

@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 
 def main(arguments=None):
-    """Runs the command line; returns the exit status: see `_commands`."""
+    """Runs the command line; returns the exit status: see `errors`."""
 
     def command():
         options = _parser().parse_args(arguments)

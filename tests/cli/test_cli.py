@@ -313,7 +313,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
             main([*FAKE, "--runs", str(tmp_path)])
 
     with pytest.raises(ValueError, match="not enough values to unpack"):  # in our own code, but no `raise` of it
-        run("auglocal", lambda: data._size(torch.zeros(2)))
+        run("auglocal", lambda: data.images._size(torch.zeros(2)))
 
 
 @pytest.mark.parametrize(

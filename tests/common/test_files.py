@@ -150,7 +150,7 @@ def test_a_file_that_grows_too_large(tmp_path):
     program = f"""
     import resource, torch
     from auglocal_ext import models
-    from auglocal_ext._files import save_model
+    from auglocal_ext.common.files import save_model
     save_model({str(path)!r}, models.resnet20())
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     try:

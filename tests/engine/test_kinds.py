@@ -127,7 +127,7 @@ def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):
     block = Block(sample, False)
     images, labels = batch(dtype=torch.float32)
     state = copy.deepcopy(block.state_dict())
-    program, _ = program_of(block, stay=set())
+    program, _ = program_of(block, pinned=set())
     expected = run(program, block, images, labels)
     values = {"images": images, "labels": labels}
     made = {}
@@ -145,7 +145,7 @@ def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):
     for count in range(1, len(keys) + 1):
         for keep in itertools.combinations(keys, count):
             block.load_state_dict(state)
-            kept, _ = program_of(block, stay=set(), keep=frozenset(keep))
+            kept, _ = program_of(block, pinned=set(), kept_gaps=frozenset(keep))
             assert not {gap.key for gap in kept.gaps} & set(keep)
             found = run(kept, block, images, labels)
             assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -49,7 +49,7 @@ def cut_up(model, dtype=torch.float64, autocast=None, size=(32, 32), modules=Non
     randomise(model.to(dtype))
     units = [[unit.module for unit in backbone.units[part.first : part.last + 1]] for part in cuts]
     modules = [LocalModule(*both) for both in zip(units, heads, strict=True)]
-    return list(zip(programs(backbone, cuts, heads, autocast, recompute=rule.recompute), modules, strict=True))
+    return list(zip(programs(backbone, cuts, heads, autocast=autocast, recompute=rule.recompute), modules, strict=True))
 
 
 def nodes_of(module, inside=(), last=False):
@@ -790,12 +790,12 @@ def test_any_gap_may_be_kept_over(name):
         assert gap.start < gap.end and gap.name in rebuilt
     chosen = random.Random(0)
     for keep in (gaps, *(chosen.sample(gaps, max(1, len(gaps) // 2)) for _ in range(4))):
-        program, module = odd(name, keep=set(keep))
+        program, module = odd(name, kept_gaps=set(keep))
         assert keep and not set(keep) & {gap.key for gap in program.gaps}
         assert_equal(by_program(program, module, x, labels), expected)
     while program.gaps:  # what came for free with another's rebuild may have a gap of its own now
         keep = {*keep, *(gap.key for gap in program.gaps)}
-        program, module = odd(name, keep=keep)
+        program, module = odd(name, kept_gaps=keep)
     assert not any(step.kind == "rebuild" for step in program.steps)
     assert_equal(by_program(program, module, x, labels), expected)
 
