@@ -37,11 +37,12 @@ def installed(package):
 
 
 def torchvision_requirement():
-    """torchvision, of the release made for the torch that is installed: a plain "torchvision" would make pip
-    replace that torch by the newest one. torch 2.N goes with torchvision 0.(N + 15)."""
+    """torchvision, of a release that fits the torch that is installed: a plain "torchvision" would make pip replace
+    that torch by the newest one. Before 2.14 torch 2.N goes with torchvision 0.(N + 15) alone; newer torchvisions take
+    every torch from 2.14 on, and are not released with each."""
     torch = installed("torch")
     release = torch and re.search(r"__version__ = '2\.(\d+)\.\d+(\+|')", (torch / "version.py").read_text())
-    if release and not installed("torchvision"):
+    if release and int(release[1]) < 14 and not installed("torchvision"):
         return f"torchvision==0.{int(release[1]) + 15}.*"
     return "torchvision"
 
