@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -37,11 +38,12 @@ def installed(package):
 
 
 def torchvision_requirement():
-    """torchvision, of the release made for the torch that is installed: a plain "torchvision" would make pip
-    replace that torch by the newest one. torch 2.N goes with torchvision 0.(N + 15)."""
+    """torchvision, of a release that fits the torch that is installed: a plain "torchvision" would make pip replace
+    that torch by the newest one. Before 2.14 torch 2.N goes with torchvision 0.(N + 15) alone; newer torchvisions take
+    every torch from 2.14 on, and are not released with each."""
     torch = installed("torch")
     release = torch and re.search(r"__version__ = '2\.(\d+)\.\d+(\+|')", (torch / "version.py").read_text())
-    if release and not installed("torchvision"):
+    if release and int(release[1]) < 14 and not installed("torchvision"):
         return f"torchvision==0.{int(release[1]) + 15}.*"
     return "torchvision"
 
@@ -50,8 +52,20 @@ def environment():
     """The build's environment: nvcc of $CUDA_HOME or /usr/local/cuda where none is on the PATH."""
     nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
     if "CUDACXX" not in os.environ and not shutil.which("nvcc") and nvcc.exists():
-        return {**os.environ, "CUDACXX": str(nvcc)}
-    return None
+        return os.environ | {"CUDACXX": str(nvcc)}
+    return os.environ
+
+
+def made_of():
+    """A digest of everything the libraries depend on: sources, torch, Python, compilers and their flags."""
+    torch = installed("torch")
+    files = [ROOT / "CMakeLists.txt", *sorted(file for file in (ROOT / "csrc").rglob("*") if file.is_file())]
+    parts = [(str(file.relative_to(ROOT)), file.read_bytes()) for file in files]
+    parts += [torch and (torch / "version.py").read_text(), sys.version, sysconfig.get_config_var("EXT_SUFFIX")]
+    for tool in (environment().get("CXX", "c++"), environment().get("CUDACXX", "nvcc")):
+        parts.append(shutil.which(tool) and subprocess.check_output([tool, "--version"], text=True))
+    parts += [os.environ.get(name) for name in ("CXXFLAGS", "CUDAARCHS", "CUDAFLAGS", "LDFLAGS")]
+    return sha256(repr(parts).encode()).hexdigest()
 
 
 class CMakeBuild(build_ext):
@@ -61,12 +75,26 @@ class CMakeBuild(build_ext):
             old.unlink(missing_ok=True)
         if not shutil.which(os.environ.get("CXX", "c++")):
             return self.warn("no C++ compiler found: auglocal_ext is installed without its native kernels")
-        for cuda in ("ON", "OFF"):
+        try:
+            for library in self.libraries_from(ROOT / "build" / "native"):
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(library, folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.warn(f"auglocal_ext is installed without its native kernels: {error}")
+
+    def libraries_from(self, kept):
+        """The libraries, in the folder `kept`. They are built unless those of the last build are made of the same: so
+        a second install, or a wheel, does not compile for minutes what is there."""
+        note, wanted = kept / "made_of", made_of()
+        if not note.exists() or note.read_text() != wanted:
+            shutil.rmtree(kept, ignore_errors=True)
             try:
-                return self.build(folder, cuda)
-            except (OSError, subprocess.CalledProcessError) as error:
-                self.warn(f"building with AUGLOCAL_CUDA={cuda} failed: {error}")
-        self.warn("auglocal_ext is installed without its native kernels")
+                self.build(kept, "ON")
+                note.write_text(wanted)
+            except subprocess.CalledProcessError as error:
+                self.warn(f"building with AUGLOCAL_CUDA=ON failed: {error}")
+                self.build(kept, "OFF")  # no note is left, so the next install tries again
+        return kept.glob("*.so")
 
     def build(self, folder, cuda):
         with tempfile.TemporaryDirectory() as build:
@@ -97,11 +125,15 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["auglocal_ext*"]),
-    package_data={"auglocal_ext": ["*.so"]},
+    package_data={"auglocal_ext": ["*.so", "py.typed"]},
     ext_modules=[Extension("auglocal_ext.native", [])],
     cmdclass={"build_ext": CMakeBuild},
     entry_points={"console_scripts": ["auglocal = auglocal_ext.cli:main"]},
     setup_requires=["cmake>=3.24", "ninja", "pybind11>=3"] + ([] if installed("torch") else ["torch>=2.11"]),
     install_requires=["torch>=2.11", torchvision_requirement(), "numpy", "tqdm", "scikit-learn", "matplotlib"],
-    extras_require={"test": ["pytest", "pytest-cov", "hypothesis"]},
+    extras_require={
+        "test": ["pytest", "pytest-cov", "hypothesis"],
+        # One release of each: another one lays out differently, or finds more.
+        "lint": ["ruff==0.17.*", "clang-format==23.1.*", "mypy==2.4.*"],
+    },
 )

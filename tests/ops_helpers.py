@@ -30,3 +30,21 @@ def make(shape, dtype, layout, residual, *, device="cpu", mean=0.5, seed=0):
 def error(given, exact):
     """Norm of the difference relative to the norm of the exact value."""
     return ((given.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def rounding(dtype=torch.float32, size=1.0, terms=0.0):
+    """The error that rounding alone may make in a sum of that size. Tests allow it where twice torch's error is less:
+    against torch's error alone a correct kernel fails wherever torch happens to be lucky.
+
+    Take n terms of size t, each the outcome of a few float32 operations. Each is off by about an ulp of t (2^-23 t), up
+    or down, so all of them by sqrt(n) ulps of t. Added by halves they are rounded once more a level, at each by half an
+    ulp at most, 0.3 in the root of the mean square: the n / 2^k sums of level k are of size sqrt(2^k) t, so together
+    they are off by 0.3 sqrt(n) ulps of t again, and 16 such levels by sqrt(16) times that. The root of the sum of both
+    squares is 1.6: 2 sqrt(n) ulps of t are allowed. Where signs are random, as in these tests, sqrt(n) t is the sum's
+    size, so that is 2 ulps of it; and half an ulp of `dtype`, in which the sum is stored.
+
+    One term after another in a single float32 is off by sqrt(n / 24) ulps of the sum, too much from n = 150 on.
+
+    terms: by how much sqrt(n) t is more than the size, where terms cancel.
+    """
+    return torch.finfo(dtype).eps / 2 * size + 2 * torch.finfo(torch.float32).eps * (size + terms)

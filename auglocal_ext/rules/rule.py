@@ -89,6 +89,7 @@ class Rule:
     recompute: see `LocalTrainer`.
     """
 
+    name: str
     depth = None
     recompute = False
 

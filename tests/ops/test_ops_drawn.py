@@ -10,6 +10,7 @@ import os
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from ops_helpers import rounding
 from torch.nn.functional import batch_norm
 
 from auglocal_ext import ops
@@ -89,8 +90,8 @@ def compare(op, reference, inputs, grad_layout, generator, mask_is_stable):
         scale = exact.norm() + terms.get(index, of_a_gradient) + 1e-30
         error, torchs_error = ((t.double() - exact).norm() / scale for t in (ours, torchs))
         bf16 = inputs[0].dtype == torch.bfloat16 and index not in (1, 2)
-        rounding = 1e-9 if double else 2**-8 if bf16 else 2**-22
-        assert error <= max(2 * torchs_error, rounding), (index, error, torchs_error)
+        rounded = 1e-9 if double else rounding(torch.bfloat16 if bf16 else torch.float32)
+        assert error <= max(2 * torchs_error, rounded), (index, error, torchs_error)
 
 
 @given(
@@ -248,6 +249,7 @@ def test_pooled_cross_entropy(drawn_head):
             continue
         error, torchs_error = ((t[name].double() - value).norm() for t in (ours, torchs))
         # Of a head only the gradients of feature maps are bfloat16; all else is float32 to the end.
-        rounded = 2**-8 * value.norm() if ours[name].dtype == torch.bfloat16 else 0
-        allowed = max(2 * torchs_error, rounded + (1e-9 if double else 2**-22) * (value.norm() + terms[name]))
+        size = value.norm()
+        rounded = 1e-9 * (size + terms[name]) if double else rounding(ours[name].dtype, size, terms[name])
+        allowed = max(2 * torchs_error, rounded)
         assert error <= allowed, (name, error, torchs_error, allowed)

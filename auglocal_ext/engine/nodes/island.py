@@ -25,7 +25,7 @@ class Island(Node):
     """out = call(*sources)"""
 
     sources: tuple[str, ...] = ()
-    call: Callable = None
+    call: Callable | None = None
     what: str = ""  # for people: the name and kind of what runs
     parameters: tuple[nn.Parameter, ...] = ()
     may_write: bool = False  # whether the call may write over what it is given
