@@ -13,14 +13,16 @@ With any dataset of small images:
 
 from .data import Data
 from .device_loader import DeviceLoader, crop_and_flip, mean_and_std
-from .folders import image_folders, large_images
+from .folders import LARGE_SIDE, image_folders, large_images
 from .images import images_in_memory
-from .sources import AUGMENTATIONS, load
+from .sources import AUGMENTATIONS, SMALL, load
 
 __all__ = [
     "AUGMENTATIONS",
     "Data",
     "DeviceLoader",
+    "LARGE_SIDE",
+    "SMALL",
     "crop_and_flip",
     "image_folders",
     "images_in_memory",

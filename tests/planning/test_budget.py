@@ -8,7 +8,7 @@ import torch
 from auglocal_ext import models, plan, train
 from auglocal_ext.common.memory import format_bytes, parse_bytes
 from auglocal_ext.planning import budget as budget_module
-from auglocal_ext.planning import search
+from auglocal_ext.planning import refusal, search
 from auglocal_ext.planning.cut_table import module_options
 from auglocal_ext.planning.planner import Planner
 from auglocal_ext.planning.walker import cut_table
@@ -100,6 +100,7 @@ def test_a_refusal_walks_few_batches(monkeypatch):
         return real(planner, shape, rules)
 
     monkeypatch.setattr(budget_module, "cut_tables", tables)
+    monkeypatch.setattr(refusal, "cut_tables", tables)
     with torch.device("meta"):
         planner = Planner(models.CifarResNet(1))
     fronts = {

@@ -112,7 +112,7 @@ def test_the_papers_settings(recipe, asked, dataset, batch_size, lr, augmentatio
 
 def test_infopro_is_told_the_normalisation(recipe, asked, monkeypatch):
     monkeypatch.setattr(rules, "RULES", ("infopro",))
-    monkeypatch.setattr(rules, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
+    monkeypatch.setattr(rules.by_name, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
     assert recipe.main(["--rule", "infopro"]) == 130
     described = data.load("fake:40", 16).description
     assert asked.training["rule"] == ("infopro", described["mean"], described["std"])

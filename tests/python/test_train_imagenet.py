@@ -144,7 +144,7 @@ def test_infopro_is_told_the_normalisation(recipe, monkeypatch, tmp_path):
         raise Told
 
     monkeypatch.setattr(recipe.rules, "RULES", ("auglocal", "infopro"))
-    monkeypatch.setattr(recipe.rules, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
+    monkeypatch.setattr(recipe.rules.by_name, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
     monkeypatch.setattr(auglocal_ext, "train", train)
     run = ["--data", "fake:10", "--model", "resnet18", "--rule", "infopro", "--results", str(tmp_path / "r.jsonl")]
     with pytest.raises(Told):

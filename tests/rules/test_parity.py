@@ -49,7 +49,7 @@ def test_resnet34_imagenet_form(torchvision):
 def _load(trainer, fixture):
     """Puts the fixture's weights into the model and its aux nets; returns tensors by the fixture's names."""
     named = trainer.model.state_dict(keep_vars=True)
-    for part, module in zip(trainer._cuts[:-1], trainer.local_modules, strict=False):
+    for part, module in zip(trainer._spans[:-1], trainer.local_modules, strict=False):
         unit = trainer._backbone.units[part.last].name
         place = "0_0" if unit == "stem" else f"{unit[5]}_{unit.split('.')[1]}"
         nets = {f"aux_classifier_{place}.head.": module.head.net}

@@ -17,7 +17,7 @@ ADAM = partial(torch.optim.AdamW, lr=1e-3)
 
 @pytest.fixture
 def planned(tiny_model):
-    return plan(tiny_model, SHAPE, 2, memory_budget="2.1MB", optimizer=ADAM)
+    return plan(tiny_model, SHAPE, 2, modules=2, memory_budget="5MB", optimizer=ADAM)
 
 
 def stepped(trainer, batch):
@@ -33,7 +33,7 @@ def test_the_very_plan_is_run_and_is_what_is_measured(tiny_model, planned, batch
     trainer.step(*batch)
     with LiveBytes([*trainer.tensors(), *batch]) as live:
         trainer.step(*batch)
-    assert trainer.plan is planned and live.peak == planned.peak_bytes <= 2.1e6
+    assert trainer.plan is planned and live.peak == planned.peak_bytes <= 5e6
 
 
 def test_the_same_bits_as_with_its_borders(tiny_model, planned, batch):

@@ -83,7 +83,7 @@ def test_a_step_is_the_plain_step(tiny_model, batch):
     trainer = LocalTrainer(model, depth=2, optimizer=SGD)
     twin, twin_nets = copy.deepcopy(model), copy.deepcopy(trainer.aux_nets)
     result = trainer.step(images, labels)
-    expected = plain_step(twin, twin_nets, trainer._cuts, images, labels)
+    expected = plain_step(twin, twin_nets, trainer._spans, images, labels)
     torch.testing.assert_close(result.module_losses, expected, rtol=1e-10, atol=1e-12)
     for ours, plain in ((model, twin), (trainer.aux_nets, twin_nets)):
         for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
