@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from .node import At
-from .nodes import KINDS, Conv, Island, MaxPool, Relu
+from .nodes import KINDS, Activation, Conv, Island, MaxPool
 from .nodes.head import take_in_head
 from .nodes.loss import cross_entropy
 from .symbolic import Untraceable, symbolic_graph
@@ -99,12 +99,14 @@ def join(units, head, features, weight=1.0):
 
 
 def _pools_first(nodes):
-    """The nodes with each max-pool that alone reads a Relu before it: of the two only the small map has to be kept."""
+    """The nodes with each max-pool before the Activation in place that it alone reads, which does not fall anywhere: of
+    the two only the small map has to be kept."""
     ordered = list(nodes)
     readers = [source for node in nodes for source in node.sources]
     for i, (relu, pool) in enumerate(itertools.pairwise(nodes)):
         if (
-            isinstance(relu, Relu)
+            isinstance(relu, Activation)
+            and relu.in_place
             and isinstance(pool, MaxPool)
             and pool.source == relu.out
             and readers.count(relu.out) == 1

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
-from .relu import is_relu
+from .activation import is_relu
 
 __all__ = ["Norm", "affine", "batch_statistics", "is_plain_norm", "plain_batch_norm", "statistics"]
 

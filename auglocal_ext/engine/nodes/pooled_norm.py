@@ -10,9 +10,9 @@ from torch import nn
 from ...ops.batch_norm_act_max_pool import pool_window
 from ..node import Node
 from ..tensors import like
+from .activation import is_relu
 from .max_pool import is_plain_pool, plain_max_pool
 from .norm import affine, batch_statistics, is_plain_norm, plain_batch_norm, statistics
-from .relu import is_relu
 
 __all__ = ["PooledNorm"]
 
