@@ -10,6 +10,7 @@ from torch.nn.modules.utils import _pair
 
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
+from .activation import RELU
 from .island import Island
 from .norm import Norm, affine, batch_statistics, is_plain_norm, statistics
 
@@ -97,7 +98,8 @@ def take_in_head(nodes, features, weight):
             break
     match [getattr(node, "call", node) for node in tail]:
         case [Norm() as norm, pool, flatten, *middle, nn.Linear() as linear] if (
-            computes(pool, nn.AdaptiveAvgPool2d)
+            norm.function in (None, RELU)
+            and computes(pool, nn.AdaptiveAvgPool2d)
             and _pair(pool.output_size) == (1, 1)
             and computes(flatten, nn.Flatten)
             and (flatten.start_dim, flatten.end_dim) == (1, -1)

@@ -1,4 +1,4 @@
-"""Norm: BatchNorm in training mode with what is elementwise behind it, a residual and a ReLU."""
+"""Norm: BatchNorm in training mode with what is elementwise behind it, a residual and an activation."""
 
 import operator
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...ops.batch_norm_act import ACTIVATIONS
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
-from .activation import is_relu
+from .activation import RELU, Function, function_at, is_relu
 
 __all__ = ["Norm", "affine", "batch_statistics", "is_plain_norm", "plain_batch_norm", "statistics"]
 
@@ -19,7 +20,7 @@ _ops = torch.ops.auglocal_ext
 
 @dataclass(frozen=True)
 class Norm(Node):
-    """out = [relu](bn(source) [+ residual]), bn in training mode.
+    """out = [function](bn(source) [+ residual]), bn in training mode; with a residual the function is a ReLU.
 
     Keeps the source and the statistics of the batch. The output is dropped after its last reader, and rebuilt where the
     backward needs it; the backward writes over the incoming gradient, with a residual also over the source.
@@ -27,12 +28,23 @@ class Norm(Node):
 
     source: str
     bn: nn.BatchNorm2d
-    relu: bool
+    function: Function | None
     residual: str | None = None
 
     @property
     def sources(self):
         return (self.source,) if self.residual is None else (self.source, self.residual)
+
+    @property
+    def relu(self):
+        return self.function == RELU
+
+    @property
+    def act(self):
+        """What the op is told of the function: its number, and a slope."""
+        if self.function is None:
+            return ACTIVATIONS.index("none"), 0.0
+        return ACTIVATIONS.index(self.function.name), dict(self.function.options).get("negative_slope", 0.0)
 
     @classmethod
     def match(cls, at):
@@ -45,21 +57,22 @@ class Norm(Node):
             relu = at.only_reader(reader)
             # Without a ReLU behind it an add keeps nothing. The other side must have been computed by then.
             if len(others) == 1 and others[0] in at.values and relu is not None and is_relu(relu, at):
-                return cls(at.out, at.part, source, bn, True, at.values[others[0]]), relu
-        if reader is not None and is_relu(reader, at):
-            return cls(at.out, at.part, source, bn, True), reader
-        return cls(at.out, at.part, source, bn, False), at.node
+                return cls(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
+        found = None if reader is None else function_at(reader, at)
+        if found is not None and _is_fused(found[0]):
+            return cls(at.out, at.part, source, bn, found[0]), reader
+        return cls(at.out, at.part, source, bn, None), at.node
 
     def plain(self, x, residual=None):
         y = plain_batch_norm(self.bn, x)
         y = y if residual is None else y + residual
-        return F.relu(y) if self.relu else y
+        return y if self.function is None else self.function(y)
 
     def forward(self, emit):
         of_batch = statistics(self)
-        emit.step(self, "norm", partial(_norm, self.bn, self.relu), self.sources, [self.out, *of_batch])
+        emit.step(self, "norm", partial(_norm, self.bn, *self.act), self.sources, [self.out, *of_batch])
         reads = [self.source, *of_batch, *self.sources[1:]]
-        emit.derive(self, "rebuild", partial(_rebuild, self.bn, self.relu), reads, [self.out], like=self.source)
+        emit.derive(self, "rebuild", partial(_rebuild, self.bn, *self.act), reads, [self.out], like=self.source)
 
     def backward(self, emit):
         reads = [emit.take(self.out), self.source, *statistics(self)]
@@ -68,7 +81,7 @@ class Norm(Node):
             run, reads = partial(_residual_backward, self.bn, emit.owns(self.source)), [*reads, self.out]
             gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
         else:
-            run = partial(_backward, self.bn, self.relu)
+            run = partial(_backward, self.bn, *self.act)
             reads += [self.out] if self.out == emit.features else []
         emit.step(self, "norm backward", run, reads, [*gives, *parameters])
 
@@ -78,6 +91,8 @@ class Norm(Node):
             nn.BatchNorm2d(4),
             nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Conv2d(4, 4, 1)),
             nn.Sequential(nn.BatchNorm2d(4, eps=0.1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
+            *(nn.Sequential(nn.BatchNorm2d(4), act) for act in (nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh"))),
+            nn.Sequential(nn.BatchNorm2d(4), nn.ReLU6(), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 1)),
             _Residual(),
         )
 
@@ -130,6 +145,11 @@ def batch_statistics(bn, x):
     return mean, var
 
 
+def _is_fused(function):
+    """Whether the op computes it too."""
+    return function.name in ACTIVATIONS and function.options != (("approximate", "tanh"),)
+
+
 def _is_add(node):
     return (
         node.op == "call_function"
@@ -139,25 +159,25 @@ def _is_add(node):
     )
 
 
-def _norm(bn, relu, x, residual=None):
+def _norm(bn, act, slope, x, residual=None):
     residual = None if residual is None else like(residual, x)
-    y, mean, var = _ops.batch_norm_act(x, *affine(bn), residual, bn.eps, relu)
+    y, mean, var = _ops.batch_norm_act(x, *affine(bn), residual, bn.eps, act, slope)
     _update_running_statistics(bn, mean, var, x)
     return y, mean, var
 
 
-def _rebuild(bn, relu, over, x, mean, var, residual=None):
+def _rebuild(bn, act, slope, over, x, mean, var, residual=None):
     if residual is not None:
         residual = like(residual, x)
     out = next((read for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
     out = torch.empty_like(x) if out is None else out
-    _ops.batch_norm_act_apply_out(x, *affine(bn), mean, var, residual, bn.eps, relu, out)
+    _ops.batch_norm_act_apply_out(x, *affine(bn), mean, var, residual, bn.eps, act, out, slope)
     return out
 
 
-def _backward(bn, relu, grad, x, mean, var, _output=None):
+def _backward(bn, act, slope, grad, x, mean, var, _output=None):
     dx = like(grad, x)
-    return dx, *_ops.batch_norm_act_backward_out(dx, x, *affine(bn), mean, var, None, bn.eps, relu, dx, None)
+    return dx, *_ops.batch_norm_act_backward_out(dx, x, *affine(bn), mean, var, None, bn.eps, act, dx, None, slope)
 
 
 def _residual_backward(bn, over, grad, x, mean, var, y):
