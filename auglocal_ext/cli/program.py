@@ -1,4 +1,4 @@
-"""The command line: `auglocal train` and `auglocal plan`; also `python -m auglocal_ext`."""
+"""The command line: `auglocal train`, `plan` and `resume`; also `python -m auglocal_ext`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ..rules.by_name import RULES
 from .errors import run
 from .options import Parser, device, number, seed, size, whole
 from .plan import plan_command
-from .train import train_command
+from .train import resume_command, train_command
 
 __all__ = ["main"]
 
@@ -27,8 +27,15 @@ def main(arguments=None):
 
 def _parser():
     parser = Parser(prog="auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
-    commands = parser.add_subparsers(required=True, metavar="train|plan")
+    commands = parser.add_subparsers(required=True, metavar="train|plan|resume")
 
+    for command in (_add_train(commands), _add_plan(commands)):
+        _add_cut(command)
+    _add_resume(commands)
+    return parser
+
+
+def _add_train(commands):
     training = commands.add_parser("train", help="train a model", description="Trains a model; leaves runs/NAME/.")
     training.set_defaults(run=train_command)
     add = training.add_argument
@@ -49,7 +56,10 @@ def _parser():
     add("--name", help="of the run's folder (default: made of the settings and the time)")
     add("--runs", type=Path, default=Path("runs"), help="where runs' folders go (default: %(default)s)")
     add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+    return training
 
+
+def _add_plan(commands):
     planning = commands.add_parser("plan", help="show how a model is cut", description="Shows how a model is cut.")
     planning.set_defaults(run=plan_command)
     add = planning.add_argument
@@ -58,39 +68,53 @@ def _parser():
     add("--num-classes", type=whole(1), default=10, help="outputs of the model (default: %(default)s)")
     add("--picture", type=Path, metavar="FILE", help="draw live memory over the step, as PNG, PDF or SVG")
     add("--front", type=Path, metavar="FILE", help="with --budget: draw memory against arithmetic for every K")
+    return planning
 
-    for command in (training, planning):
-        add = command.add_argument
-        add(
-            "--model",
-            default="resnet20",
-            help="resnet20 ... resnet110, or a ResNet or VGG of torchvision (default: %(default)s)",
-        )
-        add(
-            "--rule",
-            choices=RULES,
-            default="auglocal",
-            help="learning rule; bp: plain backpropagation (default: %(default)s)",
-        )
-        add(
-            "--depth",
-            type=whole(2, words=("auto",)),
-            default=4,
-            help="layers of an auxiliary net and its classifier; auto: what --budget allows (default: %(default)s)",
-        )
-        add(
-            "--form",
-            choices=FORMS,
-            help="cifar: aux nets less deep toward the output, the last DEPTH units one module; imagenet: one module "
-            "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
-        )
-        add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
-        add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
-        add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
-        add(
-            "--budget",
-            type=size,
-            metavar="SIZE",
-            help="bytes a step may take, such as 6GB: cut where it fits at the least work",
-        )
-    return parser
+
+def _add_resume(commands):
+    resuming = commands.add_parser(
+        "resume", help="go on with a run", description="Goes on with a run from its last whole epoch, by its settings."
+    )
+    resuming.set_defaults(run=resume_command)
+    add = resuming.add_argument
+    add("run_folder", type=Path, metavar="RUN", help="its folder, runs/NAME")
+    add("--epochs", type=whole(1), help="times through the training data in all (default: as the run was begun)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: as the run was begun)")
+    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+
+
+def _add_cut(command):
+    """What is trained, and how it is cut."""
+    add = command.add_argument
+    add(
+        "--model",
+        default="resnet20",
+        help="resnet20 ... resnet110, or a ResNet or VGG of torchvision (default: %(default)s)",
+    )
+    add(
+        "--rule",
+        choices=RULES,
+        default="auglocal",
+        help="learning rule; bp: plain backpropagation (default: %(default)s)",
+    )
+    add(
+        "--depth",
+        type=whole(2, words=("auto",)),
+        default=4,
+        help="layers of an auxiliary net and its classifier; auto: what --budget allows (default: %(default)s)",
+    )
+    add(
+        "--form",
+        choices=FORMS,
+        help="cifar: aux nets less deep toward the output, the last DEPTH units one module; imagenet: one module "
+        "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
+    )
+    add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
+    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
+    add(
+        "--budget",
+        type=size,
+        metavar="SIZE",
+        help="bytes a step may take, such as 6GB: cut where it fits at the least work",
+    )

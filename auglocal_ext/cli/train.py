@@ -1,6 +1,8 @@
-"""`auglocal train`"""
+"""`auglocal train` and `auglocal resume`"""
 
+import argparse
 import contextlib
+import json
 import sys
 import time
 from functools import partial
@@ -18,7 +20,7 @@ from ..training.loop import TrainingInterrupted, train
 from .checks import check_cut, check_image_size
 from .errors import in_words_of_options
 
-__all__ = ["train_command"]
+__all__ = ["resume_command", "train_command"]
 
 
 def train_command(options):
@@ -26,26 +28,42 @@ def train_command(options):
         raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
     cuttable = check_cut(options)
     with _new_folder(options) as folder:
-        torch.manual_seed(options.seed)
-        reading = {
-            "workers": options.workers,
-            "download": options.download,
-            "device": options.device,
-            "progress": not options.quiet,
-        }
-        source = data.load(options.data, options.batch_size, **reading)
-        check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
-        return _train_in(folder, options, source)
+        return _train_in(folder, options, _read_data(options, cuttable))
+
+
+def resume_command(options):
+    """Goes on with a run, from its last whole epoch, by the settings that it was begun with."""
+    folder = options.run_folder
+    try:
+        settings = json.loads((folder / "settings.json").read_text())["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} is no run of auglocal train, expected a folder with settings.json: give runs/NAME ({error})"
+        ) from None
+    settings |= {"runs": Path(settings["runs"]), "quiet": options.quiet}
+    settings |= {name: vars(options)[name] for name in ("epochs", "device") if vars(options)[name] is not None}
+    settings = argparse.Namespace(**settings)
+    return _train_in(folder, settings, _read_data(settings, check_cut(settings)))
+
+
+def _read_data(options, cuttable):
+    torch.manual_seed(options.seed)
+    reading = {"workers": options.workers, "download": options.download, "device": options.device}
+    source = data.load(options.data, options.batch_size, progress=not options.quiet, **reading)
+    check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
+    return source
 
 
 def _train_in(folder, options, source):
-    """Trains on a Data; leaves the files in the folder."""
+    """Trains on a Data, from the run's last whole epoch where there is one; leaves the files in the folder."""
     model, history = models.create(options.model, source.num_classes), []
-    write_json(folder / "settings.json", _settings(options, source))
+    if (folder / "history.json").exists():
+        history = json.loads((folder / "history.json").read_text())
 
     def save(entry):
-        # After every epoch, so that no interruption costs more than one.
-        history.append(entry)
+        # After every epoch, so that no interruption costs more than one. One may be told again.
+        history[entry["epoch"] - 1 :] = [entry]
+        write_json(folder / "settings.json", _settings(options, source))
         write_json(folder / "history.json", history)
         save_model(folder / "model.pt", model)
 
@@ -69,6 +87,7 @@ def _train_in(folder, options, source):
             seed=options.seed,
             progress=not options.quiet,
             on_epoch=save,
+            checkpoint=folder / "checkpoint",
         )
     except (TrainingInterrupted, TrainingDiverged) as stop:
         if not history:
@@ -87,7 +106,8 @@ def _train_in(folder, options, source):
     print(
         f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "
         f"{time.perf_counter() - started:.1f} s, peak memory {format_bytes(result.peak_bytes)}\n"
-        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png"
+        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png; "
+        f"`auglocal resume {folder} --epochs N` goes on"
     )
     return status
 
@@ -95,7 +115,7 @@ def _train_in(folder, options, source):
 def _settings(options, source):
     """What is needed to use model.pt: the options, the versions, the classes and the images' normalisation."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    given.pop("run")
+    given.pop("run", None)
     versions = {"torch": torch.__version__, "auglocal_ext": __version__}
     return {"options": given, "versions": versions, **source.description, "num_classes": source.num_classes}
 
@@ -123,7 +143,7 @@ def _new_folder(options):
     finally:
         if not (folder / "history.json").exists():
             (folder / "settings.json").unlink(missing_ok=True)
-            for path in created:
+            for path in (folder / "checkpoint", *created):
                 with contextlib.suppress(OSError):  # another run's folder lies in it by now
                     path.rmdir()
 

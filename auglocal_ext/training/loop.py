@@ -15,10 +15,11 @@ from ..ops.batch_norm_act import memory_format
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
 from ..planning.result import Plan
+from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
 from .epoch import PeakMeter, factor_at, train_epoch
 from .evaluate import Validation, accuracies, modes_of, restore
-from .loaders import interrupt_sets, length_of, no_bar, peek
+from .loaders import interrupt_sets, length_of, move, no_bar, peek
 from .trainer import LocalTrainer
 
 __all__ = ["TrainResult", "TrainingInterrupted", "train"]
@@ -71,6 +72,7 @@ def train(
     progress=True,
     on_epoch=None,
     keep_aux_nets=False,
+    checkpoint=None,
 ):
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
@@ -101,6 +103,10 @@ def train(
         progress: a progress bar and a line per epoch.
         on_epoch: called with each epoch's history entry.
         keep_aux_nets: return the aux nets in the result.
+        checkpoint: a folder, for last.pt, written after every epoch, when `on_epoch` was called, and best.pt. A
+            training that has one there goes on from it: the same call again, after a crash or with more epochs, ends as
+            one that was never stopped, on a CPU to the bit (with loaders that draw from torch's, Python's or NumPy's
+            own generators, or have a `state_dict`). A checkpoint of another model, rule or cut is refused.
 
     Returns:
         TrainResult
@@ -121,20 +127,28 @@ def train(
     cutting = {"rule": rule, "form": form, "modules": modules, "memory_budget": memory_budget}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
-    del first  # its images would live through the whole training
     validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
     if val_loader is not None:
         val_loader = _checked_validation(model, val_loader, epochs, validation)
 
     modes, history, odd = modes_of(model), [], names_not_finite(trainer)
     epoch_length, meter, stop = length_of(loader), PeakMeter(trainer), threading.Event()
+    if checkpoint is not None:
+        checkpoint = Checkpoints(checkpoint, loader, trainer.device)
+        history = checkpoint.restore(trainer, meter, epochs)
+        batches = loader if history else batches  # the first batch was drawn before the generators were put back
+        if history and progress:
+            tqdm.write(f"going on behind epoch {len(history)}/{epochs}, from {checkpoint.folder}")
+        if len(history) == epochs:
+            trainer.plan_for(move(first, trainer.device)[0])  # which no step will do
+    del first  # its images would live through the whole training
 
     def result():
         return TrainResult(history, trainer.plan, meter.peak, trainer.aux_nets if keep_aux_nets else None)
 
     try:
         with interrupt_sets(stop):
-            for epoch in range(epochs):
+            for epoch in range(len(history), epochs):
                 factor = factor_at(schedule, epoch, epochs, epoch_length)
                 with _bar(epoch, epochs, epoch_length, progress) as bar:
                     entry, epoch_length = train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
@@ -147,6 +161,8 @@ def train(
                     tqdm.write(_epoch_line(entry, epochs))
                 if on_epoch is not None:
                     on_epoch(entry)
+                if checkpoint is not None:
+                    checkpoint.save(trainer, history, meter.peak)
                 batches = loader
         check_learnt(history, trainer)
     except NotFinite as error:

@@ -22,6 +22,7 @@ from ..planning.planner import Planner, train_mode
 from ..rules.by_name import as_rule
 from ..rules.cutting import assert_apart, cut, local_heads
 from .errors import check_parameters, check_plan, say_where_it_stopped
+from .state import load_state, state_of
 from .watch import Watch
 
 __all__ = ["LocalModule", "LocalTrainer", "StepResult"]
@@ -339,6 +340,16 @@ class LocalTrainer:
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+    def state_dict(self):
+        """Everything that the next step depends on: weights, auxiliary nets, optimizers, random number generators; what
+        torch.save saves and torch.load loads with weights_only=True."""
+        return state_of(self)
+
+    def load_state_dict(self, state):
+        """Puts the trainer where `state_dict` found one that was made as it is: on a CPU the next steps are the same to
+        the bit. ValueError, with nothing changed, where the state is of another model, rule, cut or version."""
+        load_state(self, state)
 
     @property
     def image_channels(self):

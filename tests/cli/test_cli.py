@@ -19,7 +19,7 @@ from auglocal_ext.cli.errors import run
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.cli.program import main
 
-FILES = {"model.pt", "settings.json", "history.json", "learning_curve.png"}
+FILES = {"model.pt", "settings.json", "history.json", "learning_curve.png", "checkpoint"}
 
 
 def test_train_writes_what_it_says(tmp_path, capsys):
@@ -102,6 +102,42 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == 130
     assert {file.name for file in (tmp_path / "x").iterdir()} == FILES
     assert "interrupted after 1 whole epochs" in capsys.readouterr().err
+
+
+def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
+    arguments = [*FAKE, "--data", "fake:64", "--epochs", "3", "--runs", str(tmp_path), "--name"]
+    assert main([*arguments, "whole"]) == 0
+    real = cli.train.train
+
+    def interrupted(*args, on_epoch, **options):
+        def stop_after_second(entry):
+            on_epoch(entry)
+            if entry["epoch"] == 2:
+                raise KeyboardInterrupt
+
+        return real(*args, on_epoch=stop_after_second, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.train, "train", interrupted)
+        assert main([*arguments, "part"]) == 130
+    assert main(["resume", str(tmp_path / "part"), "--quiet"]) == 0
+    whole, part = (torch.load(tmp_path / name / "model.pt") for name in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    losses = [
+        [e["loss"] for e in json.loads((tmp_path / name / "history.json").read_text())] for name in ("whole", "part")
+    ]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    assert main(["resume", str(tmp_path / "part"), "--quiet", "--epochs", "4"]) == 0
+    assert len(json.loads((tmp_path / "part" / "history.json").read_text())) == 4
+    before = (tmp_path / "part" / "settings.json").read_text()
+    capsys.readouterr()
+    one_sentence(
+        "auglocal", ["resume", str(tmp_path / "part"), "--epochs", "2"], ".*has a training of 4 epochs", capsys
+    )
+    assert (tmp_path / "part" / "settings.json").read_text() == before
+    one_sentence(
+        "auglocal", ["resume", str(tmp_path)], ".* is no run of auglocal train, expected a folder with", capsys
+    )
 
 
 def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
@@ -411,7 +447,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_epoch_before(tmp_path, capsys,
 
     def save(*arguments):
         saves.append(arguments)
-        if len(saves) == 2:
+        if len(saves) == 4:  # each epoch the model, the last and the best checkpoint
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 

@@ -1,0 +1,98 @@
+"""Everything that a trainer's next step depends on, as plain values and tensors, and back."""
+
+import random
+
+import numpy
+import torch
+
+__all__ = ["load_state", "state_of"]
+
+VERSION = 1
+
+
+def state_of(trainer):
+    """Weights, statistics, auxiliary nets, optimizers, random numbers; what torch.load(weights_only=True) can load."""
+    return {
+        "version": VERSION,
+        "made_of": _made_of(trainer),
+        "model": trainer.model.state_dict(),
+        "aux_nets": trainer.aux_nets.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "random": _random_state(trainer.device),
+    }
+
+
+def load_state(trainer, state):
+    """Puts a trainer and the random number generators where `state_of` found them.
+
+    Raises:
+        ValueError: the state is of another version, model, rule or cut; says which. Nothing has changed then.
+    """
+    if not isinstance(state, dict) or "made_of" not in state:
+        raise ValueError("this is no state of a LocalTrainer: expected what its state_dict() returned")
+    if state["version"] != VERSION:
+        raise ValueError(f"the state is of version {state['version']}, this auglocal_ext reads version {VERSION}")
+    for name, ours in _made_of(trainer).items():
+        if state["made_of"].get(name) != ours:
+            raise ValueError(
+                f"the state was saved with {name} {state['made_of'].get(name)}, this trainer has {ours}: make the "
+                f"model and the trainer as they were then"
+            )
+    for name, module in (("model", trainer.model), ("aux_nets", trainer.aux_nets)):
+        _check_fits(name, module.state_dict(), state[name])
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        ours, theirs = ([len(group["params"]) for group in groups] for groups in (optimizer.param_groups,
+                                                                                 saved["param_groups"]))  # fmt: skip
+        if ours != theirs:
+            raise ValueError(
+                f"the state's optimizers have groups of {theirs} parameters, this trainer's of {ours}: give the same "
+                f"optimizer="
+            )
+    trainer.model.load_state_dict(state["model"])
+    trainer.aux_nets.load_state_dict(state["aux_nets"])
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    _set_random_state(state["random"], trainer.device)
+
+
+def _made_of(trainer):
+    """What has to be equal, in plain values."""
+    rule = trainer._rule
+    return {
+        "model": type(trainer.model).__name__,
+        "rule": rule.name,
+        "depth": rule.depth,
+        "borders": [span.last for span in trainer._spans[:-1]],
+        "precision": trainer.precision,
+        "recompute": trainer.recompute,
+        "optimizer": type(trainer.optimizers[0]).__name__,
+    }
+
+
+def _check_fits(name, ours, theirs):
+    for key in (*ours, *theirs):
+        if key not in theirs or key not in ours or ours[key].shape != theirs[key].shape:
+            have, had = (tuple(state[key].shape) if key in state else "none" for state in (ours, theirs))
+            raise ValueError(
+                f"the state is of another {name}: its {key} has shape {had}, expected {have}; make the model and the "
+                f"trainer as they were when it was saved"
+            )
+
+
+def _random_state(device):
+    """Of the generators that training draws from: torch's of the CPU and of the device, Python's, NumPy's."""
+    kind, keys, *rest = numpy.random.get_state()
+    found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def _set_random_state(state, device):
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
