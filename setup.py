@@ -63,7 +63,7 @@ def made_of():
     parts = [(str(file.relative_to(ROOT)), file.read_bytes()) for file in files]
     parts += [torch and (torch / "version.py").read_text(), sys.version, sysconfig.get_config_var("EXT_SUFFIX")]
     for tool in (environment().get("CXX", "c++"), environment().get("CUDACXX", "nvcc")):
-        parts.append(shutil.which(tool) and subprocess.check_output([tool, "--version"], text=True))
+        parts.append(shutil.which(tool) and subprocess.run([tool, "--version"], capture_output=True).stdout)
     parts += [os.environ.get(name) for name in ("CXXFLAGS", "CUDAARCHS", "CUDAFLAGS", "LDFLAGS")]
     return sha256(repr(parts).encode()).hexdigest()
 

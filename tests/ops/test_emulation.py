@@ -94,7 +94,7 @@ def test_tensors_may_begin_anywhere(shape, layout, dtype, emulator):
         assert_close(everything(shape, dtype, layout, place=shifted), expected, dtype)
 
 
-@pytest.mark.parametrize(("layout", "device"), zip(LAYOUTS, ["sm_80", "sm_90"], strict=True))
+@pytest.mark.parametrize(("layout", "device"), [*zip(LAYOUTS, ["sm_80", "sm_90"], strict=True)])
 def test_whole_gpus(layout, device, emulator):
     """As many blocks to a team as a GPU has room for."""
     shape = (12, 20, 17, 16)
