@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from ..ops.batch_norm_act import memory_format
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
 from ..planning.result import Plan
+from ..rules.rule import Rule
 from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
 from .epoch import PeakMeter, factor_at, train_epoch
 from .evaluate import Validation, accuracies, modes_of, restore
@@ -52,26 +53,26 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def train(
-    model,
-    loader,
-    depth=4,
+    model: nn.Module,
+    loader: Iterable,
+    depth: int | str = 4,
     *,
-    val_loader=None,
-    epochs=10,
-    rule="auglocal",
-    form=None,
-    modules=None,
-    memory_budget=None,
-    recompute=False,
-    optimizer=None,
-    schedule=cosine,
-    precision="fp32",
-    device=None,
-    seed=None,
-    progress=True,
-    on_epoch=None,
-    keep_aux_nets=False,
-):
+    val_loader: Iterable | None = None,
+    epochs: int = 10,
+    rule: str | Rule | type[Rule] = "auglocal",
+    form: str | None = None,
+    modules: int | None = None,
+    memory_budget: int | str | None = None,
+    recompute: bool = False,
+    optimizer: Callable | None = None,
+    schedule: Callable | None = cosine,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    on_epoch: Callable | None = None,
+    keep_aux_nets: bool = False,
+) -> TrainResult:
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
     Args:
@@ -126,7 +127,8 @@ def train(
     if val_loader is not None:
         val_loader = _checked_validation(model, val_loader, epochs, validation)
 
-    modes, history, odd = modes_of(model), [], names_not_finite(trainer)
+    modes, odd = modes_of(model), names_not_finite(trainer)
+    history: list[dict] = []
     epoch_length, meter, stop = length_of(loader), PeakMeter(trainer), threading.Event()
 
     def result():
