@@ -6,6 +6,7 @@ shortcut, as in the AugLocal authors' code. state_dict keys: conv1 bn1 layer1..3
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -48,7 +49,7 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet of 6n + 2 layers for small images: (N, in_channels, H, W) -> (N, num_classes)."""
 
-    def __init__(self, blocks_per_stage, num_classes=10, in_channels=3):
+    def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -63,7 +64,7 @@ class CifarResNet(nn.Module):
         first = BasicBlock(in_channels, channels, stride)
         return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
@@ -87,30 +88,30 @@ def initialised(*layers):
     return net
 
 
-def resnet20(num_classes=10, in_channels=3):
+def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(3, num_classes, in_channels)
 
 
-def resnet32(num_classes=10, in_channels=3):
+def resnet32(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(5, num_classes, in_channels)
 
 
-def resnet44(num_classes=10, in_channels=3):
+def resnet44(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(7, num_classes, in_channels)
 
 
-def resnet56(num_classes=10, in_channels=3):
+def resnet56(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(9, num_classes, in_channels)
 
 
-def resnet110(num_classes=10, in_channels=3):
+def resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
     return CifarResNet(18, num_classes, in_channels)
 
 
 _CIFAR = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110)}
 
 
-def create(name, num_classes):
+def create(name: str, num_classes: int) -> nn.Module:
     """A new model by name: one of the CIFAR ResNets here, else torchvision's classifier of that name, untrained.
 
     Raises:

@@ -1,5 +1,7 @@
 """Batches from images that are held as bytes on a device, and made there."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 from ..common.checks import normalisation, whole_number
@@ -28,7 +30,19 @@ class DeviceLoader:
         ValueError, TypeError: naming the argument that is none of this.
     """
 
-    def __init__(self, images, labels, batch_size, mean, std, *, augment, pad=0, flip=False, device="cpu"):
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        batch_size: int,
+        mean: Iterable[float] | torch.Tensor,
+        std: Iterable[float] | torch.Tensor,
+        *,
+        augment: bool,
+        pad: int = 0,
+        flip: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> None:
         check_bytes(images)
         if not isinstance(labels, torch.Tensor):
             raise TypeError(f"labels must be a tensor, given {type(labels).__name__}")
@@ -47,10 +61,10 @@ class DeviceLoader:
         self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
         self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         order = (torch.randperm if self.augment else torch.arange)(len(self.images), device=self.images.device)
         for chosen in order.split(self.batch_size):
             yield self._batch(self.images[chosen]), self.labels[chosen]  # no name here keeps a batch past its step
@@ -101,7 +115,7 @@ def _reflected(index, size):
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def mean_and_std(images):
+def mean_and_std(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(C,) and (C,): mean and deviation of each channel of images (N, C, H, W), uint8, scaled to 0..1."""
     check_bytes(images)
     values = torch.arange(256, dtype=torch.float64) / 255

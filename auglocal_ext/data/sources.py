@@ -27,15 +27,15 @@ AUGMENTATIONS = {
 
 
 def load(
-    source,
-    batch_size,
+    source: str,
+    batch_size: int,
     *,
-    device="cpu",
-    workers=0,
-    download=False,
-    progress=False,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    download: bool = False,
+    progress: bool = False,
     augmentation=AUGMENTATIONS["cifar10"],
-):
+) -> Data:
     """The data a source names.
 
     Args:

@@ -19,7 +19,15 @@ __all__ = [
 ]
 
 
-def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`relu(batch_norm(x) + residual)` in training mode, with the batch's own statistics.
 
     For the backward pass it keeps `x`, and with both a residual and a ReLU the output `y` (whose sign is
@@ -51,7 +59,15 @@ def batch_norm_act(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
     return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, relu)
 
 
-def batch_norm_act_reference(x, weight, bias, residual=None, *, eps=1e-5, relu=True):
+def batch_norm_act_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     if residual is not None:
@@ -60,7 +76,7 @@ def batch_norm_act_reference(x, weight, bias, residual=None, *, eps=1e-5, relu=T
     return F.relu(y) if relu else y, mean, var
 
 
-def batch_norm_statistics(x):
+def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a BatchNorm in training mode normalises by, alone: (mean, biased variance) over (N, H, W), each (C,).
 
     x: (N, C, H, W), float32, bfloat16 or float64. The result is float64 for float64 x and float32 otherwise, the
@@ -70,7 +86,18 @@ def batch_norm_statistics(x):
     return torch.ops.auglocal_ext.batch_norm_statistics(x)
 
 
-def batch_norm_act_apply(x, weight, bias, mean, var, residual=None, *, eps=1e-5, relu=True, out=None):
+def batch_norm_act_apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`batch_norm_act`'s output again, to the bit, from its input and the statistics it returned.
 
     Args:
@@ -89,7 +116,20 @@ def batch_norm_act_apply(x, weight, bias, mean, var, residual=None, *, eps=1e-5,
     return out
 
 
-def batch_norm_act_backward(grad, x, weight, bias, mean, var, y=None, *, eps=1e-5, relu=True, dx=None, dresidual=None):
+def batch_norm_act_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    y: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    dx: torch.Tensor | None = None,
+    dresidual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The gradients of `batch_norm_act`.
 
     Args:

@@ -12,7 +12,17 @@ from .batch_norm_act import batch_norm_act_reference, check, memory_format
 __all__ = ["batch_norm_act_max_pool", "batch_norm_act_max_pool_reference"]
 
 
-def batch_norm_act_max_pool(x, weight, bias, kernel_size, stride=None, padding=0, *, ceil_mode=False, eps=1e-5):
+def batch_norm_act_max_pool(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    *,
+    ceil_mode: bool = False,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`max_pool2d(relu(batch_norm(x)))` in training mode, with the batch's own statistics.
 
     For the backward pass it keeps x and one byte per output, the position of the maximum in its window; eager torch
@@ -55,8 +65,16 @@ def batch_norm_act_max_pool(x, weight, bias, kernel_size, stride=None, padding=0
 
 
 def batch_norm_act_max_pool_reference(
-    x, weight, bias, kernel_size, stride=None, padding=0, *, ceil_mode=False, eps=1e-5
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    *,
+    ceil_mode: bool = False,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`batch_norm_act_max_pool` in plain torch, differentiated by autograd; returns (y, mean, var)."""
     y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps)
     return F.max_pool2d(y, kernel_size, stride, padding, ceil_mode=ceil_mode), mean, var

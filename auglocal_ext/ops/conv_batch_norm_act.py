@@ -15,8 +15,19 @@ __all__ = ["conv_batch_norm_act", "conv_batch_norm_act_reference"]
 
 
 def conv_batch_norm_act(
-    x, weight, bias, conv_weight, conv_bias=None, *, stride=1, padding=0, dilation=1, groups=1, eps=1e-5, relu=True
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`conv2d(relu(batch_norm(x)))` in training mode, with the batch's own statistics.
 
     For the backward pass it keeps x, not the activation. The backward makes the activation again, elementwise, for
@@ -55,8 +66,19 @@ def conv_batch_norm_act(
 
 
 def conv_batch_norm_act_reference(
-    x, weight, bias, conv_weight, conv_bias=None, *, stride=1, padding=0, dilation=1, groups=1, eps=1e-5, relu=True
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`conv_batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
     y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, relu=relu)
     return F.conv2d(y, conv_weight, conv_bias, stride, padding, dilation, groups), mean, var

@@ -31,19 +31,19 @@ class PooledCrossEntropy(NamedTuple):
 
 
 def pooled_cross_entropy(
-    x,
-    linear_weight,
-    linear_bias,
-    labels,
+    x: torch.Tensor,
+    linear_weight: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    labels: torch.Tensor,
     *,
-    bn=None,
-    residual=None,
-    relu=True,
-    eps=1e-5,
-    head_bn=None,
-    label_smoothing=0.0,
-    ignore_index=-100,
-):
+    bn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    residual: torch.Tensor | None = None,
+    relu: bool = True,
+    eps: float = 1e-5,
+    head_bn: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> PooledCrossEntropy:
     """Loss and logits of [relu(batch_norm(x) + residual) ->] average pool -> [batch_norm ->] linear -> cross-entropy.
 
     In training mode: both BatchNorms use the batch's own statistics; running statistics are the caller's, to update
@@ -113,19 +113,19 @@ def pooled_cross_entropy(
 
 
 def pooled_cross_entropy_reference(
-    x,
-    linear_weight,
-    linear_bias,
-    labels,
+    x: torch.Tensor,
+    linear_weight: torch.Tensor,
+    linear_bias: torch.Tensor | None,
+    labels: torch.Tensor,
     *,
-    bn=None,
-    residual=None,
-    relu=True,
-    eps=1e-5,
-    head_bn=None,
-    label_smoothing=0.0,
-    ignore_index=-100,
-):
+    bn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    residual: torch.Tensor | None = None,
+    relu: bool = True,
+    eps: float = 1e-5,
+    head_bn: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> PooledCrossEntropy:
     """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
     mean = var = head_mean = head_var = None
     if bn is not None:

@@ -1,37 +1,40 @@
 """Plans a training without running it: what a step will consist of and hold."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from ..backbone.families import as_backbone
 from ..common.checks import whole_number
 from ..common.memory import parse_bytes
 from ..rules.by_name import as_rule
 from ..rules.cutting import cut
+from ..rules.rule import Rule
 from .budget import candidates, check_device, choose
 from .eager import eager_bytes
 from .planner import Planner
+from .result import Plan
 
 __all__ = ["check_shape", "plan"]
 
 
 @torch.inference_mode(False)
 def plan(
-    model,
-    input_shape,
-    depth=4,
+    model: nn.Module,
+    input_shape: Iterable[int],
+    depth: int | str = 4,
     *,
-    rule="auglocal",
-    form=None,
-    modules=None,
-    precision="fp32",
-    memory_budget=None,
-    recompute=False,
-    optimizer=None,
-    memory_format=torch.contiguous_format,
-):
+    rule: str | Rule | type[Rule] = "auglocal",
+    form: str | None = None,
+    modules: int | None = None,
+    precision: str = "fp32",
+    memory_budget: int | str | None = None,
+    recompute: bool = False,
+    optimizer: Callable | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Plan:
     """Plans a training without running it; the model is not changed.
 
     Args:

@@ -1,5 +1,6 @@
 """What a learning rule is: which net and which loss stand behind a local module. For one of your own derive `Rule`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,11 @@ class ExtraLoss(nn.Module):
         net: features (N, C, H, W) -> prediction. It runs on the fused ops where they know its layers.
     """
 
-    def __init__(self, net):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
-    def loss(self, prediction, labels, images):
+    def loss(self, prediction: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """A scalar, differentiable by autograd in the prediction. It also runs on meta tensors, when a step is planned:
         no .item(), no branch on values; constant tensors belong into buffers (register_buffer).
 
@@ -59,7 +60,7 @@ class ExtraLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, features, labels, images):
+    def forward(self, features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return self.loss(self.net(features), labels, images)
 
 
@@ -96,29 +97,29 @@ class Rule:
     def __init_subclass__(cls):
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
-    def check(self, backbone):
+    def check(self, backbone: Backbone) -> None:
         """Raises ValueError where the rule does not fit a backbone."""
 
-    def check_images(self, images):
+    def check_images(self, images: torch.Tensor) -> None:
         """Raises ValueError where the rule does not fit the images of a first batch, (N, C, H, W)."""
 
-    def borders(self, backbone):
+    def borders(self, backbone: Backbone) -> Iterable[int]:
         """The last unit of each module but the last one. Default: one module per unit."""
         return range(len(backbone.units) - 1)
 
-    def aux_net(self, border):
+    def aux_net(self, border: Border) -> nn.Module:
         """A new net behind a border: features of border.shape -> (N, border.num_classes)."""
         raise NotImplementedError(f"{type(self).__name__} must define aux_net(border), an nn.Module")
 
-    def extra_loss(self, border):
+    def extra_loss(self, border: Border) -> ExtraLoss | None:
         """A new ExtraLoss behind a border, or None."""
         return None
 
-    def weights(self, border):
+    def weights(self, border: Border) -> tuple[float, float]:
         """(of the extra loss, of the cross-entropy)"""
         return 0.0, 1.0
 
-    def describe(self, border):
+    def describe(self, border: Border) -> str:
         """The aux net in a few words, for the plan's table. Default: its layers that have weights, and their width."""
         with torch.device("meta"):
             layers = self.aux_net(border).modules()

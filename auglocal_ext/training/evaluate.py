@@ -1,8 +1,10 @@
 """The accuracy of a model on a loader."""
 
 import threading
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..common import checks
@@ -21,7 +23,7 @@ def restore(modes):
         module.training = training
 
 
-def evaluate(model, loader, *, precision="fp32", progress=False):
+def evaluate(model: nn.Module, loader: Iterable, *, precision: str = "fp32", progress: bool = False) -> float:
     """The model's accuracy on a loader, in eval mode; the modes are restored.
 
     Args:

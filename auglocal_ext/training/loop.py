@@ -2,8 +2,9 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ..ops.batch_norm_act import memory_format
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
 from ..planning.result import Plan
+from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
 from .epoch import PeakMeter, factor_at, train_epoch
@@ -53,27 +55,27 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def train(
-    model,
-    loader,
-    depth=4,
+    model: nn.Module,
+    loader: Iterable,
+    depth: int | str = 4,
     *,
-    val_loader=None,
-    epochs=10,
-    rule="auglocal",
-    form=None,
-    modules=None,
-    memory_budget=None,
-    recompute=False,
-    optimizer=None,
-    schedule=cosine,
-    precision="fp32",
-    device=None,
-    seed=None,
-    progress=True,
-    on_epoch=None,
-    keep_aux_nets=False,
-    checkpoint=None,
-):
+    val_loader: Iterable | None = None,
+    epochs: int = 10,
+    rule: str | Rule | type[Rule] = "auglocal",
+    form: str | None = None,
+    modules: int | None = None,
+    memory_budget: int | str | None = None,
+    recompute: bool = False,
+    optimizer: Callable | None = None,
+    schedule: Callable | None = cosine,
+    precision: str = "fp32",
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    on_epoch: Callable | None = None,
+    keep_aux_nets: bool = False,
+    checkpoint: str | Path | None = None,
+) -> TrainResult:
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
     Args:
@@ -131,14 +133,15 @@ def train(
     if val_loader is not None:
         val_loader = _checked_validation(model, val_loader, epochs, validation)
 
-    modes, history, odd = modes_of(model), [], names_not_finite(trainer)
+    modes, odd = modes_of(model), names_not_finite(trainer)
+    history: list[dict] = []
     epoch_length, meter, stop = length_of(loader), PeakMeter(trainer), threading.Event()
     if checkpoint is not None:
-        checkpoint = Checkpoints(checkpoint, loader, trainer.device)
-        history = checkpoint.restore(trainer, meter, epochs)
+        checkpoints = Checkpoints(checkpoint, loader, trainer.device)
+        history = checkpoints.restore(trainer, meter, epochs)
         batches = loader if history else batches  # the first batch was drawn before the generators were put back
         if history and progress:
-            tqdm.write(f"going on behind epoch {len(history)}/{epochs}, from {checkpoint.folder}")
+            tqdm.write(f"going on behind epoch {len(history)}/{epochs}, from {checkpoints.folder}")
         if len(history) == epochs:
             trainer.plan_for(move(first, trainer.device)[0])  # which no step will do
     del first  # its images would live through the whole training
@@ -162,7 +165,7 @@ def train(
                 if on_epoch is not None:
                     on_epoch(entry)
                 if checkpoint is not None:
-                    checkpoint.save(trainer, history, meter.peak)
+                    checkpoints.save(trainer, history, meter.peak)
                 batches = loader
         check_learnt(history, trainer)
     except NotFinite as error:

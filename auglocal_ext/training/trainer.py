@@ -6,6 +6,7 @@ the next module. No loss is ever summed over modules.
 """
 
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +20,10 @@ from ..ops.batch_norm_act import memory_format
 from ..optim import make_optimizer, sgd
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
+from ..planning.result import Plan
 from ..rules.by_name import as_rule
 from ..rules.cutting import assert_apart, cut, local_heads
+from ..rules.rule import Rule
 from .errors import check_parameters, check_plan, say_where_it_stopped
 from .state import load_state, state_of
 from .watch import Watch
@@ -92,19 +95,19 @@ class LocalTrainer:
     @torch.inference_mode(False)
     def __init__(
         self,
-        model,
-        depth=4,
+        model: nn.Module,
+        depth: int | str = 4,
         *,
-        plan=None,
-        rule="auglocal",
-        form=None,
-        modules=None,
-        borders=None,
-        optimizer=None,
-        precision="fp32",
-        recompute=False,
-        image_size=None,
-    ):
+        plan: Plan | None = None,
+        rule: str | Rule | type[Rule] = "auglocal",
+        form: str | None = None,
+        modules: int | None = None,
+        borders: Iterable[int] | None = None,
+        optimizer: Callable | None = None,
+        precision: str = "fp32",
+        recompute: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> None:
         if plan is not None:
             beside = (depth, rule, form, modules, borders, optimizer, precision, recompute)
             check_plan(plan, model, beside == (4, "auglocal", None, None, None, None, "fp32", False))
@@ -136,8 +139,8 @@ class LocalTrainer:
         self._programs = self._planned_for = self._programmed_modes = None  # what plan and programs were made for
         if plan is not None:
             self._planned_for = self._modes_in_training(), plan.origin.memory_format, self.dtype
-        self._hooks_run = set()  # the modules whose hooks a step runs
-        self._said = set()  # what was warned of
+        self._hooks_run: set[nn.Module] = set()  # the modules whose hooks a step runs
+        self._said: set[str] = set()  # what was warned of
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
@@ -155,7 +158,7 @@ class LocalTrainer:
         return Watch({"": self.model, "aux_nets": self.aux_nets})
 
     @torch.inference_mode(False)
-    def step(self, images, labels):
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> StepResult:
         """One training step of every local module.
 
         Args:
@@ -205,7 +208,9 @@ class LocalTrainer:
         return StepResult(losses[-1], logits, losses)
 
     @torch.inference_mode(False)
-    def backward(self, index, features, labels, images=None):
+    def backward(
+        self, index: int, features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None = None
+    ) -> tuple:
         """Forward and backward of one local module, leaving its gradients in its parameters.
 
         Args:
@@ -218,7 +223,7 @@ class LocalTrainer:
         return self._current_programs()[index].run([features], labels, images)
 
     @torch.inference_mode(False)
-    def plan_for(self, images):
+    def plan_for(self, images: torch.Tensor) -> None:
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
         another size of images or memory format, and after modes or frozen parameters have changed. A smaller batch runs
         on the plan there is. Puts the model into training mode if it is in eval mode as a whole."""
@@ -315,14 +320,14 @@ class LocalTrainer:
             )
         return note + "."
 
-    def check(self):
+    def check(self) -> None:
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""
         images, labels = self._refused.tolist()
         self._refused.zero_()
         if images or labels:
             raise checks.bad_labels(self.num_classes) if labels else checks.bad_images()
 
-    def set_learning_rate_factor(self, factor):
+    def set_learning_rate_factor(self, factor: float) -> None:
         """Sets every learning rate to `factor` times what it was when the optimizers were made.
 
         Raises:
@@ -352,11 +357,11 @@ class LocalTrainer:
         load_state(self, state)
 
     @property
-    def image_channels(self):
+    def image_channels(self) -> int:
         return self._backbone.image_channels
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return self._backbone.num_classes
 
     def check_images(self, images, name="images"):
