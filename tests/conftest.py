@@ -10,6 +10,9 @@ import torch
 
 from auglocal_ext import models
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, a core each
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
