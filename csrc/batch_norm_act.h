@@ -2,6 +2,8 @@
 // Formulas: Ioffe & Szegedy 2015, with the backward in terms of the BatchNorm's input.
 #pragma once
 
+#include <cmath>
+
 #include "scalar.h"
 
 namespace auglocal {
@@ -25,6 +27,13 @@ struct Affine {
   A mean, scale, bias;
 };
 
+// The one formula of the scale: every kernel calls it with the stored mean and variance, so that a backward finds its
+// forward's ReLU mask to the bit.
+template <class A>
+HD Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
+  return {mean, A(weight / std::sqrt(double(var) + eps)), bias};
+}
+
 template <class A>
 HD A normalize(A x, const Affine<A>& channel) {
   return mul_add(x - channel.mean, channel.scale, channel.bias);
@@ -39,6 +48,19 @@ struct InputGrad {
 template <class A>
 HD A input_grad(A grad, A centred, const InputGrad<A>& channel) {
   return channel.scale * (grad - mul_add(centred, channel.projection, channel.grad_mean));
+}
+
+// What the sums over a channel's `count` values, of g and of g * (x - mean), come to.
+template <class A>
+struct ChannelGrad {
+  InputGrad<A> back;
+  A dweight, dbias;
+};
+
+template <class A>
+HD ChannelGrad<A> channel_grad(double sum, double dot, double count, double var, A scale, double eps) {
+  const double invstd = 1 / std::sqrt(var + eps);
+  return {{scale, A(sum / count), A(dot * invstd * invstd / count)}, A(dot * invstd), A(sum)};
 }
 
 // Mean and sum of squared deviations of `count` values; parts combine as in Chan et al. 1979.

@@ -27,21 +27,47 @@ constexpr int64_t kRows = 32;     // and rows of them, before the sums go to dou
 
 // ---- walking a feature map -------------------------------------------------------------------------
 
-// The one formula of the scale, for every kernel: a backward finds the forward's ReLU mask to the bit.
-template <class A>
-Affine<A> affine(A mean, A var, A weight, A bias, double eps) {
-  return {mean, A(weight / std::sqrt(double(var) + eps)), bias};
-}
-
 // Per-channel constants as arrays, one entry a channel.
 template <class A>
 struct Channels {
   std::vector<A> mean, scale, bias;
   Channels(int64_t n, const A* means, const A* var, const A* weight, const A* biases, double eps)
       : mean(means, means + n), scale(n), bias(biases, biases + n) {
-    for (int64_t c = 0; c < n; ++c) scale[c] = affine(mean[c], var[c], weight[c], bias[c], eps).scale;
+    for (int64_t c = 0; c < n; ++c) scale[c] = make_affine(mean[c], var[c], weight[c], bias[c], eps).scale;
   }
   Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+};
+
+// The same of what dx needs, made from the sums over the channels as they become known.
+template <class A>
+struct InputGrads {
+  const Channels<A>& channels;
+  const A* var;
+  double eps, count;  // count: values of a channel
+  A *dweight, *dbias;
+  std::vector<A> grad_mean, projection;
+  InputGrads(const Channels<A>& channels, int64_t count, const A* var, double eps, A* dweight, A* dbias)
+      : channels(channels), var(var), eps(eps), count(double(count)), dweight(dweight), dbias(dbias),
+        grad_mean(channels.mean.size()), projection(channels.mean.size()) {}
+
+  InputGrad<A> finish(int64_t c, double sum, double dot) {
+    const ChannelGrad<A> made = channel_grad(sum, dot, count, double(var[c]), channels.scale[c], eps);
+    dweight[c] = made.dweight;
+    dbias[c] = made.dbias;
+    grad_mean[c] = made.back.grad_mean;
+    projection[c] = made.back.projection;
+    return made.back;
+  }
+  // Of all channels; the sums of several parts, each with one a channel, are added in order.
+  void finish(const std::vector<double>& sums, const std::vector<double>& dots) {
+    const size_t n = grad_mean.size();
+    for (size_t c = 0; c < n; ++c) {
+      double sum = 0, dot = 0;
+      for (size_t i = c; i < sums.size(); i += n) sum += sums[i], dot += dots[i];
+      finish(int64_t(c), sum, dot);
+    }
+  }
+  InputGrad<A> operator[](int64_t c) const { return {channels.scale[c], grad_mean[c], projection[c]}; }
 };
 
 // Some of a channel's values in the contiguous layout: whole planes, or a piece of one.

@@ -157,7 +157,7 @@ void forward(const Layout& at, const T* x, const T* residual, T* y, const A* wei
     // A channel's values are normalised right after they were summed, while they are in the cache.
     return over_channels(at, [&](int64_t c) {
       channel_statistics(at, c, x, &mean[c], &var[c]);
-      apply_channel<kResidual, kRelu>(at, c, x, residual, y, affine(mean[c], var[c], weight[c], bias[c], eps));
+      apply_channel<kResidual, kRelu>(at, c, x, residual, y, make_affine(mean[c], var[c], weight[c], bias[c], eps));
     });
   row_statistics(at, x, mean, var);
   apply<kResidual, kRelu>(at, x, residual, y, Channels<A>(at.channels, mean, var, weight, bias, eps));
@@ -167,14 +167,7 @@ template <Mask kMask, class T, class A>
 void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* weight, const A* bias, const A* mean,
               const A* var, double eps, T* dx, T* dresidual, A* dweight, A* dbias) {
   const Channels<A> channels(at.channels, mean, var, weight, bias, eps);
-  std::vector<A> grad_mean(at.channels), projection(at.channels);
-  const auto finish = [&](int64_t c, double sum, double dot) {
-    const double invstd = 1 / std::sqrt(double(var[c]) + eps), count = double(std::max<int64_t>(at.count(), 1));
-    dbias[c] = A(sum);
-    dweight[c] = A(dot * invstd);
-    grad_mean[c] = A(sum / count);
-    projection[c] = A(dot * invstd * invstd / count);
-  };
+  InputGrads<A> back(channels, at.count(), var, eps, dweight, dbias);
   // With y, the first pass leaves the masked gradient in dresidual, which so spares the second one y; or, where
   // dresidual is x itself, which the second pass needs, in dx.
   constexpr bool kFromOutput = kMask == Mask::from_output;
@@ -191,11 +184,10 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
         block_grad_sums<kMask>(grad + i, x + i, at_offset(y, i), at_offset(masked_grad, i), block, channels[c], &sum,
                                &dot);
       });
-      finish(c, sum, dot);
-      const InputGrad<A> back{channels.scale[c], grad_mean[c], projection[c]};
+      const InputGrad<A> of_channel = back.finish(c, sum, dot);
       for_each_block(at, c, From::end, [&](const Block& block) {
         const int64_t i = block.begin;
-        block_input_grad<kLeft>(left + i, x + i, dx + i, at_offset(dresidual, i), block, channels[c], back);
+        block_input_grad<kLeft>(left + i, x + i, dx + i, at_offset(dresidual, i), block, channels[c], of_channel);
       });
     });
     return;
@@ -208,18 +200,11 @@ void backward(const Layout& at, const T* grad, const T* x, const T* y, const A* 
                           channels.mean.data(), channels.scale.data(), channels.bias.data(),
                           &sums[task * at.channels], &dots[task * at.channels]);
   });
-  for (int64_t c = 0; c < at.channels; ++c) {
-    double sum = 0, dot = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      sum += sums[task * at.channels + c];
-      dot += dots[task * at.channels + c];
-    }
-    finish(c, sum, dot);
-  }
+  back.finish(sums, dots);
   over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
     const int64_t i = row * at.channels;
     rows_input_grad<kLeft>(left + i, x + i, dx + i, at_offset(dresidual, i), rows, at.channels, channels.mean.data(),
-                           channels.scale.data(), channels.bias.data(), grad_mean.data(), projection.data());
+                           channels.scale.data(), channels.bias.data(), back.grad_mean.data(), back.projection.data());
   });
 }
 

@@ -171,17 +171,8 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
                                         &dots[n * map.c + c]);
           }
   });
-  std::vector<A> grad_mean(map.c), projection(map.c);
-  const double count = double(std::max<int64_t>(map.at.count(), 1));
-  for (int64_t c = 0; c < map.c; ++c) {
-    double sum = 0, dot = 0;
-    for (int64_t n = 0; n < map.n; ++n) sum += sums[n * map.c + c], dot += dots[n * map.c + c];
-    const double invstd = 1 / std::sqrt(double(var[c]) + eps);
-    dbias[c] = A(sum);
-    dweight[c] = A(dot * invstd);
-    grad_mean[c] = A(sum / count);
-    projection[c] = A(dot * invstd * invstd / count);
-  }
+  InputGrads<A> back(channels, map.at.count(), var, eps, dweight, dbias);
+  back.finish(sums, dots);
 
   const int64_t lanes = kChannelsLast ? map.c : map.w;
   over_rows_of(map, map.h, map.w, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -207,7 +198,7 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
     }
     const int64_t at = n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w;
     row_input_grad<kChannelsLast>(g.data(), x + at, dx + at, lanes, &channels.mean[c], &channels.scale[c],
-                                  &channels.bias[c], &grad_mean[c], &projection[c]);
+                                  &channels.bias[c], &back.grad_mean[c], &back.projection[c]);
   });
 }
 

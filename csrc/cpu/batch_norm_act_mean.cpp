@@ -164,19 +164,8 @@ void backward(const Maps& maps, const A* grad, const T* x, const T* residual, co
         }
       }
   });
-  std::vector<A> grad_mean(maps.channels), projection(maps.channels);
-  for (int64_t c = 0; c < maps.channels; ++c) {
-    double sum = 0, dot = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      sum += sums[task * maps.channels + c];
-      dot += dots[task * maps.channels + c];
-    }
-    const double invstd = 1 / std::sqrt(double(var[c]) + eps), count = double(std::max<int64_t>(maps.at.count(), 1));
-    dbias[c] = A(sum);
-    dweight[c] = A(dot * invstd);
-    grad_mean[c] = A(sum / count);
-    projection[c] = A(dot * invstd * invstd / count);
-  }
+  InputGrads<A> back(channels, maps.at.count(), var, eps, dweight, dbias);
+  back.finish(sums, dots);
   over_samples(maps, [&](int64_t n) {
     std::vector<A> g(maps.channels);
     for (int64_t c = 0; c < maps.channels; ++c) g[c] = A(double(grad[n * maps.channels + c]) / double(maps.size));
@@ -186,13 +175,13 @@ void backward(const Maps& maps, const A* grad, const T* x, const T* residual, co
         const int64_t map = i + c * maps.size;
         span_input_grad<kResidual, kRelu>(x + map, kResidual ? residual + map : nullptr, g[c], dx + map,
                                           dresidual ? dresidual + map : nullptr, maps.size, channels[c],
-                                          InputGrad<A>{channels.scale[c], grad_mean[c], projection[c]});
+                                          back[c]);
       }
     else
       rows_input_grad<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, g.data(), dx + i,
                                         dresidual ? dresidual + i : nullptr, maps.size, maps.channels,
                                         channels.mean.data(), channels.scale.data(), channels.bias.data(),
-                                        grad_mean.data(), projection.data());
+                                        back.grad_mean.data(), back.projection.data());
   });
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels around BatchNorm share: vectors of values, the formula of the scale, launches.
+// What the CUDA kernels around BatchNorm share: vectors of values, launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -87,13 +87,6 @@ struct WideDivisor {
   explicit WideDivisor(int64_t by) : magic(by > 1 ? ~uint64_t(0) / by + 1 : 0) {}
   __device__ int64_t quotient(int64_t value) const { return magic ? int64_t(__umul64hi(value, magic)) : value; }
 };
-
-// Every kernel calls this one function with the stored mean and variance, so that a backward finds its
-// forward's ReLU mask to the bit.
-template <class A>
-__device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
-  return {mean, A(weight / sqrt(double(var) + eps)), bias};
-}
 
 inline bool aligned(std::initializer_list<const void*> tensors, size_t bytes) {
   bool all = true;

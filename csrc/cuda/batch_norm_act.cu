@@ -195,11 +195,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const double variance = owner ? double(args.var[channel]) : 0;
     const double2 total = team.sum(group, share, sums);
     if (owner) {
-      const double invstd = 1 / sqrt(variance + args.eps), count = plan.count;
-      backs[threadIdx.x] = {affines[threadIdx.x].scale, A(total.x / count), A(total.y * invstd * invstd / count)};
+      const ChannelGrad<A> of_channel =
+          channel_grad(total.x, total.y, double(plan.count), variance, affines[threadIdx.x].scale, args.eps);
+      backs[threadIdx.x] = of_channel.back;
       if (team.writes) {
-        args.dbias[channel] = A(total.x);
-        args.dweight[channel] = A(total.y * invstd);
+        args.dbias[channel] = of_channel.dbias;
+        args.dweight[channel] = of_channel.dweight;
       }
     }
     __syncthreads();

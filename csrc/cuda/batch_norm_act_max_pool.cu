@@ -343,12 +343,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < parts; i += kThreads) add(sum, partial[int64_t(channel) * parts + i]);
   const double2 total = block_sum(sum, threadIdx.x, 0, kThreads, 1);
   if (threadIdx.x > 0) return;
-  const double invstd = 1 / sqrt(double(statistics.var[channel]) + statistics.eps);
-  affines[channel] = statistics.of(channel);
-  grad_means[channel] = A(total.x / count);
-  projections[channel] = A(total.y * invstd * invstd / count);
-  dweight[channel] = A(total.y * invstd);
-  dbias[channel] = A(total.x);
+  const Affine<A> affine = statistics.of(channel);
+  const ChannelGrad<A> of_channel =
+      channel_grad(total.x, total.y, count, statistics.var[channel], affine.scale, statistics.eps);
+  affines[channel] = affine;
+  grad_means[channel] = of_channel.back.grad_mean;
+  projections[channel] = of_channel.back.projection;
+  dweight[channel] = of_channel.dweight;
+  dbias[channel] = of_channel.dbias;
 }
 
 // Gathers for each input value the gradients of the windows whose maximum it was. A thread's vector lies across

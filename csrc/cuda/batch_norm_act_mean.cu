@@ -234,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const double variance = owner ? double(args.var[channel]) : 0;
     const double2 total = team.sum(group, share, sums);
     if (owner) {
-      const double invstd = 1 / sqrt(variance + args.eps), count = plan.count;
-      const double of_grad = total.x / args.map, of_dot = total.y / args.map;
-      backs[threadIdx.x] = {affines[threadIdx.x].scale, A(of_grad / count), A(of_dot * invstd * invstd / count)};
+      const ChannelGrad<A> of_channel = channel_grad(total.x / args.map, total.y / args.map, double(plan.count),
+                                                     variance, affines[threadIdx.x].scale, args.eps);
+      backs[threadIdx.x] = of_channel.back;
       if (team.writes) {
-        args.dbias[channel] = A(of_grad);
-        args.dweight[channel] = A(of_dot * invstd);
+        args.dbias[channel] = of_channel.dbias;
+        args.dweight[channel] = of_channel.dweight;
       }
     }
     __syncthreads();
