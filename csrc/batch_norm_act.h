@@ -34,6 +34,14 @@ HD Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
   return {mean, A(weight / std::sqrt(double(var) + eps)), bias};
 }
 
+// BatchNorm's parameters and statistics, one of each a channel.
+template <class A>
+struct Norm {
+  const A *weight, *bias, *mean, *var;
+  double eps;
+  HD Affine<A> affine(int64_t c) const { return make_affine(mean[c], var[c], weight[c], bias[c], eps); }
+};
+
 template <class A>
 HD A normalize(A x, const Affine<A>& channel) {
   return mul_add(x - channel.mean, channel.scale, channel.bias);

@@ -117,8 +117,7 @@ MUTANTS = {
     "forward: every block writes the statistics, before they are known": (ACT, "if (team.writes) {\n        args.mean", "if (true) {\n        args.mean"),
     "apply: constants overwritten while they are read": (ACT, "    __syncthreads();  // the last group's constants have been read\n", ""),
     "apply: no barrier behind the constants": (
-        ACT, "                                         args.bias[channel], args.eps);\n    __syncthreads();\n    apply_share",
-        "                                         args.bias[channel], args.eps);\n    apply_share",
+        ACT, "args.norm().affine(channel);\n    __syncthreads();\n    apply_share", "args.norm().affine(channel);\n    apply_share",
     ),
     "backward: no barrier behind the affines": (
         ACT, "    __syncthreads();\n    Affine<A> affine[kLanes<kOrder, V>];", "    Affine<A> affine[kLanes<kOrder, V>];",
@@ -141,7 +140,7 @@ MUTANTS = {
     "max-pool dx: one window too few": (POOL, "return min(by_stride.quotient(position + padding), windows - 1);", "return min(by_stride.quotient(position + padding), windows - 2);"),
     "max-pool dx: another row of the window": (POOL, "const int taken = tap >= 0 && tap < map.columns.kernel ? tap - from_window : -1;", "const int taken = tap - from_window;"),
     "max-pool: 32-bit offsets": (POOL, "return n * values + (c * of_channel", "return int(n * values) + (c * of_channel"),
-    "mean: 32-bit offsets": (MEAN, "const int64_t begin = kPixels", "const int begin = kPixels"),
+    "mean: 32-bit offsets": (MEAN, "const int64_t begin =\n", "const int begin =\n"),
     "max-pool affines: past the last channel": (POOL, "if (channel < channels) affines", "affines"),
     "max-pool walk: a pixel too many": (POOL, "pixels = works ? (left + walk.lanes - 1) / walk.lanes : 0;", "pixels = works ? left / walk.lanes + 1 : 0;"),
     "division by a multiplication: one bit too few": (POOL, "shift(31) {", "shift(12) {"),

@@ -8,8 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../batch_norm_act.h"
-#include "../tensor.h"
+#include "../ops/op.h"
 
 namespace auglocal {
 namespace {
@@ -109,11 +108,38 @@ void with_width(int64_t extent, std::initializer_list<const void*> tensors, cons
   run(std::integral_constant<int, 1>{});
 }
 
-inline cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+// What a call of an op needs besides kernels: see ops/op.h. Kernels run on the device of x.
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& x) : x_(x), guard_(x.get_device_index()) {}
+
+  // x where vectors of any width may read it.
+  static Tensor for_any_vector(const Tensor& x) {
+    return aligned({x.const_data_ptr()}, 16) ? x : torch::stable::clone(x);
+  }
+  Tensor workspace(int64_t bytes) const {
+    return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, x_.device());
+  }
+  // Launches blocks of kThreads.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
+    cudaLaunchConfig_t config = launch_config(blocks);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  }
+  cudaLaunchConfig_t launch_config(int64_t blocks) const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x_.get_device_index(), &stream));
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(kThreads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return config;
+  }
+
+ private:
+  const Tensor& x_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 }  // namespace
 }  // namespace auglocal
