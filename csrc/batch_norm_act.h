@@ -2,23 +2,9 @@
 // Formulas: Ioffe & Szegedy 2015, with the backward in terms of the BatchNorm's input.
 #pragma once
 
-#include <cmath>
-
-#include "scalar.h"
+#include "activation.h"
 
 namespace auglocal {
-
-enum class Mask { none, from_input, from_output };  // where the backward finds the ReLU's mask
-
-// Written so that NaN passes, as torch's ReLU does.
-template <class A>
-HD A relu(A value) {
-  return value <= A{} ? A{} : value;
-}
-template <class A>
-HD A relu_backward(A grad, A value) {
-  return value <= A{} ? A{} : grad;
-}
 
 // What one channel needs to be normalised: (x - mean) * scale + bias. Subtracting the mean first
 // keeps the digits that x * scale + shift would lose where the mean is large.

@@ -32,7 +32,8 @@ TEAMS, ACT, POOL, MEAN, COMMON = (
         "batch_norm.cuh",
     )
 )
-# name: (file, text, what takes its place[, which occurrence, from 0])
+ACTIVATION = "activation.h"
+# name: (file, text, what takes its place)
 MUTANTS = {
     # sums over a block
     "block_sum: no barrier between writing and reading the warps' sums": (
@@ -112,7 +113,7 @@ MUTANTS = {
         ACT, "if (owner) origins[threadIdx.x] = origin;\n    __syncthreads();", "if (owner) origins[threadIdx.x] = origin;",
     ),
     "forward: no barrier before the constants are used": (
-        ACT, "    __syncthreads();\n\n    if (args.y) apply_share", "\n    if (args.y) apply_share",
+        ACT, "    __syncthreads();\n\n    if (args.y)\n      apply_share", "\n    if (args.y)\n      apply_share",
     ),
     "forward: every block writes the statistics, before they are known": (ACT, "if (team.writes) {\n        args.mean", "if (true) {\n        args.mean"),
     "apply: constants overwritten while they are read": (ACT, "    __syncthreads();  // the last group's constants have been read\n", ""),
@@ -126,6 +127,22 @@ MUTANTS = {
         ACT, "    __syncthreads();\n\n    InputGrad<A> back", "\n    InputGrad<A> back",
     ),
     "backward: the masked gradient is not kept": (ACT, "          if (kFromOutput) write<V>(args.masked + offset, loaded.grad);\n", ""),
+    "backward: the activation's derivative at x": (
+        ACT, "act.backward(get<A>(loaded.grad, i), normalize(x, affine[lane]))", "act.backward(get<A>(loaded.grad, i), x)",
+    ),
+    "backward: a ReLU's mask for every activation": (
+        ACT, "backward_of<Mask::activation>(at, args);", "backward_of<Mask::from_input>(at, args);",
+    ),
+    # activations
+    "silu: the derivative without its second term": (ACTIVATION, "return grad * s * (A(1) + z * (A(1) - s));", "return grad * s;"),
+    "hardswish: a gradient from below the joint": (
+        ACTIVATION, "relu_backward(z < A(3) ? grad * (z / A(3) + A(0.5)) : grad, z + A(3))", "(z < A(3) ? grad * (z / A(3) + A(0.5)) : grad)",
+    ),
+    "relu6: a gradient from beyond 6": (ACTIVATION, "relu_backward(z >= A(6) ? A(0) : grad, z)", "relu_backward(grad, z)"),
+    "leaky_relu: the slope of positive values": (ACTIVATION, "z > A(0) ? grad : grad * slope", "z > A(0) ? grad * slope : grad"),
+    "gelu: the derivative without the density": (
+        ACTIVATION, "grad * (below(z) + z * (kDensity * exp_of(A(-0.5) * z * z)))", "grad * below(z)",
+    ),
     "walk: 32-bit offsets": (TEAMS, "    int64_t offset[kBatch];", "    int offset[kBatch];"),
     # max-pool
     "max-pool: a value behind the window's end": (POOL, "if (i + k / kTaps < end && j + k % kTaps < end_column)", "if (i + k / kTaps < end)"),

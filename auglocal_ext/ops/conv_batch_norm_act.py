@@ -58,7 +58,7 @@ def conv_batch_norm_act_reference(
     x, weight, bias, conv_weight, conv_bias=None, *, stride=1, padding=0, dilation=1, groups=1, eps=1e-5, relu=True
 ):
     """`conv_batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
-    y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, relu=relu)
+    y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, act=relu)
     return F.conv2d(y, conv_weight, conv_bias, stride, padding, dilation, groups), mean, var
 
 

@@ -8,48 +8,59 @@ namespace {
 
 // ---- blocks of planes: one channel, consecutive values (contiguous layout); pointers are to the block's first ----
 
-template <bool kResidual, bool kRelu, class T, class A>
-VECTORISED void block_apply(const T* x, const T* residual, T* y, const Block block, Affine<A> channel) {
+template <bool kResidual, class Act, class T, class A>
+VECTORISED void block_apply(Act act, const T* x, const T* residual, T* y, const Block block, Affine<A> channel) {
   for (int64_t p = 0; p < block.planes; ++p) {
     const int64_t begin = p * block.stride;
 #pragma omp simd
     for (int64_t i = begin; i < begin + block.length; ++i) {
       A value = normalize(load(x[i]), channel);
       if (kResidual) value += load(residual[i]);
-      store(&y[i], kRelu ? relu(value) : value);
+      store(&y[i], act.value(value));
     }
   }
 }
 
-// The incoming gradient behind the ReLU's mask, of one value or of a tile; y: the output, where the mask comes from it.
-template <Mask kMask, class V>
-HD V masked(V grad, V y, V x, const Affine<V>& channel) {
-  if (kMask == Mask::from_output) return relu_backward(grad, y);
-  if (kMask == Mask::from_input) return relu_backward(grad, normalize(x, channel));
-  return grad;
+// The gradient behind the activation; y: the output, where a ReLU's mask comes from it.
+template <bool kFromOutput, Act kAct, class A>
+HD A masked(const Activation<kAct, A>& act, A grad, A y, A x, const Affine<A>& channel) {
+  return act.backward(grad, kFromOutput ? y : normalize(x, channel));
+}
+// The same of a tile.
+template <bool kFromOutput, Act kAct, class A>
+HD Lanes<A> masked(const Activation<kAct, A>& act, Lanes<A> grad, Lanes<A> y, Lanes<A> x,
+                   const Affine<Lanes<A>>& channels) {
+  if constexpr (kAct == Act::none) return grad;
+  const Lanes<A> z = kFromOutput ? y : normalize(x, channels);
+  if constexpr (kAct == Act::relu) return relu_backward(grad, z);
+  A grads[kTile], of[kTile];
+  store_tile(grads, grad);
+  store_tile(of, z);
+#pragma omp simd
+  for (int64_t l = 0; l < kTile; ++l) grads[l] = act.backward(grads[l], of[l]);
+  return load_tile(grads);
 }
 
-// The sums over g and g * (x - mean), g behind the mask; from_output also stores g.
-template <Mask kMask, class T, class A>
-VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, T* masked_grad, const Block block,
+// The sums over g and g * (x - mean), g behind the activation; from the output also stores g.
+template <bool kFromOutput, class Act, class T, class A>
+VECTORISED void block_grad_sums(Act act, const T* grad, const T* x, const T* y, T* masked_grad, const Block block,
                                 Affine<A> channel, double* sum, double* dot) {
-  constexpr bool kFromOutput = kMask == Mask::from_output;
   double sums[kTile] = {}, dots[kTile] = {};
   const Affine<Lanes<A>> channels{Lanes<A>{} + channel.mean, Lanes<A>{} + channel.scale, Lanes<A>{} + channel.bias};
   Lanes<A> s = {}, d = {};
   for_each_span(
       block,
-      [&](int64_t i, int64_t end) {
+      [&](int64_t i, int64_t end) INLINED {
         for (; i + kTile <= end; i += kTile) {
           const Lanes<A> value = load_tile(x + i), out = kFromOutput ? load_tile(y + i) : Lanes<A>{};
-          const Lanes<A> g = masked<kMask>(load_tile(grad + i), out, value, channels);
+          const Lanes<A> g = masked<kFromOutput>(act, load_tile(grad + i), out, value, channels);
           if (kFromOutput) store_tile(masked_grad + i, g);
           s += g;
           d += g * (value - channels.mean);
         }
         for (int64_t l = 0; i + l < end; ++l) {
           const A value = load(x[i + l]), out = kFromOutput ? load(y[i + l]) : A(0);
-          const A g = masked<kMask>(A(load(grad[i + l])), out, value, channel);
+          const A g = masked<kFromOutput>(act, A(load(grad[i + l])), out, value, channel);
           if (kFromOutput) store(&masked_grad[i + l], g);
           s[l] += g;
           d[l] += g * (value - channel.mean);
@@ -63,16 +74,16 @@ VECTORISED void block_grad_sums(const T* grad, const T* x, const T* y, T* masked
   for (int64_t l = 0; l < kTile; ++l) *sum += sums[l], *dot += dots[l];
 }
 
-template <Mask kMask, class T, class A>
-VECTORISED void block_input_grad(const T* grad, const T* x, T* dx, T* dresidual, const Block block, Affine<A> channel,
-                                 InputGrad<A> back) {
+template <bool kFromOutput, class Act, class T, class A>
+VECTORISED void block_input_grad(Act act, const T* grad, const T* x, T* dx, T* dresidual, const Block block,
+                                 Affine<A> channel, InputGrad<A> back) {
   for (int64_t p = 0; p < block.planes; ++p) {
     const int64_t begin = p * block.stride;
 #pragma omp simd
     for (int64_t i = begin; i < begin + block.length; ++i) {
       const A value = load(x[i]);
-      const A g = masked<kMask>(A(load(grad[i])), A(0), value, channel);
-      if (dresidual) store(&dresidual[i], g);
+      const A g = masked<false>(act, A(load(grad[i])), A(0), value, channel);
+      if (kFromOutput && dresidual) store(&dresidual[i], g);
       store(&dx[i], input_grad(g, value - channel.mean, back));
     }
   }
@@ -80,21 +91,22 @@ VECTORISED void block_input_grad(const T* grad, const T* x, T* dx, T* dresidual,
 
 // ---- rows: a tile of channels, values `stride` apart (channels_last layout) ------------------------
 
-template <bool kResidual, bool kRelu, class T, class A>
-VECTORISED void rows_apply(const T* x, const T* residual, T* y, int64_t rows, int64_t channels, Affines<A> affines) {
+template <bool kResidual, class Act, class T, class A>
+VECTORISED void rows_apply(Act act, const T* x, const T* residual, T* y, int64_t rows, int64_t channels,
+                           Affines<A> affines) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
   for (int64_t r = 0; r < rows; ++r, x += channels, y += channels, residual += kResidual ? channels : 0)
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      A value = normalize(load(x[c]), affines[c]);
+      A value = normalize(load(x[c]), Affine<A>{mean[c], scale[c], bias[c]});
       if (kResidual) value += load(residual[c]);
-      store(&y[c], kRelu ? relu(value) : value);
+      store(&y[c], act.value(value));
     }
 }
 
-template <Mask kMask, class T, class A>
-VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, T* masked_grad, int64_t rows, int64_t channels,
-                               Affines<A> affines, double* sum, double* dot) {
-  constexpr bool kFromOutput = kMask == Mask::from_output;
+template <bool kFromOutput, class Act, class T, class A>
+VECTORISED void rows_grad_sums(Act act, const T* grad, const T* x, const T* y, T* masked_grad, int64_t rows,
+                               int64_t channels, Affines<A> affines, double* sum, double* dot) {
   for (int64_t begin = 0; begin < rows; begin += kRows)
     for_each_tile(channels, [&](int64_t c, auto width) INLINED {
       const Affine<Lanes<A>> tile = load_tile(affines.from(c), width);
@@ -102,7 +114,7 @@ VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, T* masked_
       for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
         const int64_t i = r * channels + c;
         const Lanes<A> value = load_tile(x + i, width), out = kFromOutput ? load_tile(y + i, width) : Lanes<A>{};
-        const Lanes<A> g = masked<kMask>(load_tile(grad + i, width), out, value, tile);
+        const Lanes<A> g = masked<kFromOutput>(act, load_tile(grad + i, width), out, value, tile);
         if (kFromOutput) store_tile(masked_grad + i, g, width);
         s += g;
         d += g * (value - tile.mean);
@@ -112,8 +124,8 @@ VECTORISED void rows_grad_sums(const T* grad, const T* x, const T* y, T* masked_
     });
 }
 
-template <Mask kMask, class T, class A>
-VECTORISED void rows_input_grad(const T* grad, const T* x, T* dx, T* dresidual, int64_t rows, int64_t channels,
+template <bool kFromOutput, class Act, class T, class A>
+VECTORISED void rows_input_grad(Act act, const T* grad, const T* x, T* dx, T* dresidual, int64_t rows, int64_t channels,
                                 Affines<A> affines, InputGrads<A> grads) {
   for (int64_t begin = 0; begin < rows; begin += kRows)
     for_each_tile(channels, [&](int64_t c, auto width) INLINED {
@@ -122,8 +134,8 @@ VECTORISED void rows_input_grad(const T* grad, const T* x, T* dx, T* dresidual, 
       for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
         const int64_t i = r * channels + c;
         const Lanes<A> value = load_tile(x + i, width);
-        const Lanes<A> g = masked<kMask>(load_tile(grad + i, width), Lanes<A>{}, value, tile);
-        if (dresidual) store_tile(dresidual + i, g, width);
+        const Lanes<A> g = masked<false>(act, load_tile(grad + i, width), Lanes<A>{}, value, tile);
+        if (kFromOutput && dresidual) store_tile(dresidual + i, g, width);
         store_tile(dx + i, input_grad(g, value - tile.mean, back), width);
       }
     });
@@ -131,47 +143,46 @@ VECTORISED void rows_input_grad(const T* grad, const T* x, T* dx, T* dresidual, 
 
 // ---- the ops ---------------------------------------------------------------------------------------
 
-template <bool kResidual, bool kRelu, class T, class A = typename Compute<T>::type>
-void apply_channel(const Layout& at, int64_t c, const ForwardArgs<T>& args, const Affine<A>& channel) {
+template <bool kResidual, class Act, class T, class A = typename Compute<T>::type>
+void apply_channel(const Layout& at, Act act, int64_t c, const ForwardArgs<T>& args, const Affine<A>& channel) {
   for_each_block(at, c, From::end, [&](const Block& block) {
     const T* added = kResidual ? args.residual + block.begin : nullptr;
-    block_apply<kResidual, kRelu>(args.x + block.begin, added, args.y + block.begin, block, channel);
+    block_apply<kResidual>(act, args.x + block.begin, added, args.y + block.begin, block, channel);
   });
 }
 
-template <bool kResidual, bool kRelu, class T, class A = typename Compute<T>::type>
-void apply(const Layout& at, const ForwardArgs<T>& args) {
+template <bool kResidual, class Act, class T, class A = typename Compute<T>::type>
+void apply(const Layout& at, Act act, const ForwardArgs<T>& args) {
   const Channels<A> channels(at.channels, args.norm());
   const Affines<A> affines = channels.affines();
   if (at.inner > 1)
-    return over_channels(at, [&](int64_t c) { apply_channel<kResidual, kRelu>(at, c, args, affines[c]); });
+    return over_channels(at, [&](int64_t c) { apply_channel<kResidual>(at, act, c, args, affines[c]); });
   over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
     const int64_t i = row * at.channels;
     const T* added = kResidual ? args.residual + i : nullptr;
-    rows_apply<kResidual, kRelu>(args.x + i, added, args.y + i, rows, at.channels, affines);
+    rows_apply<kResidual>(act, args.x + i, added, args.y + i, rows, at.channels, affines);
   });
 }
 
-template <bool kResidual, bool kRelu, class T>
-void forward(const Layout& at, const ForwardArgs<T>& args) {
+template <bool kResidual, class Act, class T>
+void forward(const Layout& at, Act act, const ForwardArgs<T>& args) {
   if (at.inner > 1)
     // A channel's values are normalised right after they were summed, while they are in the cache.
     return over_channels(at, [&](int64_t c) {
       channel_statistics(at, c, args.x, &args.mean[c], &args.var[c]);
-      apply_channel<kResidual, kRelu>(at, c, args, args.norm().affine(c));
+      apply_channel<kResidual>(at, act, c, args, args.norm().affine(c));
     });
   row_statistics(at, args.x, args.mean, args.var);
-  apply<kResidual, kRelu>(at, args);
+  apply<kResidual>(at, act, args);
 }
 
-template <Mask kMask, class T, class A = typename Compute<T>::type>
-void backward(const Layout& at, const BackwardArgs<T>& args) {
+template <bool kFromOutput, class Given, class T, class A = typename Compute<T>::type>
+void backward(const Layout& at, Given act, const BackwardArgs<T>& args) {
   BackwardChannels<A> channels(at, args.norm, args.dweight, args.dbias);
   const Affines<A> affines = channels.affines();
   const InputGrads<A> back = channels.input_grads();
   // With y, the first pass leaves the masked gradient, which so spares the second one y, and often is dresidual.
-  constexpr bool kFromOutput = kMask == Mask::from_output;
-  constexpr Mask kLeft = kFromOutput ? Mask::none : kMask;
+  const std::conditional_t<kFromOutput, Activation<Act::none, A>, Given> left_act{act.slope};
   const T* const left = kFromOutput ? args.masked : args.grad;
   T* const dresidual = args.dresidual == args.masked ? nullptr : args.dresidual;
   const auto at_offset = [](auto* from, int64_t i) { return from ? from + i : nullptr; };
@@ -180,13 +191,14 @@ void backward(const Layout& at, const BackwardArgs<T>& args) {
       double sum = 0, dot = 0;
       for_each_block(at, c, From::start, [&](const Block& block) {
         const int64_t i = block.begin;
-        block_grad_sums<kMask>(args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i), block,
-                               affines[c], &sum, &dot);
+        block_grad_sums<kFromOutput>(act, args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i),
+                                     block, affines[c], &sum, &dot);
       });
       channels.finish(c, sum, dot);
       for_each_block(at, c, From::end, [&](const Block& block) {
         const int64_t i = block.begin;
-        block_input_grad<kLeft>(left + i, args.x + i, args.dx + i, at_offset(dresidual, i), block, affines[c], back[c]);
+        block_input_grad<kFromOutput>(left_act, left + i, args.x + i, args.dx + i, at_offset(dresidual, i), block,
+                                      affines[c], back[c]);
       });
     });
     return;
@@ -195,14 +207,14 @@ void backward(const Layout& at, const BackwardArgs<T>& args) {
   std::vector<double> sums(tasks * at.channels), dots(tasks * at.channels);
   over_row_tasks(at, From::start, [&](int64_t task, int64_t row, int64_t rows) {
     const int64_t i = row * at.channels;
-    rows_grad_sums<kMask>(args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i), rows, at.channels,
-                          affines, &sums[task * at.channels], &dots[task * at.channels]);
+    rows_grad_sums<kFromOutput>(act, args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i), rows,
+                                at.channels, affines, &sums[task * at.channels], &dots[task * at.channels]);
   });
   channels.finish(sums, dots);
   over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
     const int64_t i = row * at.channels;
-    rows_input_grad<kLeft>(left + i, args.x + i, args.dx + i, at_offset(dresidual, i), rows, at.channels, affines,
-                           back);
+    rows_input_grad<kFromOutput>(left_act, left + i, args.x + i, args.dx + i, at_offset(dresidual, i), rows,
+                                 at.channels, affines, back);
   });
 }
 
@@ -215,20 +227,20 @@ struct Kernels : Cpu {
   }
   template <class T>
   void forward(const Layout& at, const ForwardArgs<T>& args) const {
-    with_flags(args.residual, args.relu,
-               [&](auto residual, auto relu) { auglocal::forward<residual, relu>(at, args); });
+    with_activation(args.act, args.slope, [&](auto act) {
+      args.residual ? auglocal::forward<true>(at, act, args) : auglocal::forward<false>(at, act, args);
+    });
   }
   template <class T>
   void apply(const Layout& at, const ForwardArgs<T>& args) const {
-    with_flags(args.residual, args.relu, [&](auto residual, auto relu) { auglocal::apply<residual, relu>(at, args); });
+    with_activation(args.act, args.slope, [&](auto act) {
+      args.residual ? auglocal::apply<true>(at, act, args) : auglocal::apply<false>(at, act, args);
+    });
   }
-  template <class T>
+  template <class T, class A = typename Compute<T>::type>
   void backward(const Layout& at, const BackwardArgs<T>& args) const {
-    switch (args.mask) {
-      case Mask::none: return auglocal::backward<Mask::none, T>(at, args);
-      case Mask::from_input: return auglocal::backward<Mask::from_input, T>(at, args);
-      case Mask::from_output: return auglocal::backward<Mask::from_output, T>(at, args);
-    }
+    if (args.y) return auglocal::backward<true>(at, Activation<Act::relu, A>{}, args);
+    with_activation(args.act, args.slope, [&](auto act) { auglocal::backward<false>(at, act, args); });
   }
 };
 

@@ -28,9 +28,11 @@ void over_rows_of(const PoolMap& map, int64_t height, int64_t width, const F& f)
 template <bool kOfEach, class T, class A>
 VECTORISED void take_larger(const T* x, int64_t step, int64_t count, Affines<A> affines, int32_t tap, A* best,
                             int32_t* taps) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
 #pragma omp simd
   for (int64_t l = 0; l < count; ++l) {
-    const A value = normalize(A(load(x[l * step])), affines[kOfEach ? l : 0]);
+    const int64_t c = kOfEach ? l : 0;
+    const A value = normalize(A(load(x[l * step])), Affine<A>{mean[c], scale[c], bias[c]});
     const bool larger = value > best[l] || value != value;
     best[l] = larger ? value : best[l];
     taps[l] = larger ? tap : taps[l];
@@ -97,12 +99,14 @@ VECTORISED void add_taken(const T* grad, const uint8_t* index, int64_t count, in
 
 template <bool kOfEach, class T, class A>
 VECTORISED void row_input_grad(const A* g, const T* x, T* dx, int64_t count, Affines<A> affines, InputGrads<A> back) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
+  const A *const grad_mean = back.grad_mean, *const projection = back.projection;
 #pragma omp simd
   for (int64_t l = 0; l < count; ++l) {
     const int64_t c = kOfEach ? l : 0;
     const A value = load(x[l]);
-    const A masked = relu_backward(g[l], normalize(value, affines[c]));
-    store(&dx[l], input_grad(masked, value - affines.mean[c], back[c]));
+    const A masked = relu_backward(g[l], normalize(value, Affine<A>{mean[c], scale[c], bias[c]}));
+    store(&dx[l], input_grad(masked, value - mean[c], InputGrad<A>{scale[c], grad_mean[c], projection[c]}));
   }
 }
 

@@ -97,14 +97,16 @@ VECTORISED void span_input_grad(const T* x, const T* residual, A g, T* dx, T* dr
 template <bool kResidual, bool kRelu, class T, class A>
 VECTORISED void rows_input_grad(const T* x, const T* residual, const A* g, T* dx, T* dresidual, int64_t rows,
                                 int64_t channels, Affines<A> affines, InputGrads<A> back) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
+  const A *const grad_mean = back.grad_mean, *const projection = back.projection;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r * channels;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = row + c;
-      const A open = masked<kResidual, kRelu>(x, residual, i, g[c], affines[c]);
+      const A open = masked<kResidual, kRelu>(x, residual, i, g[c], Affine<A>{mean[c], scale[c], bias[c]});
       if (kResidual && dresidual) store(&dresidual[i], open);
-      store(&dx[i], input_grad(open, load(x[i]) - affines.mean[c], back[c]));
+      store(&dx[i], input_grad(open, load(x[i]) - mean[c], InputGrad<A>{scale[c], grad_mean[c], projection[c]}));
     }
   }
 }
@@ -181,6 +183,15 @@ void backward(const Maps& maps, const MeanBackwardArgs<T>& args) {
       span_input_grad<kResidual, kRelu>(args.x + i, at_offset(args.residual, i), g[c], args.dx + i,
                                         at_offset(args.dresidual, i), maps.size, affines[c], back[c]);
   });
+}
+
+// Calls run(a, b) with two flags as constants.
+template <class Run>
+void with_flags(bool a, bool b, const Run& run) {
+  if (a)
+    b ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
+  else
+    b ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
 }
 
 struct Kernels : Cpu {

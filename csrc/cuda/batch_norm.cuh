@@ -79,6 +79,14 @@ __device__ __forceinline__ void add(double2& to, const double2& value) {
   to.y += value.y;
 }
 
+// What is known of the activation when a backward is compiled: most networks have ReLUs, or nothing.
+enum class Mask {
+  none,
+  from_input,   // a ReLU's, recomputed from x
+  from_output,  // a ReLU's, read from y
+  activation    // no mask, but the derivative of another activation, recomputed from x
+};
+
 // Division by a number known at the launch: a multiplication. Right while dividend times divisor stay below
 // 2^64, as the pixels of a tensor times those of an image do.
 struct WideDivisor {
@@ -97,13 +105,13 @@ inline bool aligned(std::initializer_list<const void*> tensors, size_t bytes) {
 template <class T>
 constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
 
-// Calls run(vector width) as a constant: the widest vector that divides `extent` and at whose multiples all
-// tensors begin.
-template <class T, class Run>
+// Calls run(vector width) as a constant: the widest vector, of kMost values at most, that divides `extent` and at whose
+// multiples all tensors begin.
+template <class T, int kMost = kWide<T>, class Run>
 void with_width(int64_t extent, std::initializer_list<const void*> tensors, const Run& run) {
   const auto fits = [&](int width) { return extent % width == 0 && aligned(tensors, width * sizeof(T)); };
   constexpr int kHalf = kWide<T> == 8 ? 4 : 1;
-  if (fits(kWide<T>)) return run(std::integral_constant<int, kWide<T>>{});
+  if (fits(kMost)) return run(std::integral_constant<int, kMost>{});
   if (fits(kHalf)) return run(std::integral_constant<int, kHalf>{});
   run(std::integral_constant<int, 1>{});
 }

@@ -6,9 +6,10 @@ namespace auglocal {
 namespace {
 
 // act(BN(x) + residual) for a thread's share, the first `kept` vectors from shared memory. y may be x or residual.
-template <class T, int V, Order kOrder, class A>
+// with_act: calls what it is given with the activation.
+template <class T, int V, Order kOrder, class A, class WithAct>
 __device__ __forceinline__ void apply_share(const Plan& plan, const Share<V, kOrder>& share, const ForwardArgs<T>& args,
-                                            const Affine<A>* affines, int kept) {
+                                            const Affine<A>* affines, int kept, const WithAct& with_act) {
   using Vec = Vector<T, V>;
   Affine<A> affine[kLanes<kOrder, V>];
 #pragma unroll
@@ -16,25 +17,35 @@ __device__ __forceinline__ void apply_share(const Plan& plan, const Share<V, kOr
   struct Loaded {
     Vec x, residual;
   };
-  for_each_vector<kInFlight<Vec, 3>, true>(
-      plan, share,
-      [&](int64_t offset, int index, int64_t) {
-        Loaded loaded;
-        loaded.x = index < kept ? slot<Vec>(index) : read<V>(args.x + offset);
-        if (args.residual) loaded.residual = read<V>(args.residual + offset);
-        return loaded;
-      },
-      [&](int64_t offset, int, const Loaded& loaded) {
-        Vec y{};
+  with_act([&](auto act) {
+    for_each_vector<kInFlight<Vec, act.kCheap ? 3 : 2>, true>(
+        plan, share,
+        [&](int64_t offset, int index, int64_t) {
+          Loaded loaded;
+          loaded.x = index < kept ? slot<Vec>(index) : read<V>(args.x + offset);
+          if (args.residual) loaded.residual = read<V>(args.residual + offset);
+          return loaded;
+        },
+        [&](int64_t offset, int, const Loaded& loaded) {
+          Vec y{};
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-          A value = normalize(get<A>(loaded.x, i), affine[lane_of<kOrder>(i)]);
-          if (args.residual) value += get<A>(loaded.residual, i);
-          set<A>(y, i, args.relu ? relu(value) : value);
-        }
-        write<V>(args.y + offset, y);
-      });
+          for (int i = 0; i < V; ++i) {
+            A value = normalize(get<A>(loaded.x, i), affine[lane_of<kOrder>(i)]);
+            if (args.residual) value += get<A>(loaded.residual, i);
+            set<A>(y, i, act.value(value));
+          }
+          write<V>(args.y + offset, y);
+        });
+  });
 }
+
+// What the forward kernel takes: another activation's code would need the registers of the sums.
+template <class A>
+struct ReluOrNone {
+  static constexpr bool kCheap = true;
+  bool relu;
+  __device__ A value(A z) const { return relu ? auglocal::relu(z) : z; }
+};
 
 template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
@@ -92,7 +103,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
     __syncthreads();
 
-    if (args.y) apply_share(plan, share, args, affines, plan.kept);
+    if (args.y)
+      apply_share(plan, share, args, affines, plan.kept,
+                  [&](const auto& run) { run(ReluOrNone<A>{args.act == Act::relu}); });
   }
 }
 
@@ -108,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (threadIdx.x < plan.group_channels && channel < plan.channels)
       affines[threadIdx.x] = args.norm().affine(channel);
     __syncthreads();
-    apply_share(plan, share, args, affines, 0);
+    apply_share(plan, share, args, affines, 0, [&](const auto& run) { with_activation(args.act, args.slope, run); });
   }
 }
 
@@ -130,42 +143,47 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
     for (int i = 0; i < kLanes<kOrder, V>; ++i) affine[i] = affines[share.in_group + i];
 
-    // The masked gradient; where the mask is y's, dresidual already is.
-    const auto masked = [&](A grad, A x, const Affine<A>& at) {
-      return kMask == Mask::from_input ? relu_backward(grad, normalize(x, at)) : grad;
+    // Calls run(the activation that the gradient passes, recomputed from x).
+    const auto with_act = [&](const auto& run) {
+      if constexpr (kMask == Mask::activation)
+        with_activation(args.act, args.slope, run);
+      else
+        run(Activation<kMask == Mask::from_input ? Act::relu : Act::none, A>{});
     };
     struct Loaded {
       Vec grad, x, y;
     };
     A sum[V] = {}, dot[V] = {};  // of g and of g * (x - mean)
-    for_each_vector<kInFlight<Vec, 4>, false>(
-        plan, share,
-        [&](int64_t offset, int, int64_t) {
-          Loaded loaded;
-          loaded.grad = read<V>(args.grad + offset);
-          loaded.x = read<V>(args.x + offset);
-          if (kFromOutput) loaded.y = read<V>(args.y + offset);
-          return loaded;
-        },
-        [&](int64_t offset, int index, Loaded& loaded) {
+    with_act([&](auto act) {
+      for_each_vector<kInFlight<Vec, act.kCheap ? 4 : 2>, false>(
+          plan, share,
+          [&](int64_t offset, int, int64_t) {
+            Loaded loaded;
+            loaded.grad = read<V>(args.grad + offset);
+            loaded.x = read<V>(args.x + offset);
+            if (kFromOutput) loaded.y = read<V>(args.y + offset);
+            return loaded;
+          },
+          [&](int64_t offset, int index, Loaded& loaded) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const Affine<A>& at = affine[lane_of<kOrder>(i)];
-            const A x = get<A>(loaded.x, i);
-            A g = get<A>(loaded.grad, i);
-            if (kFromOutput) {
-              g = relu_backward(g, get<A>(loaded.y, i));
-              set<A>(loaded.grad, i, g);
+            for (int i = 0; i < V; ++i) {
+              const Affine<A>& at = affine[lane_of<kOrder>(i)];
+              const A x = get<A>(loaded.x, i);
+              A g = get<A>(loaded.grad, i);
+              if (kFromOutput) {
+                g = relu_backward(g, get<A>(loaded.y, i));
+                set<A>(loaded.grad, i, g);
+              }
+              g = act.backward(g, normalize(x, at));
+              sum[i] += g;
+              dot[i] = mul_add(g, x - at.mean, dot[i]);
             }
-            g = masked(g, x, at);
-            sum[i] += g;
-            dot[i] = mul_add(g, x - at.mean, dot[i]);
-          }
-          if (kFromOutput) write<V>(args.masked + offset, loaded.grad);
-          if (index >= plan.kept) return;
-          slot<Vec>(2 * index) = loaded.grad;
-          slot<Vec>(2 * index + 1) = loaded.x;
-        });
+            if (kFromOutput) write<V>(args.masked + offset, loaded.grad);
+            if (index >= plan.kept) return;
+            slot<Vec>(2 * index) = loaded.grad;
+            slot<Vec>(2 * index + 1) = loaded.x;
+          });
+    });
 
     double2 sums[kLanes<kOrder, V>] = {};
 #pragma unroll
@@ -186,27 +204,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     InputGrad<A> back[kLanes<kOrder, V>];
 #pragma unroll
     for (int i = 0; i < kLanes<kOrder, V>; ++i) back[i] = backs[share.in_group + i];
-    for_each_vector<kInFlight<Vec, 4>, true>(
-        plan, share,
-        [&](int64_t offset, int index, int64_t) {
-          Loaded loaded;
-          const bool kept = index < plan.kept;
-          loaded.grad = kept ? slot<Vec>(2 * index) : read<V>((kFromOutput ? args.masked : args.grad) + offset);
-          loaded.x = kept ? slot<Vec>(2 * index + 1) : read<V>(args.x + offset);
-          return loaded;
-        },
-        [&](int64_t offset, int, const Loaded& loaded) {
-          Vec dx{};
+    with_act([&](auto act) {
+      for_each_vector<kInFlight<Vec, act.kCheap ? 4 : 2>, true>(
+          plan, share,
+          [&](int64_t offset, int index, int64_t) {
+            Loaded loaded;
+            const bool kept = index < plan.kept;
+            loaded.grad = kept ? slot<Vec>(2 * index) : read<V>((kFromOutput ? args.masked : args.grad) + offset);
+            loaded.x = kept ? slot<Vec>(2 * index + 1) : read<V>(args.x + offset);
+            return loaded;
+          },
+          [&](int64_t offset, int, const Loaded& loaded) {
+            Vec dx{};
 #pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const int lane = lane_of<kOrder>(i);
-            const A x = get<A>(loaded.x, i);
-            const A g = masked(get<A>(loaded.grad, i), x, affine[lane]);
-            set<A>(dx, i, input_grad(g, x - affine[lane].mean, back[lane]));
-          }
-          write<V>(args.dx + offset, dx);
-          if (kFromOutput && args.dresidual != args.masked) write<V>(args.dresidual + offset, loaded.grad);
-        });
+            for (int i = 0; i < V; ++i) {
+              const int lane = lane_of<kOrder>(i);
+              const A x = get<A>(loaded.x, i);
+              const A g = act.backward(get<A>(loaded.grad, i), normalize(x, affine[lane]));
+              set<A>(dx, i, input_grad(g, x - affine[lane].mean, back[lane]));
+            }
+            write<V>(args.dx + offset, dx);
+            if (kFromOutput && args.dresidual != args.masked) write<V>(args.dresidual + offset, loaded.grad);
+          });
+    });
   }
 }
 
@@ -218,11 +238,13 @@ struct Kernels : Cuda {
   // batch_norm_act's kernel, vectors and plan, so that the sums are its sums to the bit.
   template <class T, class A>
   void statistics(const Layout& at, const T* x, A* mean, A* var) const {
-    forward_of(at, ForwardArgs<T>{x, nullptr, nullptr, nullptr, nullptr, mean, var, 0, false}, false);
+    forward_of(at, ForwardArgs<T>{x, nullptr, nullptr, nullptr, nullptr, mean, var, 0, Act::none, 0}, false);
   }
   template <class T>
   void forward(const Layout& at, const ForwardArgs<T>& args) const {
-    forward_of(at, args, true);
+    if (args.act == Act::none || args.act == Act::relu) return forward_of(at, args, true);
+    statistics(at, args.x, args.mean, args.var);
+    apply(at, args);
   }
   template <class T>
   void forward_of(const Layout& at, const ForwardArgs<T>& args, bool keeps) const {
@@ -238,15 +260,17 @@ struct Kernels : Cuda {
   }
   template <class T>
   void backward(const Layout& at, const BackwardArgs<T>& args) const {
-    with_shape<T>(at, {args.grad, args.x, args.y, args.dx, args.dresidual}, [&](auto width, auto order) {
-      const auto run = [&](auto mask) {
-        launch_teams<backward_kernel<T, width, order, mask>, width, order, T>(*this, at, 2, args);
-      };
-      switch (args.mask) {
-        case Mask::none: return run(std::integral_constant<Mask, Mask::none>{});
-        case Mask::from_input: return run(std::integral_constant<Mask, Mask::from_input>{});
-        case Mask::from_output: return run(std::integral_constant<Mask, Mask::from_output>{});
-      }
+    if (args.y) return backward_of<Mask::from_output>(at, args);
+    if (args.act == Act::relu) return backward_of<Mask::from_input>(at, args);
+    if (args.act == Act::none) return backward_of<Mask::none>(at, args);
+    backward_of<Mask::activation>(at, args);
+  }
+  template <Mask kMask, class T>
+  void backward_of(const Layout& at, const BackwardArgs<T>& args) const {
+    constexpr int kMost = kMask == Mask::activation ? std::min(kWide<T>, 4) : kWide<T>;  // of more, registers spill
+    const std::initializer_list<const void*> tensors{args.grad, args.x, args.y, args.dx, args.dresidual};
+    with_shape<T, kMost>(at, tensors, [&](auto width, auto order) {
+      launch_teams<backward_kernel<T, width, order, kMask>, width, order, T>(*this, at, 2, args);
     });
   }
 };

@@ -428,12 +428,12 @@ template <Order kOrder>
 using OrderConstant = std::integral_constant<Order, kOrder>;
 
 // Calls run(vector width, order) as constants.
-template <class T, class Run>
+template <class T, int kMost = kWide<T>, class Run>
 void with_shape(const Layout& layout, std::initializer_list<const void*> tensors, const Run& run) {
   if (layout.inner == 1)
-    with_width<T>(layout.channels, tensors, [&](auto width) { run(width, OrderConstant<Order::pixels>{}); });
+    with_width<T, kMost>(layout.channels, tensors, [&](auto width) { run(width, OrderConstant<Order::pixels>{}); });
   else
-    with_width<T>(layout.inner, tensors, [&](auto width) { run(width, OrderConstant<Order::maps>{}); });
+    with_width<T, kMost>(layout.inner, tensors, [&](auto width) { run(width, OrderConstant<Order::maps>{}); });
 }
 
 }  // namespace

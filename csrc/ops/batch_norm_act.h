@@ -16,19 +16,26 @@ struct ForwardArgs {
   const A *weight, *bias;
   A *mean, *var;  // written by the forward, read by apply
   double eps;
-  bool relu;
+  Act act;
+  A slope;
   HD Norm<A> norm() const { return {weight, bias, mean, var, eps}; }
 };
 
 template <class T, class A = typename Compute<T>::type>
 struct BackwardArgs {
   Norm<A> norm;
-  Mask mask;
-  const T *grad, *x, *y;  // y, dresidual, masked: only for Mask::from_output
+  Act act;
+  A slope;
+  const T *grad, *x, *y;  // y, dresidual, masked: where y, behind a residual, has the ReLU's mask; else null
   T *dx, *dresidual;      // may be grad, x or y themselves: each value is written by the thread that read it
   T* masked;              // where the masked gradient waits for the second pass: dresidual, or dx where dresidual is x
   A *dweight, *dbias;
 };
+
+inline void check_activation(const char* op, int64_t act, double negative_slope) {
+  require(act >= 0 && act < kActs, op, ": act must be 0 to ", kActs - 1, ", given ", act);
+  require(negative_slope >= 0, op, ": negative_slope must be at least 0, given ", negative_slope);
+}
 
 // ---- the ops -------------------------------------------------------------------------------------------
 
@@ -58,14 +65,16 @@ struct BatchNormAct {
   Tensor x, weight, bias;
   std::optional<Tensor> residual;
   double eps;
-  bool act;
-  auto arguments() { return std::tie(x, weight, bias, residual, eps, act); }
+  int64_t act;
+  double negative_slope;
+  auto arguments() { return std::tie(x, weight, bias, residual, eps, act, negative_slope); }
 
   Layout check() const {
     const Check check(kName, x);
     check.channels("weight", weight);
     check.channels("bias", bias);
     if (residual) check.like_x("residual", *residual);
+    check_activation(kName, act, negative_slope);
     return check.at;
   }
 
@@ -83,8 +92,9 @@ struct BatchNormAct {
     with_type(kName, x, [&](auto value) {
       using T = decltype(value);
       using A = typename Compute<T>::type;
-      kernels.forward(at, ForwardArgs<T>{data<T>(dense_x), data<T>(added), mutable_data<T>(y), data<A>(weight),
-                                         data<A>(bias), mutable_data<A>(mean), mutable_data<A>(var), eps, act});
+      kernels.forward(
+          at, ForwardArgs<T>{data<T>(dense_x), data<T>(added), mutable_data<T>(y), data<A>(weight), data<A>(bias),
+                             mutable_data<A>(mean), mutable_data<A>(var), eps, Act(act), A(negative_slope)});
     });
     return {y, mean, var};
   }
@@ -96,9 +106,12 @@ struct BatchNormActApplyOut {
   NormTensors norm;
   std::optional<Tensor> residual;
   double eps;
-  bool act;
+  int64_t act;
   Tensor out;
-  auto arguments() { return std::tie(x, norm.weight, norm.bias, norm.mean, norm.var, residual, eps, act, out); }
+  double negative_slope;
+  auto arguments() {
+    return std::tie(x, norm.weight, norm.bias, norm.mean, norm.var, residual, eps, act, out, negative_slope);
+  }
 
   Layout check() const {
     const Check check(kName, x);
@@ -106,6 +119,7 @@ struct BatchNormActApplyOut {
     check.dense_like_x("x", x);
     if (residual) check.dense_like_x("residual", *residual);
     check.dense_like_x("out", out);
+    check_activation(kName, act, negative_slope);
     return check.at;
   }
 
@@ -117,9 +131,9 @@ struct BatchNormActApplyOut {
     with_type(kName, x, [&](auto value) {
       using T = decltype(value);
       using A = typename Compute<T>::type;
-      kernels.apply(
-          at, ForwardArgs<T>{data<T>(x), data<T>(residual), mutable_data<T>(out), data<A>(norm.weight),
-                             data<A>(norm.bias), mutable_data<A>(norm.mean), mutable_data<A>(norm.var), eps, act});
+      kernels.apply(at, ForwardArgs<T>{data<T>(x), data<T>(residual), mutable_data<T>(out), data<A>(norm.weight),
+                                       data<A>(norm.bias), mutable_data<A>(norm.mean), mutable_data<A>(norm.var), eps,
+                                       Act(act), A(negative_slope)});
     });
   }
 };
@@ -130,11 +144,12 @@ struct BatchNormActBackwardOut {
   NormTensors norm;
   std::optional<Tensor> y;
   double eps;
-  bool act;
+  int64_t act;
   Tensor dx;
   std::optional<Tensor> dresidual;
+  double negative_slope;
   auto arguments() {
-    return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, y, eps, act, dx, dresidual);
+    return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, y, eps, act, dx, dresidual, negative_slope);
   }
 
   Layout check() const {
@@ -146,6 +161,9 @@ struct BatchNormActBackwardOut {
     require(y.has_value() == dresidual.has_value(), kName, ": y and dresidual go together, given one of them");
     if (y) check.dense_like_x("y", *y);
     if (dresidual) check.dense_like_x("dresidual", *dresidual);
+    check_activation(kName, act, negative_slope);
+    require(!y || Act(act) == Act::relu, kName, ": y, behind a residual, has the mask of a ReLU (act 1), given act ",
+            act);
     return check.at;
   }
 
@@ -160,9 +178,9 @@ struct BatchNormActBackwardOut {
       using A = typename Compute<T>::type;
       T *const into_dx = mutable_data<T>(dx), *const into_dresidual = mutable_data<T>(dresidual);
       T* const masked = into_dresidual == data<T>(x) ? into_dx : into_dresidual;
-      const Mask mask = y ? Mask::from_output : (act ? Mask::from_input : Mask::none);
-      kernels.backward(at, BackwardArgs<T>{norm.data<A>(eps), mask, data<T>(grad), data<T>(x), data<T>(y), into_dx,
-                                           into_dresidual, masked, mutable_data<A>(dweight), mutable_data<A>(dbias)});
+      kernels.backward(
+          at, BackwardArgs<T>{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad), data<T>(x), data<T>(y),
+                              into_dx, into_dresidual, masked, mutable_data<A>(dweight), mutable_data<A>(dbias)});
     });
     return {dweight, dbias};
   }
@@ -175,8 +193,11 @@ struct BatchNormActBackward {
   NormTensors norm;
   std::optional<Tensor> y;
   double eps;
-  bool act;
-  auto arguments() { return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, y, eps, act); }
+  int64_t act;
+  double negative_slope;
+  auto arguments() {
+    return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, y, eps, act, negative_slope);
+  }
 
   template <class Kernels>
   std::tuple<Tensor, Tensor, Tensor, Tensor> run() const {
@@ -184,8 +205,8 @@ struct BatchNormActBackward {
     Tensor dx = empty(x, x.sizes(), format);
     std::optional<Tensor> dresidual;
     if (y) dresidual = empty(x, x.sizes(), format);
-    const BatchNormActBackwardOut out{
-        dense(grad, format), dense(x, format), norm, dense(y, format), eps, act, dx, dresidual};
+    const BatchNormActBackwardOut out{dense(grad, format), dense(x, format), norm, dense(y, format), eps, act, dx,
+                                      dresidual,           negative_slope};
     auto [dweight, dbias] = out.run<Kernels>();
     return {dx, y ? *dresidual : empty(x, {0}), dweight, dbias};
   }
