@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from auglocal_ext.ops.batch_norm_act import _backward
-
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     *("cuda/batch_norm_act_mean.cu", "cuda/batch_norm_act.cu", "cuda/batch_norm_act_max_pool.cu"),
@@ -26,6 +24,7 @@ OPS = (
     "batch_norm_act",
     "batch_norm_act_apply_out",
     "batch_norm_act_backward_out",
+    "batch_norm_act_backward",
     "batch_norm_act_max_pool_apply",
     "batch_norm_act_max_pool_backward_out",
     "batch_norm_act_mean_apply",
@@ -54,7 +53,7 @@ def build(csrc=ROOT / "csrc", into=ROOT / "build" / "emulation"):
     csrc, into, cxx = Path(csrc), Path(into), compiler()
     into.mkdir(parents=True, exist_ok=True)
     torchs = Path(torch.__path__[0])
-    headers = [*csrc.glob("*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("emulation/*.h")]
+    headers = [*csrc.glob("*.h"), *csrc.glob("ops/*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("emulation/*.h")]
     same = [torch.__version__, cxx, *(file.read_text() for file in sorted(headers))]
 
     def named(stem, suffix, *made_of):
@@ -111,8 +110,6 @@ class Emulation:
         for name in OPS:
             op = getattr(torch.ops.auglocal_emulated, name).default
             served.impl(name, lambda *arguments, op=op: op(*arguments), "CPU", allow_override=True)
-        # On CUDA, this one is put together from others.
-        served.impl("batch_norm_act_backward", _backward, "CPU", allow_override=True)
         self.machine.emulation_begin(seed, DEVICES.index(device))
         self.machine.emulation_run_last_blocks(last_blocks)
         try:

@@ -2,7 +2,7 @@
 
     python tests/mutants.py [--only NAME ...] [--out benchmarks/results/mutants.md]
 
-A mutant is a text in a source file and what takes its place. The tests are those of tests/test_emulation.py and, for
+A mutant is a text in a source file and what takes its place. The tests are those of tests/ops/test_emulation.py and, for
 what these let live, all that are marked as emulated. The table says what killed each. It takes about 40 minutes.
 """
 
@@ -32,7 +32,8 @@ TEAMS, ACT, POOL, MEAN, COMMON = (
         "batch_norm.cuh",
     )
 )
-# name: (file, text, what takes its place[, which occurrence, from 0])
+ACTIVATION = "activation.h"
+# name: (file, text, what takes its place)
 MUTANTS = {
     # sums over a block
     "block_sum: no barrier between writing and reading the warps' sums": (
@@ -112,13 +113,12 @@ MUTANTS = {
         ACT, "if (owner) origins[threadIdx.x] = origin;\n    __syncthreads();", "if (owner) origins[threadIdx.x] = origin;",
     ),
     "forward: no barrier before the constants are used": (
-        ACT, "    __syncthreads();\n\n    if (args.y) apply_share", "\n    if (args.y) apply_share",
+        ACT, "    __syncthreads();\n\n    if (args.y)\n      apply_share", "\n    if (args.y)\n      apply_share",
     ),
     "forward: every block writes the statistics, before they are known": (ACT, "if (team.writes) {\n        args.mean", "if (true) {\n        args.mean"),
     "apply: constants overwritten while they are read": (ACT, "    __syncthreads();  // the last group's constants have been read\n", ""),
     "apply: no barrier behind the constants": (
-        ACT, "                                         args.bias[channel], args.eps);\n    __syncthreads();\n    apply_share",
-        "                                         args.bias[channel], args.eps);\n    apply_share",
+        ACT, "args.norm().affine(channel);\n    __syncthreads();\n    apply_share", "args.norm().affine(channel);\n    apply_share",
     ),
     "backward: no barrier behind the affines": (
         ACT, "    __syncthreads();\n    Affine<A> affine[kLanes<kOrder, V>];", "    Affine<A> affine[kLanes<kOrder, V>];",
@@ -127,6 +127,22 @@ MUTANTS = {
         ACT, "    __syncthreads();\n\n    InputGrad<A> back", "\n    InputGrad<A> back",
     ),
     "backward: the masked gradient is not kept": (ACT, "          if (kFromOutput) write<V>(args.masked + offset, loaded.grad);\n", ""),
+    "backward: the activation's derivative at x": (
+        ACT, "act.backward(get<A>(loaded.grad, i), normalize(x, affine[lane]))", "act.backward(get<A>(loaded.grad, i), x)",
+    ),
+    "backward: a ReLU's mask for every activation": (
+        ACT, "backward_of<Mask::activation>(at, args);", "backward_of<Mask::from_input>(at, args);",
+    ),
+    # activations
+    "silu: the derivative without its second term": (ACTIVATION, "return grad * s * (A(1) + z * (A(1) - s));", "return grad * s;"),
+    "hardswish: a gradient from below the joint": (
+        ACTIVATION, "relu_backward(z < A(3) ? grad * (z / A(3) + A(0.5)) : grad, z + A(3))", "(z < A(3) ? grad * (z / A(3) + A(0.5)) : grad)",
+    ),
+    "relu6: a gradient from beyond 6": (ACTIVATION, "relu_backward(z >= A(6) ? A(0) : grad, z)", "relu_backward(grad, z)"),
+    "leaky_relu: the slope of positive values": (ACTIVATION, "z > A(0) ? grad : grad * slope", "z > A(0) ? grad * slope : grad"),
+    "gelu: the derivative without the density": (
+        ACTIVATION, "grad * (below(z) + z * (kDensity * exp_of(A(-0.5) * z * z)))", "grad * below(z)",
+    ),
     "walk: 32-bit offsets": (TEAMS, "    int64_t offset[kBatch];", "    int offset[kBatch];"),
     # max-pool
     "max-pool: a value behind the window's end": (POOL, "if (i + k / kTaps < end && j + k % kTaps < end_column)", "if (i + k / kTaps < end)"),
@@ -141,7 +157,7 @@ MUTANTS = {
     "max-pool dx: one window too few": (POOL, "return min(by_stride.quotient(position + padding), windows - 1);", "return min(by_stride.quotient(position + padding), windows - 2);"),
     "max-pool dx: another row of the window": (POOL, "const int taken = tap >= 0 && tap < map.columns.kernel ? tap - from_window : -1;", "const int taken = tap - from_window;"),
     "max-pool: 32-bit offsets": (POOL, "return n * values + (c * of_channel", "return int(n * values) + (c * of_channel"),
-    "mean: 32-bit offsets": (MEAN, "const int64_t begin = kPixels", "const int begin = kPixels"),
+    "mean: 32-bit offsets": (MEAN, "const int64_t begin =\n", "const int begin =\n"),
     "max-pool affines: past the last channel": (POOL, "if (channel < channels) affines", "affines"),
     "max-pool walk: a pixel too many": (POOL, "pixels = works ? (left + walk.lanes - 1) / walk.lanes : 0;", "pixels = works ? left / walk.lanes + 1 : 0;"),
     "division by a multiplication: one bit too few": (POOL, "shift(31) {", "shift(12) {"),
@@ -166,7 +182,7 @@ MUTANTS = {
 def run(folder, mutant, library):
     """What killed a mutant: (test, sentence), or None if nothing did."""
     environment = os.environ | {"AUGLOCAL_EMULATION": str(library), "PYTHONPATH": str(emulation.ROOT)}
-    tests = emulation.ROOT / "tests"
+    tests = emulation.ROOT / "tests" / "ops"
     for selection in (
         ["test_emulation.py", "-k", "order_of_threads or channels or 2_to_the or anywhere"],
         ["-m", "emulated"],

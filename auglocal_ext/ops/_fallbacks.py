@@ -16,11 +16,33 @@ def _normalised(x, weight, bias, mean, var, eps):
     return (x - _per_channel(mean)) * _per_channel(weight * (var + eps).rsqrt()) + _per_channel(bias)
 
 
-def _activated(features, weight, bias, mean, var, residual, eps, relu):
+def activated(z, act, negative_slope):
+    """An activation by its number, see ACTIVATIONS in batch_norm_act.py; differentiable."""
+    functions = (
+        lambda z: z, F.relu, F.silu, F.hardswish, F.relu6, lambda z: F.leaky_relu(z, negative_slope), F.gelu,
+    )  # fmt: skip
+    return functions[act](z)
+
+
+def _activation_backward(grad, z, act, negative_slope):
+    aten = torch.ops.aten
+    functions = (
+        lambda grad, z: grad,
+        lambda grad, z: torch.where(z <= 0, 0, grad),
+        aten.silu_backward,
+        aten.hardswish_backward,
+        lambda grad, z: aten.hardtanh_backward(grad, z, 0, 6),
+        lambda grad, z: aten.leaky_relu_backward(grad, z, negative_slope, False),
+        aten.gelu_backward,
+    )
+    return functions[act](grad, z)
+
+
+def _activated(features, weight, bias, mean, var, residual, eps, act, negative_slope=0.01):
     y = _normalised(features, weight, bias, mean, var, eps)
     if residual is not None:
         y += residual
-    return y.relu_() if relu else y
+    return y.relu_() if act == 1 else activated(y, act, negative_slope)
 
 
 def batch_norm_statistics(x):
@@ -31,25 +53,25 @@ def batch_norm_statistics(x):
     return mean, var
 
 
-def batch_norm_act(x, weight, bias, residual, eps, relu):
+def batch_norm_act(x, weight, bias, residual, eps, act, negative_slope=0.01):
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     features = x.contiguous(memory_format=layout).to(weight.dtype)
     mean, var = batch_norm_statistics(features)
-    y = _activated(features, weight, bias, mean, var, residual, eps, relu)
+    y = _activated(features, weight, bias, mean, var, residual, eps, act, negative_slope)
     return y.to(x.dtype, memory_format=layout), mean, var
 
 
-def batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out):
-    out.copy_(_activated(x.to(weight.dtype), weight, bias, mean, var, residual, eps, relu))
+def batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, act, out, negative_slope=0.01):
+    out.copy_(_activated(x.to(weight.dtype), weight, bias, mean, var, residual, eps, act, negative_slope))
 
 
-def batch_norm_act_backward_out(grad, x, weight, bias, mean, var, y, eps, relu, dx, dresidual):
+def batch_norm_act_backward_out(grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope=0.01):
     features, g = x.to(weight.dtype), grad.to(weight.dtype)
     if y is not None:
         g = torch.where(y <= 0, 0, g)
-    elif relu:
-        g = torch.where(_normalised(features, weight, bias, mean, var, eps) <= 0, 0, g)
+    elif act:
+        g = _activation_backward(g, _normalised(features, weight, bias, mean, var, eps), act, negative_slope)
     centred, invstd = features - _per_channel(mean), (var + eps).rsqrt()
     dbias, dot = g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))
     count = max(x.numel() // max(x.shape[1], 1), 1)

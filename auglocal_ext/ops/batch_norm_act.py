@@ -1,4 +1,4 @@
-"""batch_norm_act: BatchNorm with batch statistics [+ residual] [+ ReLU] as one op that keeps only its input.
+"""batch_norm_act: BatchNorm with batch statistics [+ residual] [+ activation] as one op that keeps only its input.
 
 With its parts: `batch_norm_act_apply`, the elementwise part alone, to rebuild an activation from what was kept;
 and `batch_norm_act_backward`, which can write over the incoming gradient or over the kept input.
@@ -19,6 +19,10 @@ __all__ = [
 ]
 
 
+# The number that stands for each in the ops' argument `act`, as csrc/activation.h has them.
+ACTIVATIONS = ("none", "relu", "silu", "hardswish", "relu6", "leaky_relu", "gelu")
+
+
 def batch_norm_act(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -26,9 +30,10 @@ def batch_norm_act(
     residual: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
-    relu: bool = True,
+    act: bool | str = True,
+    negative_slope: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`relu(batch_norm(x) + residual)` in training mode, with the batch's own statistics.
+    """`act(batch_norm(x) + residual)` in training mode, with the batch's own statistics.
 
     For the backward pass it keeps `x`, and with both a residual and a ReLU the output `y` (whose sign is
     the ReLU's mask, and which the next convolution keeps anyway); eager torch keeps one tensor more.
@@ -37,16 +42,19 @@ def batch_norm_act(
     Args:
         x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
-        residual: None, or a tensor of x's shape and dtype, added before the ReLU.
+        residual: None, or a tensor of x's shape and dtype, added before the activation. With one, only a ReLU and
+            no activation at all can be differentiated.
         eps: added to the variance, at least 0.
-        relu: False for a plain BatchNorm.
+        act: True for a ReLU, False for a plain BatchNorm, or one of ACTIVATIONS: "none", "relu", "silu", "hardswish",
+            "relu6", "leaky_relu", "gelu" (with erf).
+        negative_slope: of "leaky_relu", at least 0.
 
     Returns:
         (y, mean, var): y like x and in its layout; mean and biased variance over (N, H, W), each (C,), in
         weight's dtype, not differentiable. Two calls on the same input give the same bits.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit; one value per channel only.
+        ValueError, TypeError: a shape, dtype, device or activation that does not fit; one value per channel only.
 
     Equivalent to `batch_norm_act_reference`. Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     Not differentiable twice.
@@ -56,7 +64,8 @@ def batch_norm_act(
         raise ValueError(
             f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
         )
-    return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, relu)
+    act = _code("batch_norm_act", act, negative_slope)
+    return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, act, negative_slope)
 
 
 def batch_norm_act_reference(
@@ -66,14 +75,15 @@ def batch_norm_act_reference(
     residual: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
-    relu: bool = True,
+    act: bool | str = True,
+    negative_slope: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     if residual is not None:
         y = y + residual
     var, mean = torch.var_mean(x.detach().to(weight.dtype), (0, 2, 3), correction=0)
-    return F.relu(y) if relu else y, mean, var
+    return _fallbacks.activated(y, _code("batch_norm_act_reference", act, negative_slope), negative_slope), mean, var
 
 
 def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,13 +105,14 @@ def batch_norm_act_apply(
     residual: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
-    relu: bool = True,
+    act: bool | str = True,
+    negative_slope: float = 0.01,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`batch_norm_act`'s output again, to the bit, from its input and the statistics it returned.
 
     Args:
-        x, weight, bias, residual, eps, relu: as `batch_norm_act` was given them.
+        x, weight, bias, residual, eps, act, negative_slope: as `batch_norm_act` was given them.
         mean, var: as it returned them.
         out: None, or where to write: a tensor like x and in its layout, x itself and residual included.
 
@@ -110,9 +121,10 @@ def batch_norm_act_apply(
     """
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
     check("batch_norm_act_apply", x, channels, {"residual": residual, "out": out}, eps)
+    arguments = (x, weight, bias, mean, var, residual, eps, _code("batch_norm_act_apply", act, negative_slope))
     if out is None:
-        return torch.ops.auglocal_ext.batch_norm_act_apply(x, weight, bias, mean, var, residual, eps, relu)
-    torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out)
+        return torch.ops.auglocal_ext.batch_norm_act_apply(*arguments, negative_slope)
+    torch.ops.auglocal_ext.batch_norm_act_apply_out(*arguments, out, negative_slope)
     return out
 
 
@@ -126,7 +138,8 @@ def batch_norm_act_backward(
     y: torch.Tensor | None = None,
     *,
     eps: float = 1e-5,
-    relu: bool = True,
+    act: bool | str = True,
+    negative_slope: float = 0.01,
     dx: torch.Tensor | None = None,
     dresidual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
@@ -134,10 +147,10 @@ def batch_norm_act_backward(
 
     Args:
         grad: of y, (N, C, H, W) like x; where nothing is given to write into, of any strides.
-        x, weight, bias, eps, relu: as `batch_norm_act` was given them.
+        x, weight, bias, eps, act, negative_slope: as `batch_norm_act` was given them.
         mean, var: as it returned them.
-        y: its output, where it had a residual and a ReLU: the mask is y's sign. Without a residual the mask is
-            recomputed from x, to the bit.
+        y: its output, where it had a residual and a ReLU: the mask is y's sign. Without a residual what the
+            activation was of is recomputed from x, to the bit.
         dx: None, or where to write x's gradient: a tensor like x and in its layout, x itself and grad included.
         dresidual: likewise for the residual's gradient, where y is given; not the tensor given as dx.
 
@@ -147,14 +160,26 @@ def batch_norm_act_backward(
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
     like_x = {"grad": grad, "y": y, "dx": dx, "dresidual": dresidual}
     check("batch_norm_act_backward", x, channels, like_x, eps)
-    arguments = (grad, x, weight, bias, mean, var, y, eps, relu)
+    act = _code("batch_norm_act_backward", act, negative_slope)
+    if y is not None and ACTIVATIONS[act] != "relu":
+        raise ValueError(f"batch_norm_act_backward: y is for the mask of a ReLU, given act {ACTIVATIONS[act]!r}")
+    arguments = (grad, x, weight, bias, mean, var, y, eps, act)
     if dx is None and dresidual is None:
-        dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward(*arguments)
+        dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward(*arguments, negative_slope)
         return dx, None if y is None else dresidual, dweight, dbias
     if dx is None or (dresidual is None) != (y is None):
         raise ValueError("batch_norm_act_backward: give dx, and dresidual exactly where y is given, or neither")
-    dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments, dx, dresidual)
+    dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments, dx, dresidual, negative_slope)
     return dx, dresidual, dweight, dbias
+
+
+def _code(op, act, negative_slope):
+    """The number of an activation given as a bool or by name; ValueError where there is none."""
+    if not isinstance(act, bool) and act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be True, False or one of {', '.join(ACTIVATIONS)}, given {act!r}")
+    if not negative_slope >= 0:
+        raise ValueError(f"{op}: negative_slope must be at least 0, given {negative_slope}")
+    return int(act) if isinstance(act, bool) else ACTIVATIONS.index(act)
 
 
 def check(op, x, channels, like_x, eps):
@@ -195,47 +220,50 @@ def memory_format(x):
 
 define("batch_norm_statistics(Tensor x) -> (Tensor mean, Tensor var)", _fallbacks.batch_norm_statistics)
 define(
-    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu)"
-    " -> (Tensor y, Tensor mean, Tensor var)",
+    "batch_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, int act,"
+    " float negative_slope=0.01) -> (Tensor y, Tensor mean, Tensor var)",
     _fallbacks.batch_norm_act,
 )
 define(
     "batch_norm_act_apply_out(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? residual,"
-    " float eps, bool relu, Tensor(a!) out) -> ()",
+    " float eps, int act, Tensor(a!) out, float negative_slope=0.01) -> ()",
     _fallbacks.batch_norm_act_apply_out,
 )
 define(
     "batch_norm_act_backward_out(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
-    " float eps, bool relu, Tensor(a!) dx, Tensor(b!)? dresidual) -> (Tensor dweight, Tensor dbias)",
+    " float eps, int act, Tensor(a!) dx, Tensor(b!)? dresidual, float negative_slope=0.01)"
+    " -> (Tensor dweight, Tensor dbias)",
     _fallbacks.batch_norm_act_backward_out,
 )
 
 
 @define_composite(
     "batch_norm_act_apply(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? residual,"
-    " float eps, bool relu) -> Tensor y"
+    " float eps, int act, float negative_slope=0.01) -> Tensor y"
 )
-def _apply(x, weight, bias, mean, var, residual, eps, relu):
+def _apply(x, weight, bias, mean, var, residual, eps, act, negative_slope=0.01):
     x = x.contiguous(memory_format=memory_format(x))
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format(x))
     out = torch.empty_like(x, memory_format=memory_format(x))
-    torch.ops.auglocal_ext.batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, relu, out)
+    arguments = (x, weight, bias, mean, var, residual, eps, act, out, negative_slope)
+    torch.ops.auglocal_ext.batch_norm_act_apply_out(*arguments)
     return out
 
 
 # dresidual, empty without y, is the masked gradient.
 @define_composite(
     "batch_norm_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? y,"
-    " float eps, bool relu) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    " float eps, int act, float negative_slope=0.01)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
-def _backward(grad, x, weight, bias, mean, var, y, eps, relu):
+def _backward(grad, x, weight, bias, mean, var, y, eps, act, negative_slope=0.01):
     layout = memory_format(x)
     grad, x = grad.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
     dx, dresidual = torch.empty_like(x, memory_format=layout), None
     if y is not None:
         y, dresidual = y.contiguous(memory_format=layout), torch.empty_like(x, memory_format=layout)
-    arguments = (grad, x, weight, bias, mean, var, y, eps, relu, dx, dresidual)
+    arguments = (grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope)
     dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments)
     return dx, x.new_empty(0) if dresidual is None else dresidual, dweight, dbias
 
@@ -254,51 +282,56 @@ def _(x):
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act")
-def _(x, weight, bias, residual, eps, relu):
+def _(x, weight, bias, residual, eps, act, negative_slope=0.01):
     return _like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_apply")
-def _(x, weight, bias, mean, var, residual, eps, relu):
+def _(x, weight, bias, mean, var, residual, eps, act, negative_slope=0.01):
     return _like(x)
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_apply_out")
-def _(x, weight, bias, mean, var, residual, eps, relu, out):
+def _(x, weight, bias, mean, var, residual, eps, act, out, negative_slope=0.01):
     return None
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward")
-def _(grad, x, weight, bias, mean, var, y, eps, relu):
+def _(grad, x, weight, bias, mean, var, y, eps, act, negative_slope=0.01):
     return _like(x), x.new_empty(0) if y is None else _like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward_out")
-def _(grad, x, weight, bias, mean, var, y, eps, relu, dx, dresidual):
+def _(grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope=0.01):
     return torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, ctx.eps, ctx.relu = inputs
+    x, weight, bias, residual, ctx.eps, ctx.act, ctx.negative_slope = inputs
     y, mean, var = output
+    relu = ACTIVATIONS[ctx.act] == "relu"
+    if residual is not None and ctx.act and not relu:
+        raise ValueError(
+            f"batch_norm_act: with a residual only a ReLU can be differentiated, given {ACTIVATIONS[ctx.act]!r}"
+        )
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, weight, bias, mean, var, y if ctx.has_residual and ctx.relu else None)
+    ctx.save_for_backward(x, weight, bias, mean, var, y if ctx.has_residual and relu else None)
 
 
 def _autograd(ctx, grad, _mean_grad, _var_grad):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     x, weight, bias, mean, var, y = ctx.saved_tensors
     dx, dresidual, dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward(
-        grad, x, weight, bias, mean, var, y, ctx.eps, ctx.relu
+        grad, x, weight, bias, mean, var, y, ctx.eps, ctx.act, ctx.negative_slope
     )
     if not ctx.has_residual:
         dresidual = None
     elif y is None:
         dresidual = grad
-    return dx, dweight, dbias, dresidual, None, None
+    return dx, dweight, dbias, dresidual, None, None, None
 
 
 torch.library.register_autograd("auglocal_ext::batch_norm_act", _autograd, setup_context=_setup_context)

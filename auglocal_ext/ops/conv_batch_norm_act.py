@@ -80,7 +80,7 @@ def conv_batch_norm_act_reference(
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`conv_batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
-    y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, relu=relu)
+    y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, act=relu)
     return F.conv2d(y, conv_weight, conv_bias, stride, padding, dilation, groups), mean, var
 
 

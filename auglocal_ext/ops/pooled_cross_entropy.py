@@ -129,7 +129,7 @@ def pooled_cross_entropy_reference(
     """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
     mean = var = head_mean = head_var = None
     if bn is not None:
-        x, mean, var = batch_norm_act_reference(x, *bn, residual, eps=eps, relu=relu)
+        x, mean, var = batch_norm_act_reference(x, *bn, residual, eps=eps, act=relu)
     pooled = x.mean((2, 3)).to(linear_weight.dtype)
     if head_bn is not None:
         pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)

@@ -8,8 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../batch_norm_act.h"
-#include "../tensor.h"
+#include "../ops/op.h"
 
 // One binary serves every x86-64: the loops are compiled three times and chosen when loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -27,21 +26,71 @@ constexpr int64_t kRows = 32;     // and rows of them, before the sums go to dou
 
 // ---- walking a feature map -------------------------------------------------------------------------
 
-// The one formula of the scale, for every kernel: a backward finds the forward's ReLU mask to the bit.
-template <class A>
-Affine<A> affine(A mean, A var, A weight, A bias, double eps) {
-  return {mean, A(weight / std::sqrt(double(var) + eps)), bias};
-}
+// What a call of an op needs besides kernels: see ops/op.h. CUDA's counterpart is in cuda/batch_norm.cuh.
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  static Tensor for_any_vector(const Tensor& x) { return x; }
+};
 
-// Per-channel constants as arrays, one entry a channel.
+// Constants of neighbouring channels. Loops that the compiler is to vectorise take the pointers out first: it does not
+// look through the structs.
 template <class A>
-struct Channels {
-  std::vector<A> mean, scale, bias;
-  Channels(int64_t n, const A* means, const A* var, const A* weight, const A* biases, double eps)
-      : mean(means, means + n), scale(n), bias(biases, biases + n) {
-    for (int64_t c = 0; c < n; ++c) scale[c] = affine(mean[c], var[c], weight[c], bias[c], eps).scale;
+struct Affines {
+  const A *mean, *scale, *bias;
+  HD Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+  HD Affines from(int64_t c) const { return {mean + c, scale + c, bias + c}; }
+};
+template <class A>
+struct InputGrads {
+  const A *scale, *grad_mean, *projection;
+  HD InputGrad<A> operator[](int64_t c) const { return {scale[c], grad_mean[c], projection[c]}; }
+  HD InputGrads from(int64_t c) const { return {scale + c, grad_mean + c, projection + c}; }
+};
+
+template <class A>
+class Channels {
+ public:
+  Channels(int64_t n, const Norm<A>& norm) : n_(n), norm_(norm), scale_(n) {
+    for (int64_t c = 0; c < n; ++c) scale_[c] = norm.affine(c).scale;
   }
-  Affine<A> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+  Affines<A> affines() const { return {norm_.mean, scale_.data(), norm_.bias}; }
+
+ protected:
+  int64_t n_;
+  Norm<A> norm_;
+  std::vector<A> scale_;
+};
+
+// With what dx needs, and the parameters' gradients: both follow from sums over the channels.
+template <class A>
+class BackwardChannels : public Channels<A> {
+ public:
+  BackwardChannels(const Layout& at, const Norm<A>& norm, A* dweight, A* dbias)
+      : Channels<A>(at.channels, norm), count_(double(at.count())), dweight_(dweight), dbias_(dbias),
+        grad_mean_(at.channels), projection_(at.channels) {}
+
+  void finish(int64_t c, double sum, double dot) {
+    const auto& norm = this->norm_;
+    const ChannelGrad<A> made = channel_grad(sum, dot, count_, double(norm.var[c]), this->scale_[c], norm.eps);
+    dweight_[c] = made.dweight;
+    dbias_[c] = made.dbias;
+    grad_mean_[c] = made.back.grad_mean;
+    projection_[c] = made.back.projection;
+  }
+  // Of all channels: the sums of several parts, each with one a channel, added in order.
+  void finish(const std::vector<double>& sums, const std::vector<double>& dots) {
+    for (int64_t c = 0; c < this->n_; ++c) {
+      double sum = 0, dot = 0;
+      for (size_t i = c; i < sums.size(); i += this->n_) sum += sums[i], dot += dots[i];
+      finish(c, sum, dot);
+    }
+  }
+  InputGrads<A> input_grads() const { return {this->scale_.data(), grad_mean_.data(), projection_.data()}; }
+
+ private:
+  double count_;
+  A *dweight_, *dbias_;
+  std::vector<A> grad_mean_, projection_;
 };
 
 // Some of a channel's values in the contiguous layout: whole planes, or a piece of one.
@@ -157,6 +206,15 @@ HD void store_tile(T* to, const A& lanes, int64_t width) {
   for (int64_t c = 0; c < width; ++c) store(&to[c], lanes[c]);
 }
 
+template <class A, class Width>
+HD Affine<Lanes<A>> load_tile(const Affines<A>& from, Width width) {
+  return {load_tile(from.mean, width), load_tile(from.scale, width), load_tile(from.bias, width)};
+}
+template <class A, class Width>
+HD InputGrad<Lanes<A>> load_tile(const InputGrads<A>& from, Width width) {
+  return {load_tile(from.scale, width), load_tile(from.grad_mean, width), load_tile(from.projection, width)};
+}
+
 // Adds the first `width` lanes to sums in double.
 template <class A>
 HD void add(double* to, const Lanes<A>& lanes, int64_t width = kTile) {
@@ -171,7 +229,8 @@ HD void add(double* to, const Lanes<A>& lanes, int64_t width = kTile) {
 // Squares are summed in the same pass as the values, around a centre: the mean of the first few values. However far
 // from the mean it is, those values are then as far, and the variance so large that nothing cancels.
 
-// Calls f(first value, its plane's last + 1) for runs of up to kSpan values of a block, and flush() after about as many.
+// Calls f(first value, its plane's last + 1) for runs of up to kSpan values of a block, and flush() after about as
+// many.
 template <class Span, class Flush>
 HD void for_each_span(const Block& block, const Span& f, const Flush& flush) {
   const int64_t at_once = std::max<int64_t>(kSpan / block.length, 1);

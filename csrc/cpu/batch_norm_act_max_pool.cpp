@@ -1,31 +1,19 @@
 // CPU kernels of batch_norm_act_max_pool: max-pool of relu(BN(x)), which is never stored.
-#include "../pool.h"
-#include "batch_norm.h"
+#include "../ops/batch_norm_act_max_pool.h"
 
 #include <limits>
 
+#include "batch_norm.h"
+
 namespace auglocal {
 namespace {
-
-// Everything a kernel needs to find its way from outputs to inputs and back.
-struct Map {
-  Layout at;
-  Pool pool;
-  Strides in, out;
-  int64_t n, c, h, w, out_h, out_w;
-};
-
-Map make_map(const Tensor& x, const Layout& at, const Pool& pool, const Tensor& pooled) {
-  return {at,        pool,      strides_of(x, at.format), strides_of(pooled, at.format), x.size(0), x.size(1), x.size(2),
-          x.size(3), pooled.size(2), pooled.size(3)};
-}
 
 // A row is what the inner loops walk: one row of a plane in the contiguous layout, all channels of a pixel in
 // channels_last. Calls f(n, first channel, y, x) for every row of a map `height` high and `width` wide, in parallel;
 // x is 0 where a row has all of them.
 template <class F>
-void over_rows_of(const Map& map, int64_t height, int64_t width, const F& f) {
-  const bool channels_last = map.at.format == MemoryFormat::ChannelsLast;
+void over_rows_of(const PoolMap& map, int64_t height, int64_t width, const F& f) {
+  const bool channels_last = map.channels_last();
   const int64_t planes = map.n * (channels_last ? 1 : map.c), columns = channels_last ? width : 1;
   torch::stable::parallel_for(0, planes * height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
@@ -38,8 +26,9 @@ void over_rows_of(const Map& map, int64_t height, int64_t width, const F& f) {
 
 // One tap of a row of windows: takes x where it is larger than the best so far. NaN wins, as in torch.
 template <bool kOfEach, class T, class A>
-VECTORISED void take_larger(const T* x, int64_t step, int64_t count, const A* mean, const A* scale, const A* bias,
-                            int32_t tap, A* best, int32_t* taps) {
+VECTORISED void take_larger(const T* x, int64_t step, int64_t count, Affines<A> affines, int32_t tap, A* best,
+                            int32_t* taps) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
 #pragma omp simd
   for (int64_t l = 0; l < count; ++l) {
     const int64_t c = kOfEach ? l : 0;
@@ -69,34 +58,35 @@ HD Range inside(int64_t j, int64_t stride, int64_t padding, int64_t width, int64
   return {first, std::min(last + 1, out)};
 }
 
-template <bool kChannelsLast, class T, class A>
-void forward(const Map& map, const T* x, const Channels<A>& channels, T* y, uint8_t* index) {
+template <bool kChannelsLast, class T, class A = typename Compute<T>::type>
+void forward(const PoolMap& map, const MaxPoolArgs<T>& args) {
+  const Channels<A> channels(map.c, args.norm);
   const Pool& pool = map.pool;
   const int64_t lanes = kChannelsLast ? map.c : map.out_w;
   over_rows_of(map, map.out_h, map.out_w, [&](int64_t n, int64_t c, int64_t oh, int64_t ow) {
     std::vector<A> best(lanes, -std::numeric_limits<A>::infinity());
     std::vector<int32_t> taps(lanes, 0);
-    const A *mean = &channels.mean[c], *scale = &channels.scale[c], *bias = &channels.bias[c];
+    const Affines<A> affines = channels.affines().from(c);
     for (int64_t i = 0; i < pool.kernel_h; ++i) {
       const int64_t h = oh * pool.stride_h - pool.padding_h + i;
       if (h < 0 || h >= map.h) continue;
-      const T* row = x + n * map.in.n + c * map.in.c + h * map.in.h;
+      const T* row = args.x + n * map.in.n + c * map.in.c + h * map.in.h;
       for (int64_t j = 0; j < pool.kernel_w; ++j) {
         const int32_t tap = int32_t(i * pool.kernel_w + j);
         if (kChannelsLast) {
           const int64_t w = ow * pool.stride_w - pool.padding_w + j;
           if (w < 0 || w >= map.w) continue;
-          take_larger<true>(row + w * map.c, 1, lanes, mean, scale, bias, tap, best.data(), taps.data());
+          take_larger<true>(row + w * map.c, 1, lanes, affines, tap, best.data(), taps.data());
         } else {
           const Range at = inside(j, pool.stride_w, pool.padding_w, map.w, map.out_w);
           if (at.begin >= at.end) continue;
-          take_larger<false>(row + at.begin * pool.stride_w - pool.padding_w + j, pool.stride_w, at.end - at.begin, mean,
-                             scale, bias, tap, best.data() + at.begin, taps.data() + at.begin);
+          take_larger<false>(row + at.begin * pool.stride_w - pool.padding_w + j, pool.stride_w, at.end - at.begin,
+                             affines, tap, best.data() + at.begin, taps.data() + at.begin);
         }
       }
     }
     const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-    store_row(best.data(), taps.data(), lanes, y + o, index + o);
+    store_row(best.data(), taps.data(), lanes, args.y + o, args.index + o);
   });
 }
 
@@ -108,8 +98,9 @@ VECTORISED void add_taken(const T* grad, const uint8_t* index, int64_t count, in
 }
 
 template <bool kOfEach, class T, class A>
-VECTORISED void row_input_grad(const A* g, const T* x, T* dx, int64_t count, const A* mean, const A* scale,
-                               const A* bias, const A* grad_mean, const A* projection) {
+VECTORISED void row_input_grad(const A* g, const T* x, T* dx, int64_t count, Affines<A> affines, InputGrads<A> back) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
+  const A *const grad_mean = back.grad_mean, *const projection = back.projection;
 #pragma omp simd
   for (int64_t l = 0; l < count; ++l) {
     const int64_t c = kOfEach ? l : 0;
@@ -134,9 +125,8 @@ struct Taps {
 // channel; h, w: where the first window begins. A tap outside the map, which no forward gives, is nobody's: dx does not
 // find it either.
 template <bool kOfEach, class T, class A>
-VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, const Map& map, const Taps& taps,
-                             int64_t h, int64_t w, const A* mean, const A* scale, const A* bias, double* sums,
-                             double* dots) {
+VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, const PoolMap& map, const Taps& taps,
+                             int64_t h, int64_t w, Affines<A> affines, double* sums, double* dots) {
   const int64_t count = kOfEach ? map.c : map.out_w;
   for (int64_t l = 0; l < count; ++l) {
     const int64_t c = kOfEach ? l : 0;
@@ -144,16 +134,26 @@ VECTORISED void add_row_sums(const T* grad, const uint8_t* index, const T* x, co
     const int64_t column = w + taps.column[index[l]] + (kOfEach ? 0 : l * map.pool.stride_w);
     if (row < 0 || row >= map.h || column < 0 || column >= map.w) continue;
     const A value = load(x[row * map.in.h + column * map.in.w + c]);
-    const A g = relu_backward(A(load(grad[l])), normalize(value, Affine<A>{mean[c], scale[c], bias[c]}));
+    const A g = relu_backward(A(load(grad[l])), normalize(value, affines[c]));
     sums[c] += g;
-    dots[c] += double(g) * (value - mean[c]);
+    dots[c] += double(g) * (value - affines.mean[c]);
   }
 }
 
-template <bool kChannelsLast, class T, class A>
-void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, const A* weight, const A* bias,
-              const A* mean, const A* var, double eps, T* dx, A* dweight, A* dbias) {
-  const Channels<A> channels(map.c, mean, var, weight, bias, eps);
+// The windows over one axis that hold a position: first..last, inclusive; empty if first > last.
+struct Windows {
+  int64_t first, last;
+};
+Windows windows_of(int64_t position, int64_t kernel, int64_t stride, int64_t padding, int64_t windows) {
+  const int64_t reach = position + padding - kernel + 1;  // the leftmost window start that still holds it
+  const int64_t first = reach > 0 ? (reach + stride - 1) / stride : 0, last = (position + padding) / stride;
+  return {first, last < windows - 1 ? last : windows - 1};
+}
+
+template <bool kChannelsLast, class T, class A = typename Compute<T>::type>
+void backward(const PoolMap& map, const MaxPoolBackwardArgs<T>& args) {
+  BackwardChannels<A> channels(map.at, args.norm, args.dweight, args.dbias);
+  const Affines<A> affines = channels.affines();
   const Pool& pool = map.pool;
   const Taps taps(pool);
 
@@ -165,23 +165,12 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
         for (int64_t oh = 0; oh < map.out_h; ++oh)
           for (int64_t ow = 0; ow < (kChannelsLast ? map.out_w : 1); ++ow) {
             const int64_t o = n * map.out.n + c * map.out.c + oh * map.out.h + ow * map.out.w;
-            add_row_sums<kChannelsLast>(grad + o, index + o, x + n * map.in.n + c * map.in.c, map, taps,
+            add_row_sums<kChannelsLast>(args.grad + o, args.index + o, args.x + n * map.in.n + c * map.in.c, map, taps,
                                         oh * pool.stride_h - pool.padding_h, ow * pool.stride_w - pool.padding_w,
-                                        &channels.mean[c], &channels.scale[c], &channels.bias[c], &sums[n * map.c + c],
-                                        &dots[n * map.c + c]);
+                                        affines.from(c), &sums[n * map.c + c], &dots[n * map.c + c]);
           }
   });
-  std::vector<A> grad_mean(map.c), projection(map.c);
-  const double count = double(std::max<int64_t>(map.at.count(), 1));
-  for (int64_t c = 0; c < map.c; ++c) {
-    double sum = 0, dot = 0;
-    for (int64_t n = 0; n < map.n; ++n) sum += sums[n * map.c + c], dot += dots[n * map.c + c];
-    const double invstd = 1 / std::sqrt(double(var[c]) + eps);
-    dbias[c] = A(sum);
-    dweight[c] = A(dot * invstd);
-    grad_mean[c] = A(sum / count);
-    projection[c] = A(dot * invstd * invstd / count);
-  }
+  channels.finish(sums, dots);
 
   const int64_t lanes = kChannelsLast ? map.c : map.w;
   over_rows_of(map, map.h, map.w, [&](int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -194,66 +183,40 @@ void backward(const Map& map, const T* grad, const T* x, const uint8_t* index, c
       if (kChannelsLast) {
         for (int64_t ow = columns.first; ow <= columns.last; ++ow) {
           const int64_t at = o + ow * map.out.w, j = w - (ow * pool.stride_w - pool.padding_w);
-          add_taken(grad + at, index + at, lanes, 1, int32_t(i * pool.kernel_w + j), g.data());
+          add_taken(args.grad + at, args.index + at, lanes, 1, int32_t(i * pool.kernel_w + j), g.data());
         }
       } else {
         for (int64_t j = 0; j < pool.kernel_w; ++j) {
           const Range at = inside(j, pool.stride_w, pool.padding_w, map.w, map.out_w);
           if (at.begin >= at.end) continue;
-          add_taken(grad + o + at.begin, index + o + at.begin, at.end - at.begin, pool.stride_w,
+          add_taken(args.grad + o + at.begin, args.index + o + at.begin, at.end - at.begin, pool.stride_w,
                     int32_t(i * pool.kernel_w + j), g.data() + at.begin * pool.stride_w - pool.padding_w + j);
         }
       }
     }
     const int64_t at = n * map.in.n + c * map.in.c + h * map.in.h + w * map.in.w;
-    row_input_grad<kChannelsLast>(g.data(), x + at, dx + at, lanes, &channels.mean[c], &channels.scale[c],
-                                  &channels.bias[c], &grad_mean[c], &projection[c]);
+    row_input_grad<kChannelsLast>(g.data(), args.x + at, args.dx + at, lanes, affines.from(c),
+                                  channels.input_grads().from(c));
   });
 }
 
-std::tuple<Tensor, Tensor> batch_norm_act_max_pool_apply(const Tensor& given, const Tensor& weight, const Tensor& bias,
-                                                         const Tensor& mean, const Tensor& var, double eps,
-                                                         int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
-                                                         int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                                                         int64_t out_h, int64_t out_w) {
-  constexpr auto op = "batch_norm_act_max_pool_apply";
-  const Pool pool{kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w};
-  const Layout at = check_pooling(op, given, weight, bias, mean, var, pool, out_h, out_w);
-  const Tensor x = dense(given, at.format);
-  Tensor y = empty(x, {x.size(0), x.size(1), out_h, out_w}, at.format);
-  Tensor index = torch::stable::empty(y.sizes(), ScalarType::Byte, std::nullopt, x.device(), std::nullopt, at.format);
-  if (x.numel() == 0) return {y, index};
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const Channels<A> channels(at.channels, data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps);
-    const auto run = at.format == MemoryFormat::ChannelsLast ? forward<true, T, A> : forward<false, T, A>;
-    run(make_map(x, at, pool, y), data<T>(x), channels, mutable_data<T>(y), mutable_data<uint8_t>(index));
-  });
-  return {y, index};
-}
+struct Kernels : Cpu {
+  using Cpu::Cpu;
 
-std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
-    const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& bias,
-    const Tensor& mean, const Tensor& var, double eps, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
-    int64_t stride_w, int64_t padding_h, int64_t padding_w, Tensor dx) {
-  constexpr auto op = "batch_norm_act_max_pool_backward_out";
-  const Pool pool{kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w};
-  const Layout at = check_pooling_backward(op, grad, x, index, weight, bias, mean, var, pool, dx);
-  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const auto run = at.format == MemoryFormat::ChannelsLast ? backward<true, T, A> : backward<false, T, A>;
-    run(make_map(x, at, pool, grad), data<T>(grad), data<T>(x), data<uint8_t>(index), data<A>(weight), data<A>(bias),
-        data<A>(mean), data<A>(var), eps, mutable_data<T>(dx), mutable_data<A>(dweight), mutable_data<A>(dbias));
-  });
-  return {dweight, dbias};
-}
+  template <class T>
+  void forward(const PoolMap& map, const MaxPoolArgs<T>& args) const {
+    map.channels_last() ? auglocal::forward<true, T>(map, args) : auglocal::forward<false, T>(map, args);
+  }
+  template <class T>
+  void backward(const PoolMap& map, const MaxPoolBackwardArgs<T>& args) const {
+    map.channels_last() ? auglocal::backward<true, T>(map, args) : auglocal::backward<false, T>(map, args);
+  }
+};
 
 }  // namespace
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_apply);
-  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_backward_out);
+  auglocal::implement<auglocal::Kernels, auglocal::BatchNormActMaxPoolApply, auglocal::BatchNormActMaxPoolBackwardOut>(
+      m);
 }

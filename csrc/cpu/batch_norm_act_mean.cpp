@@ -1,5 +1,7 @@
 // CPU kernels of batch_norm_act_mean: the mean over each map of act(BN(x) [+ residual]), which is never stored.
 // The map's gradient is never stored either: it is one value a map behind the ReLU's mask, recomputed from x.
+#include "../ops/batch_norm_act_mean.h"
+
 #include "batch_norm.h"
 
 namespace auglocal {
@@ -45,16 +47,15 @@ VECTORISED void span_sums(const T* x, const T* residual, int64_t n, Affine<A> ch
 
 // A tile of channels, values `stride` apart (channels_last layout).
 template <Pass kPass, bool kResidual, bool kRelu, int64_t kWidth, class T, class A>
-HD void tile_sums(const T* x, const T* residual, int64_t rows, int64_t stride, int64_t width, const A* mean,
-                  const A* scale, const A* bias, double* first, double* second) {
+HD void tile_sums(const T* x, const T* residual, int64_t rows, int64_t stride, int64_t width, Affines<A> affines,
+                  double* first, double* second) {
   const int64_t w = kWidth ? kWidth : width;
   for (int64_t c = 0; c < w; ++c) first[c] = second[c] = 0;
   for (int64_t begin = 0; begin < rows; begin += kRows) {
     A a[kTile] = {}, b[kTile] = {};
     for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r)
       for (int64_t c = 0; c < w; ++c) {
-        const Affine<A> channel{mean[c], scale[c], bias[c]};
-        const Terms<A> add = terms<kPass, kResidual, kRelu>(x, residual, r * stride + c, channel);
+        const Terms<A> add = terms<kPass, kResidual, kRelu>(x, residual, r * stride + c, affines[c]);
         a[c] += add.first;
         b[c] += add.second;
       }
@@ -63,13 +64,13 @@ HD void tile_sums(const T* x, const T* residual, int64_t rows, int64_t stride, i
 }
 
 template <Pass kPass, bool kResidual, bool kRelu, class T, class A>
-VECTORISED void rows_sums(const T* x, const T* residual, int64_t rows, int64_t channels, const A* mean, const A* scale,
-                          const A* bias, double* first, double* second) {
+VECTORISED void rows_sums(const T* x, const T* residual, int64_t rows, int64_t channels, Affines<A> affines,
+                          double* first, double* second) {
   for (int64_t c = 0; c < channels; c += kTile) {
     const auto tile = c + kTile <= channels ? tile_sums<kPass, kResidual, kRelu, kTile, T, A>
                                             : tile_sums<kPass, kResidual, kRelu, 0, T, A>;
-    tile(x + c, kResidual ? residual + c : nullptr, rows, channels, std::min(kTile, channels - c), mean + c, scale + c,
-         bias + c, first + c, second + c);
+    tile(x + c, kResidual ? residual + c : nullptr, rows, channels, std::min(kTile, channels - c), affines.from(c),
+         first + c, second + c);
   }
 }
 
@@ -95,8 +96,9 @@ VECTORISED void span_input_grad(const T* x, const T* residual, A g, T* dx, T* dr
 
 template <bool kResidual, bool kRelu, class T, class A>
 VECTORISED void rows_input_grad(const T* x, const T* residual, const A* g, T* dx, T* dresidual, int64_t rows,
-                                int64_t channels, const A* mean, const A* scale, const A* bias, const A* grad_mean,
-                                const A* projection) {
+                                int64_t channels, Affines<A> affines, InputGrads<A> back) {
+  const A *const mean = affines.mean, *const scale = affines.scale, *const bias = affines.bias;
+  const A *const grad_mean = back.grad_mean, *const projection = back.projection;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r * channels;
 #pragma omp simd
@@ -121,27 +123,37 @@ void over_samples(const Maps& maps, const F& f) {
                               });
 }
 
-template <bool kResidual, bool kRelu, class T, class A>
-void forward(const Maps& maps, const T* x, const T* residual, const Channels<A>& channels, A* pooled) {
-  const int64_t values = maps.channels * maps.size;
+// The sums over each map of one sample.
+template <Pass kPass, bool kResidual, bool kRelu, class T, class A>
+void sample_sums(const Maps& maps, int64_t n, const T* x, const T* residual, Affines<A> affines, double* first,
+                 double* second) {
+  const int64_t begin = n * maps.channels * maps.size;
+  const T *map = x + begin, *added = kResidual ? residual + begin : nullptr;
+  if (maps.at.inner == 1)
+    return rows_sums<kPass, kResidual, kRelu>(map, added, maps.size, maps.channels, affines, first, second);
+  for (int64_t c = 0; c < maps.channels; ++c, map += maps.size, added += kResidual ? maps.size : 0)
+    span_sums<kPass, kResidual, kRelu>(map, added, maps.size, affines[c], &first[c], &second[c]);
+}
+
+template <bool kResidual, bool kRelu, class T, class A = typename Compute<T>::type>
+void forward(const Maps& maps, const MeanArgs<T>& args) {
+  const Channels<A> channels(maps.channels, args.norm);
   over_samples(maps, [&](int64_t n) {
     std::vector<double> sum(maps.channels), unused(maps.channels);
-    const T *map = x + n * values, *added = kResidual ? residual + n * values : nullptr;
-    if (maps.at.inner > 1)
-      for (int64_t c = 0; c < maps.channels; ++c, map += maps.size, added += kResidual ? maps.size : 0)
-        span_sums<Pass::forward, kResidual, kRelu>(map, added, maps.size, channels[c], &sum[c], &unused[c]);
-    else
-      rows_sums<Pass::forward, kResidual, kRelu>(map, added, maps.size, maps.channels, channels.mean.data(),
-                                                 channels.scale.data(), channels.bias.data(), sum.data(),
+    sample_sums<Pass::forward, kResidual, kRelu>(maps, n, args.x, args.residual, channels.affines(), sum.data(),
                                                  unused.data());
-    for (int64_t c = 0; c < maps.channels; ++c) pooled[n * maps.channels + c] = A(sum[c] / double(maps.size));
+    for (int64_t c = 0; c < maps.channels; ++c) args.pooled[n * maps.channels + c] = A(sum[c] / double(maps.size));
   });
 }
 
-template <bool kResidual, bool kRelu, class T, class A>
-void backward(const Maps& maps, const A* grad, const T* x, const T* residual, const A* weight, const A* bias,
-              const A* mean, const A* var, double eps, T* dx, T* dresidual, A* dweight, A* dbias) {
-  const Channels<A> channels(maps.channels, mean, var, weight, bias, eps);
+template <bool kResidual, bool kRelu, class T, class A = typename Compute<T>::type>
+void backward(const Maps& maps, const MeanBackwardArgs<T>& args) {
+  BackwardChannels<A> channels(maps.at, args.norm, args.dweight, args.dbias);
+  const Affines<A> affines = channels.affines();
+  const InputGrads<A> back = channels.input_grads();
+  const auto grad_of = [&](int64_t n, int64_t c) {
+    return double(args.grad[n * maps.channels + c]) / double(maps.size);
+  };
   const int64_t values = maps.channels * maps.size, tasks = std::min<int64_t>(maps.samples, 64);
   // One task a run of samples; the tasks' sums are added in order, whatever the number of threads.
   std::vector<double> sums(tasks * maps.channels), dots(tasks * maps.channels);
@@ -149,93 +161,57 @@ void backward(const Maps& maps, const A* grad, const T* x, const T* residual, co
     std::vector<double> open(maps.channels), centred(maps.channels);
     for (int64_t task = begin; task < end; ++task)
       for (int64_t n = task * maps.samples / tasks; n < (task + 1) * maps.samples / tasks; ++n) {
-        const T *map = x + n * values, *added = kResidual ? residual + n * values : nullptr;
-        if (maps.at.inner > 1)
-          for (int64_t c = 0; c < maps.channels; ++c, map += maps.size, added += kResidual ? maps.size : 0)
-            span_sums<Pass::backward, kResidual, kRelu>(map, added, maps.size, channels[c], &open[c], &centred[c]);
-        else
-          rows_sums<Pass::backward, kResidual, kRelu>(map, added, maps.size, maps.channels, channels.mean.data(),
-                                                      channels.scale.data(), channels.bias.data(), open.data(),
+        sample_sums<Pass::backward, kResidual, kRelu>(maps, n, args.x, args.residual, affines, open.data(),
                                                       centred.data());
         for (int64_t c = 0; c < maps.channels; ++c) {
-          const double g = double(grad[n * maps.channels + c]) / double(maps.size);
+          const double g = grad_of(n, c);
           sums[task * maps.channels + c] += g * open[c];
           dots[task * maps.channels + c] += g * centred[c];
         }
       }
   });
-  std::vector<A> grad_mean(maps.channels), projection(maps.channels);
-  for (int64_t c = 0; c < maps.channels; ++c) {
-    double sum = 0, dot = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      sum += sums[task * maps.channels + c];
-      dot += dots[task * maps.channels + c];
-    }
-    const double invstd = 1 / std::sqrt(double(var[c]) + eps), count = double(std::max<int64_t>(maps.at.count(), 1));
-    dbias[c] = A(sum);
-    dweight[c] = A(dot * invstd);
-    grad_mean[c] = A(sum / count);
-    projection[c] = A(dot * invstd * invstd / count);
-  }
+  channels.finish(sums, dots);
   over_samples(maps, [&](int64_t n) {
     std::vector<A> g(maps.channels);
-    for (int64_t c = 0; c < maps.channels; ++c) g[c] = A(double(grad[n * maps.channels + c]) / double(maps.size));
-    const int64_t i = n * values;
-    if (maps.at.inner > 1)
-      for (int64_t c = 0; c < maps.channels; ++c) {
-        const int64_t map = i + c * maps.size;
-        span_input_grad<kResidual, kRelu>(x + map, kResidual ? residual + map : nullptr, g[c], dx + map,
-                                          dresidual ? dresidual + map : nullptr, maps.size, channels[c],
-                                          InputGrad<A>{channels.scale[c], grad_mean[c], projection[c]});
-      }
-    else
-      rows_input_grad<kResidual, kRelu>(x + i, kResidual ? residual + i : nullptr, g.data(), dx + i,
-                                        dresidual ? dresidual + i : nullptr, maps.size, maps.channels,
-                                        channels.mean.data(), channels.scale.data(), channels.bias.data(),
-                                        grad_mean.data(), projection.data());
+    for (int64_t c = 0; c < maps.channels; ++c) g[c] = A(grad_of(n, c));
+    const auto at_offset = [](auto* from, int64_t i) { return from ? from + i : nullptr; };
+    int64_t i = n * values;
+    if (maps.at.inner == 1)
+      return rows_input_grad<kResidual, kRelu>(args.x + i, at_offset(args.residual, i), g.data(), args.dx + i,
+                                               at_offset(args.dresidual, i), maps.size, maps.channels, affines, back);
+    for (int64_t c = 0; c < maps.channels; ++c, i += maps.size)
+      span_input_grad<kResidual, kRelu>(args.x + i, at_offset(args.residual, i), g[c], args.dx + i,
+                                        at_offset(args.dresidual, i), maps.size, affines[c], back[c]);
   });
 }
 
-Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                                 const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act) {
-  constexpr auto op = "batch_norm_act_mean_apply";
-  const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
-  Tensor pooled = empty(weight, {maps.samples, maps.channels});
-  if (x.numel() == 0) return torch::stable::fill_(pooled, NAN);
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const auto run = residual ? (act ? forward<true, true, T, A> : forward<true, false, T, A>)
-                              : (act ? forward<false, true, T, A> : forward<false, false, T, A>);
-    const Channels<A> channels(maps.channels, data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps);
-    run(maps, data<T>(x), data<T>(residual), channels, mutable_data<A>(pooled));
-  });
-  return pooled;
+// Calls run(a, b) with two flags as constants.
+template <class Run>
+void with_flags(bool a, bool b, const Run& run) {
+  if (a)
+    b ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
+  else
+    b ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
 }
 
-std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                            const Tensor& bias, const Tensor& mean, const Tensor& var,
-                                                            const std::optional<Tensor>& residual, double eps,
-                                                            bool act, Tensor dx,
-                                                            const std::optional<Tensor>& dresidual) {
-  constexpr auto op = "batch_norm_act_mean_backward_out";
-  const Maps maps = check_mean_backward(op, grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
-  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const auto run = residual ? backward<true, true, T, A>
-                              : (act ? backward<false, true, T, A> : backward<false, false, T, A>);
-    run(maps, data<A>(grad), data<T>(x), data<T>(residual), data<A>(weight), data<A>(bias), data<A>(mean), data<A>(var),
-        eps, mutable_data<T>(dx), dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
-        mutable_data<A>(dbias));
-  });
-  return {dweight, dbias};
-}
+struct Kernels : Cpu {
+  using Cpu::Cpu;
+
+  template <class T>
+  void forward(const Maps& maps, const MeanArgs<T>& args) const {
+    with_flags(args.residual, args.relu,
+               [&](auto residual, auto relu) { auglocal::forward<residual, relu>(maps, args); });
+  }
+  template <class T>
+  void backward(const Maps& maps, const MeanBackwardArgs<T>& args) const {
+    with_flags(args.residual, args.relu,
+               [&](auto residual, auto relu) { auglocal::backward<residual, relu || residual>(maps, args); });
+  }
+};
 
 }  // namespace
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  AUGLOCAL_IMPL(m, batch_norm_act_mean_apply);
-  AUGLOCAL_IMPL(m, batch_norm_act_mean_backward_out);
+  auglocal::implement<auglocal::Kernels, auglocal::BatchNormActMeanApply, auglocal::BatchNormActMeanBackwardOut>(m);
 }

@@ -1,4 +1,4 @@
-// What the CUDA kernels around BatchNorm share: vectors of values, the formula of the scale, launches.
+// What the CUDA kernels around BatchNorm share: vectors of values, launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,8 +8,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../batch_norm_act.h"
-#include "../tensor.h"
+#include "../ops/op.h"
 
 namespace auglocal {
 namespace {
@@ -80,6 +79,14 @@ __device__ __forceinline__ void add(double2& to, const double2& value) {
   to.y += value.y;
 }
 
+// What is known of the activation when a backward is compiled: most networks have ReLUs, or nothing.
+enum class Mask {
+  none,
+  from_input,   // a ReLU's, recomputed from x
+  from_output,  // a ReLU's, read from y
+  activation    // no mask, but the derivative of another activation, recomputed from x
+};
+
 // Division by a number known at the launch: a multiplication. Right while dividend times divisor stay below
 // 2^64, as the pixels of a tensor times those of an image do.
 struct WideDivisor {
@@ -87,13 +94,6 @@ struct WideDivisor {
   explicit WideDivisor(int64_t by) : magic(by > 1 ? ~uint64_t(0) / by + 1 : 0) {}
   __device__ int64_t quotient(int64_t value) const { return magic ? int64_t(__umul64hi(value, magic)) : value; }
 };
-
-// Every kernel calls this one function with the stored mean and variance, so that a backward finds its
-// forward's ReLU mask to the bit.
-template <class A>
-__device__ Affine<A> make_affine(A mean, A var, A weight, A bias, double eps) {
-  return {mean, A(weight / sqrt(double(var) + eps)), bias};
-}
 
 inline bool aligned(std::initializer_list<const void*> tensors, size_t bytes) {
   bool all = true;
@@ -105,22 +105,49 @@ inline bool aligned(std::initializer_list<const void*> tensors, size_t bytes) {
 template <class T>
 constexpr int kWide = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
 
-// Calls run(vector width) as a constant: the widest vector that divides `extent` and at whose multiples all
-// tensors begin.
-template <class T, class Run>
+// Calls run(vector width) as a constant: the widest vector, of kMost values at most, that divides `extent` and at whose
+// multiples all tensors begin.
+template <class T, int kMost = kWide<T>, class Run>
 void with_width(int64_t extent, std::initializer_list<const void*> tensors, const Run& run) {
   const auto fits = [&](int width) { return extent % width == 0 && aligned(tensors, width * sizeof(T)); };
   constexpr int kHalf = kWide<T> == 8 ? 4 : 1;
-  if (fits(kWide<T>)) return run(std::integral_constant<int, kWide<T>>{});
+  if (fits(kMost)) return run(std::integral_constant<int, kMost>{});
   if (fits(kHalf)) return run(std::integral_constant<int, kHalf>{});
   run(std::integral_constant<int, 1>{});
 }
 
-inline cudaStream_t current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+// What a call of an op needs besides kernels: see ops/op.h. Kernels run on the device of x.
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& x) : x_(x), guard_(x.get_device_index()) {}
+
+  // x where vectors of any width may read it.
+  static Tensor for_any_vector(const Tensor& x) {
+    return aligned({x.const_data_ptr()}, 16) ? x : torch::stable::clone(x);
+  }
+  Tensor workspace(int64_t bytes) const {
+    return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, x_.device());
+  }
+  // Launches blocks of kThreads.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, const Arguments&... arguments) const {
+    cudaLaunchConfig_t config = launch_config(blocks);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  }
+  cudaLaunchConfig_t launch_config(int64_t blocks) const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x_.get_device_index(), &stream));
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(kThreads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return config;
+  }
+
+ private:
+  const Tensor& x_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 }  // namespace
 }  // namespace auglocal

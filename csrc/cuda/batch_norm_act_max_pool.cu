@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../pool.h"
+#include "../ops/batch_norm_act_max_pool.h"
 #include "batch_norm.cuh"
 
 namespace auglocal {
@@ -52,11 +52,9 @@ struct Axis {
 struct Image {
   int64_t values;
   int of_channel, of_row, of_column;
-  Image(const Tensor& x, MemoryFormat format) {
-    const Strides strides = strides_of(x, format);
-    values = x.size(1) * x.size(2) * x.size(3);
+  explicit Image(const Strides& strides)
+      : values(strides.n), of_channel(int(strides.c)), of_row(int(strides.h)), of_column(int(strides.w)) {
     require(values <= kMaxImage, "batch_norm_act_max_pool: at most 2^30 values an image, given ", values);
-    of_channel = int(strides.c), of_row = int(strides.h), of_column = int(strides.w);
   }
   __device__ int64_t at(int64_t n, int c, int h, int w) const {
     return n * values + (c * of_channel + h * of_row + w * of_column);
@@ -66,10 +64,9 @@ struct Image {
 struct Map {
   Axis rows, columns;
   Image in, out;
-  Map(const Tensor& x, const Tensor& pooled, MemoryFormat format, const Pool& pool)
-      : rows(x.size(2), pooled.size(2), pool.kernel_h, pool.stride_h, pool.padding_h),
-        columns(x.size(3), pooled.size(3), pool.kernel_w, pool.stride_w, pool.padding_w), in(x, format),
-        out(pooled, format) {}
+  explicit Map(const PoolMap& of)
+      : rows(of.h, of.out_h, of.pool.kernel_h, of.pool.stride_h, of.pool.padding_h),
+        columns(of.w, of.out_w, of.pool.kernel_w, of.pool.stride_w, of.pool.padding_w), in(of.in), out(of.out) {}
 };
 
 // ---- the walk --------------------------------------------------------------------------------------
@@ -145,21 +142,11 @@ __device__ __forceinline__ void for_each_pixel(const Walk& walk, const Place& pl
 
 // ---- the kernels -----------------------------------------------------------------------------------
 
-template <class A>
-struct Statistics {
-  const A *mean, *var, *weight, *bias;
-  double eps;
-  __device__ Affine<A> of(int channel) const {
-    return make_affine(mean[channel], var[channel], weight[channel], bias[channel], eps);
-  }
-};
-
 // Once for all blocks of the forward: each thread would repeat V square roots and divisions in double.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    affine_kernel(int channels, const Statistics<A> statistics, Affine<A>* affines) {
+__global__ void __launch_bounds__(kThreads) affine_kernel(int channels, const Norm<A> norm, Affine<A>* affines) {
   const int channel = blockIdx.x * kThreads + threadIdx.x;
-  if (channel < channels) affines[channel] = statistics.of(channel);
+  if (channel < channels) affines[channel] = norm.affine(channel);
 }
 
 template <class T, int V, class A = typename Compute<T>::type>
@@ -309,13 +296,12 @@ __device__ __forceinline__ double2 block_sum(double2 value, int lane, int column
 // was the maximum. A thread has one channel: a warp's reads of x then fall into few lines, where with a vector of
 // channels a thread each read would fall into another. Registers for the loads of four outputs in flight.
 template <class T, class A = typename Compute<T>::type>
-__global__ void __launch_bounds__(kThreads, 4)
-    sums_kernel(const Walk walk, const Map map, const T* grad, const T* x, const uint8_t* index,
-                const Statistics<A> statistics, double2* partial) {
+__global__ void __launch_bounds__(kThreads, 4) sums_kernel(const Walk walk, const Map map, const T* grad, const T* x,
+                                                           const uint8_t* index, const Norm<A> norm, double2* partial) {
   const Place place(walk, 1);
   A sum = 0, dot = 0;
   if (place.pixels > 0) {
-    const Affine<A> affine = statistics.of(place.channel);
+    const Affine<A> affine = norm.affine(place.channel);
     for_each_pixel<4>(walk, place, [&](int64_t n, int oh, int ow) {
       const int64_t o = map.out.at(n, place.channel, oh, ow);
       const int tap = index[o], i = map.columns.by_kernel.quotient(tap), j = tap - i * map.columns.kernel;
@@ -336,19 +322,20 @@ __global__ void __launch_bounds__(kThreads, 4)
 // A block a channel: adds up the partial sums and derives what dx needs.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const double2* partial, int parts, double count, const Statistics<A> statistics, Affine<A>* affines,
+    finish_kernel(const double2* partial, int parts, double count, const Norm<A> norm, Affine<A>* affines,
                   A* grad_means, A* projections, A* dweight, A* dbias) {
   const int channel = blockIdx.x;
   double2 sum{0, 0};
   for (int i = threadIdx.x; i < parts; i += kThreads) add(sum, partial[int64_t(channel) * parts + i]);
   const double2 total = block_sum(sum, threadIdx.x, 0, kThreads, 1);
   if (threadIdx.x > 0) return;
-  const double invstd = 1 / sqrt(double(statistics.var[channel]) + statistics.eps);
-  affines[channel] = statistics.of(channel);
-  grad_means[channel] = A(total.x / count);
-  projections[channel] = A(total.y * invstd * invstd / count);
-  dweight[channel] = A(total.y * invstd);
-  dbias[channel] = A(total.x);
+  const Affine<A> affine = norm.affine(channel);
+  const ChannelGrad<A> of_channel = channel_grad(total.x, total.y, count, norm.var[channel], affine.scale, norm.eps);
+  affines[channel] = affine;
+  grad_means[channel] = of_channel.back.grad_mean;
+  projections[channel] = of_channel.back.projection;
+  dweight[channel] = of_channel.dweight;
+  dbias[channel] = of_channel.dbias;
 }
 
 // Gathers for each input value the gradients of the windows whose maximum it was. A thread's vector lies across
@@ -418,105 +405,62 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // ---- the ops ---------------------------------------------------------------------------------------
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
-
 int64_t blocks_of(const Walk& walk) { return int64_t(walk.parts) * walk.groups; }
 
-std::tuple<Tensor, Tensor> batch_norm_act_max_pool_apply(const Tensor& given, const Tensor& weight, const Tensor& bias,
-                                                         const Tensor& mean, const Tensor& var, double eps,
-                                                         int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
-                                                         int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                                                         int64_t out_h, int64_t out_w) {
-  constexpr auto op = "batch_norm_act_max_pool_apply";
-  const Pool pool{kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w};
-  const Layout at = check_pooling(op, given, weight, bias, mean, var, pool, out_h, out_w);
-  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
-  const Tensor x = dense(given, at.format);
-  Tensor y = empty(x, {x.size(0), x.size(1), out_h, out_w}, at.format);
-  Tensor index = torch::stable::empty(y.sizes(), ScalarType::Byte, std::nullopt, x.device(), std::nullopt, at.format);
-  if (x.numel() == 0) return {y, index};
-  const Tensor affines = empty(weight, {3 * at.channels});
-  const Map map(x, y, at.format, pool);
-  const cudaStream_t stream = current_stream(x.get_device_index());
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const Statistics<A> statistics{data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps};
+struct Kernels : Cuda {
+  using Cuda::Cuda;
+
+  template <class T, class A = typename Compute<T>::type>
+  void forward(const PoolMap& of, const MaxPoolArgs<T>& args) const {
+    const Map map(of);
+    const Tensor affines = workspace(of.c * sizeof(Affine<A>));
     const auto of_channels = static_cast<Affine<A>*>(affines.mutable_data_ptr());
-    launch(affine_kernel<A>, ceil_div(at.channels, kThreads), stream, at.channels, statistics, of_channels);
+    launch(affine_kernel<A>, ceil_div(of.c, kThreads), of.c, args.norm, of_channels);
     if constexpr (kWide<T> > 1) {
-      if (at.format == MemoryFormat::Contiguous && in_rows(pool, x.size(3), out_w) &&
-          aligned({data<T>(x), data<T>(y), data<uint8_t>(index)}, 16)) {
-        const Walk walk = make_walk(at, 1, x.size(0), out_h, out_w / kOutputs, kThreadValues / kOutputs);
-        launch(forward_rows_kernel<T>, blocks_of(walk), stream, walk, map, data<T>(x), of_channels, mutable_data<T>(y),
-               mutable_data<uint8_t>(index));
-        return {y, index};
+      if (!of.channels_last() && in_rows(of.pool, of.w, of.out_w) && aligned({args.x, args.y, args.index}, 16)) {
+        const Walk walk = make_walk(of.at, 1, of.n, of.out_h, of.out_w / kOutputs, kThreadValues / kOutputs);
+        launch(forward_rows_kernel<T>, blocks_of(walk), walk, map, args.x, of_channels, args.y, args.index);
+        return;
       }
     }
-    const int64_t beside = at.format == MemoryFormat::ChannelsLast ? at.channels : 1;
-    with_width<T>(beside, {data<T>(x), data<T>(y), data<uint8_t>(index)}, [&](auto width) {
-      const Walk walk = make_walk(at, width, x.size(0), out_h, out_w, kThreadValues / width);
-      launch(forward_kernel<T, width>, blocks_of(walk), stream, walk, map, data<T>(x), of_channels, mutable_data<T>(y),
-             mutable_data<uint8_t>(index));
+    with_width<T>(of.channels_last() ? of.c : 1, {args.x, args.y, args.index}, [&](auto width) {
+      const Walk walk = make_walk(of.at, width, of.n, of.out_h, of.out_w, kThreadValues / width);
+      launch(forward_kernel<T, width>, blocks_of(walk), walk, map, args.x, of_channels, args.y, args.index);
     });
-  });
-  return {y, index};
-}
+  }
 
-std::tuple<Tensor, Tensor> batch_norm_act_max_pool_backward_out(
-    const Tensor& grad, const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& bias,
-    const Tensor& mean, const Tensor& var, double eps, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
-    int64_t stride_w, int64_t padding_h, int64_t padding_w, Tensor dx) {
-  constexpr auto op = "batch_norm_act_max_pool_backward_out";
-  const Pool pool{kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w};
-  const Layout at = check_pooling_backward(op, grad, x, index, weight, bias, mean, var, pool, dx);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
-  const Map map(x, grad, at.format, pool);
-  const Walk outputs = make_walk(at, 1, x.size(0), grad.size(2), grad.size(3), std::numeric_limits<int>::max());
-  const Tensor partials =
-      torch::stable::empty({at.channels, outputs.parts, 2}, ScalarType::Double, std::nullopt, x.device());
-  const Tensor affines = empty(weight, {3 * at.channels});
-  const Tensor grad_means = empty(weight, weight.sizes()), projections = empty(weight, weight.sizes());
-  const cudaStream_t stream = current_stream(x.get_device_index());
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const Statistics<A> statistics{data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), eps};
-    const auto of_channels = static_cast<Affine<A>*>(affines.mutable_data_ptr());
+  template <class T, class A = typename Compute<T>::type>
+  void backward(const PoolMap& of, const MaxPoolBackwardArgs<T>& args) const {
+    const Map map(of);
+    const Walk outputs = make_walk(of.at, 1, of.n, of.out_h, of.out_w, std::numeric_limits<int>::max());
+    const Tensor partials = workspace(of.c * outputs.parts * sizeof(double2));
+    const Tensor affines = workspace(of.c * sizeof(Affine<A>));
+    const Tensor grad_means = workspace(of.c * sizeof(A)), projections = workspace(of.c * sizeof(A));
     const auto partial = static_cast<double2*>(partials.mutable_data_ptr());
-    launch(sums_kernel<T>, blocks_of(outputs), stream, outputs, map, data<T>(grad), data<T>(x), data<uint8_t>(index),
-           statistics, partial);
-    launch(finish_kernel<A>, at.channels, stream, partial, outputs.parts, double(at.count()), statistics, of_channels,
-           mutable_data<A>(grad_means), mutable_data<A>(projections), mutable_data<A>(dweight),
-           mutable_data<A>(dbias));
-    const std::initializer_list<const void*> tensors{data<T>(grad), data<T>(x), data<uint8_t>(index), data<T>(dx)};
+    const auto of_channels = static_cast<Affine<A>*>(affines.mutable_data_ptr());
+    const auto grad_mean = static_cast<A*>(grad_means.mutable_data_ptr());
+    const auto projection = static_cast<A*>(projections.mutable_data_ptr());
+    launch(sums_kernel<T>, blocks_of(outputs), outputs, map, args.grad, args.x, args.index, args.norm, partial);
+    launch(finish_kernel<A>, of.c, partial, outputs.parts, double(of.at.count()), args.norm, of_channels, grad_mean,
+           projection, args.dweight, args.dbias);
     const auto run = [&](auto width, auto channels_last) {
       constexpr int kLanes = channels_last ? width : 1;
-      const int64_t columns = x.size(3) * kLanes / width;
-      const Walk inputs = make_walk(at, kLanes, x.size(0), x.size(2), columns, kThreadValues / width);
-      launch(input_grad_kernel<T, width, channels_last>, blocks_of(inputs), stream, inputs, map, data<T>(grad),
-             data<T>(x), data<uint8_t>(index), of_channels, data<A>(grad_means), data<A>(projections),
-             mutable_data<T>(dx));
+      const Walk inputs = make_walk(of.at, kLanes, of.n, of.h, of.w * kLanes / width, kThreadValues / width);
+      launch(input_grad_kernel<T, width, channels_last>, blocks_of(inputs), inputs, map, args.grad, args.x, args.index,
+             of_channels, grad_mean, projection, args.dx);
     };
-    if (at.format == MemoryFormat::ChannelsLast)
-      with_width<T>(at.channels, tensors, [&](auto width) { run(width, std::true_type{}); });
+    const std::initializer_list<const void*> tensors{args.grad, args.x, args.index, args.dx};
+    if (of.channels_last())
+      with_width<T>(of.c, tensors, [&](auto width) { run(width, std::true_type{}); });
     else
-      with_width<T>(x.size(3), tensors, [&](auto width) { run(width, std::false_type{}); });
-  });
-  return {dweight, dbias};
-}
+      with_width<T>(of.w, tensors, [&](auto width) { run(width, std::false_type{}); });
+  }
+};
 
 }  // namespace
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
-  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_apply);
-  AUGLOCAL_IMPL(m, batch_norm_act_max_pool_backward_out);
+  auglocal::implement<auglocal::Kernels, auglocal::BatchNormActMaxPoolApply, auglocal::BatchNormActMaxPoolBackwardOut>(
+      m);
 }

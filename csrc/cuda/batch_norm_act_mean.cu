@@ -3,6 +3,7 @@
 //
 // Both read vectors of 16 bytes even where maps are not made of whole ones, as those of 7 x 7 values are not.
 // Nothing is summed by atomics: two runs give the same bits.
+#include "../ops/batch_norm_act_mean.h"
 #include "teams.cuh"
 
 namespace auglocal {
@@ -10,10 +11,10 @@ namespace {
 
 // ---- the mean --------------------------------------------------------------------------------------
 
-constexpr int kMaxLanes = 32;           // of a map
-constexpr int kLaneVectors = 4;         // that a lane has of a map, if there are enough
-constexpr int64_t kBlocks = 2048;       // a few times what a GPU holds: enough to fill it evenly
-constexpr int64_t kMaxMap = 1 << 30;    // values
+constexpr int kMaxLanes = 32;         // of a map
+constexpr int kLaneVectors = 4;       // that a lane has of a map, if there are enough
+constexpr int64_t kBlocks = 2048;     // a few times what a GPU holds: enough to fill it evenly
+constexpr int64_t kMaxMap = 1 << 30;  // values
 
 // A block has a chunk of channels, `columns` beside one another (pixels: vectors of channels), and walks over the
 // images, `together` at a time. `lanes` threads share a map.
@@ -43,15 +44,6 @@ Walk make_walk(const Layout& at, int vector, Order order, int64_t images, int64_
   return walk;
 }
 
-template <class A, class T>
-struct MeanArgs {
-  const T *x, *residual;  // residual: may be null
-  const A *weight, *bias, *mean, *var;
-  A* pooled;
-  double eps;
-  bool relu;
-};
-
 // What of a vector lies before the tensor's end.
 template <int V, class T>
 __device__ __forceinline__ Vector<T, V> read_before(const T* from, int64_t left) {
@@ -64,7 +56,7 @@ __device__ __forceinline__ Vector<T, V> read_before(const T* from, int64_t left)
 }
 
 template <class T, int V, Order kOrder, class A = typename Compute<T>::type>
-__global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, const MeanArgs<A, T> args) {
+__global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, const MeanArgs<T> args) {
   using Vec = Vector<T, V>;
   constexpr bool kPixels = kOrder == Order::pixels, kJoined = kOrder == Order::joined;
   constexpr int kWidth = kPixels ? V : 1;  // channels of a thread
@@ -74,10 +66,8 @@ __global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, cons
   const int64_t part = blockIdx.x / walk.chunks, chunk = blockIdx.x % walk.chunks;
   const int64_t first_channel = chunk * walk.columns * kWidth;
   const int width = walk.columns * kWidth, thread = threadIdx.x;
-  for (int i = thread; i < width && first_channel + i < walk.channels; i += kThreads) {
-    const int64_t c = first_channel + i;
-    affines[i] = make_affine(args.mean[c], args.var[c], args.weight[c], args.bias[c], args.eps);
-  }
+  for (int i = thread; i < width && first_channel + i < walk.channels; i += kThreads)
+    affines[i] = args.norm.affine(first_channel + i);
   // Neighbouring threads read neighbouring vectors: of a map, or of a pixel.
   const int column = kPixels ? thread % walk.columns : thread / walk.lanes % walk.columns;
   const int lane = kPixels ? thread / walk.columns % walk.lanes : thread % walk.lanes;
@@ -94,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, cons
     A sum[kWidth] = {};
     if (beside < walk.together && image < walk.images && channel < walk.channels) {
       // Joined, the map may begin and end within a vector, and the tensor may end within the last.
-      const int64_t begin = kPixels ? image * walk.map * walk.channels + channel
-                                    : (image * walk.channels + channel) * walk.map;
+      const int64_t begin =
+          kPixels ? image * walk.map * walk.channels + channel : (image * walk.channels + channel) * walk.map;
       const int skipped = kJoined ? int(begin % V) : 0;
       const int vectors = kPixels ? walk.map : (skipped + walk.map + V - 1) / V;
       const int64_t hop = kPixels ? walk.channels : V, left = walk.values - begin + skipped;
@@ -148,26 +138,21 @@ __global__ void __launch_bounds__(kThreads, 3) mean_kernel(const Walk walk, cons
 
 // ---- its gradient ----------------------------------------------------------------------------------
 
-template <class A, class T>
-struct BackwardArgs {
-  const A* grad;  // (N, C)
-  const T *x, *residual;
-  const A *weight, *bias, *mean, *var;
-  T *dx, *dresidual;  // may be x and residual themselves: each value is written by the thread that read it
-  A *dweight, *dbias;
-  double eps, map;  // map: values of one
+template <class T>
+struct BackwardArgs : MeanBackwardArgs<T> {
+  double map;  // values of one
   WideDivisor by_map;
 };
 
 // kMask: none or from_input; with a residual that is added to BN(x) first. dresidual may be null.
 template <class T, int V, Order kOrder, Mask kMask, bool kResidual, class A = typename Compute<T>::type>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    backward_kernel(const Plan plan, const BackwardArgs<A, T> args, double2* partial, unsigned* arrivals) {
+    backward_kernel(const Plan plan, const BackwardArgs<T> args, double2* partial, unsigned* arrivals) {
   using Vec = Vector<T, V>;
   constexpr int kOperands = kResidual ? 2 : 1;
   constexpr int kGrads = kOrder == Order::maps ? 1 : (kOrder == Order::joined ? 2 : V);  // of a vector
   // As many as registers allow: eight values, with a gradient each or a residual, take many.
-  constexpr int kBatch = kInFlight<Vec, V == 8 && kResidual ? 2 : (kGrads == 8 ? 3 : 4)>;
+  constexpr int kBatch = kInFlight < Vec, V == 8 && kResidual ? 2 : (kGrads == 8 ? 3 : 4) > ;
   SHARED(affines, kMaxChannels, Affine<A>);
   SHARED(backs, kMaxChannels, InputGrad<A>);
   Team team(plan, partial, arrivals);
@@ -175,9 +160,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const Share<V, kOrder> share(plan, group, team.part);
     const int64_t channel = share.channel + threadIdx.x;
     const bool owner = threadIdx.x < plan.group_channels && channel < plan.channels;
-    if (owner)
-      affines[threadIdx.x] = make_affine(args.mean[channel], args.var[channel], args.weight[channel],
-                                         args.bias[channel], args.eps);
+    if (owner) affines[threadIdx.x] = args.norm.affine(channel);
     __syncthreads();
     Affine<A> affine[kLanes<kOrder, V>];
 #pragma unroll
@@ -231,15 +214,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     double2 sums[kLanes<kOrder, V>] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) add(sums[lane_of<kOrder>(i)], {double(sum[i]), double(dot[i])});
-    const double variance = owner ? double(args.var[channel]) : 0;
+    const double variance = owner ? double(args.norm.var[channel]) : 0;
     const double2 total = team.sum(group, share, sums);
     if (owner) {
-      const double invstd = 1 / sqrt(variance + args.eps), count = plan.count;
-      const double of_grad = total.x / args.map, of_dot = total.y / args.map;
-      backs[threadIdx.x] = {affines[threadIdx.x].scale, A(of_grad / count), A(of_dot * invstd * invstd / count)};
+      const ChannelGrad<A> of_channel = channel_grad(total.x / args.map, total.y / args.map, double(plan.count),
+                                                     variance, affines[threadIdx.x].scale, args.norm.eps);
+      backs[threadIdx.x] = of_channel.back;
       if (team.writes) {
-        args.dbias[channel] = A(of_grad);
-        args.dweight[channel] = A(of_dot * invstd);
+        args.dbias[channel] = of_channel.dbias;
+        args.dweight[channel] = of_channel.dweight;
       }
     }
     __syncthreads();
@@ -277,69 +260,37 @@ void with_shape_or_joined(const Layout& at, bool joinable, std::initializer_list
   with_shape<T>(at, tensors, run);
 }
 
-Tensor batch_norm_act_mean_apply(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                                 const Tensor& var, const std::optional<Tensor>& residual, double eps, bool act) {
-  constexpr auto op = "batch_norm_act_mean_apply";
-  const Maps maps = check_mean(op, x, weight, bias, mean, var, residual);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor pooled = empty(weight, {maps.samples, maps.channels});
-  if (x.numel() == 0) return torch::stable::fill_(pooled, NAN);
-  require(maps.size <= kMaxMap, op, ": at most 2^30 values a map, given ", maps.size);
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    const MeanArgs<A, T> args{data<T>(x),    data<T>(residual), data<A>(weight),         data<A>(bias),
-                              data<A>(mean), data<A>(var),      mutable_data<A>(pooled), eps, act};
+struct Kernels : Cuda {
+  using Cuda::Cuda;
+
+  template <class T>
+  void forward(const Maps& maps, const MeanArgs<T>& args) const {
+    require(maps.size <= kMaxMap, "batch_norm_act_mean_apply: at most 2^30 values a map, given ", maps.size);
     with_shape_or_joined<T>(maps.at, true, {args.x, args.residual}, [&](auto width, auto order) {
       const Walk walk = make_walk(maps.at, width, order, maps.samples, maps.size);
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(unsigned(walk.chunks * walk.parts));
-      config.blockDim = dim3(kThreads);
-      config.stream = current_stream(x.get_device_index());
-      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, mean_kernel<T, width, order>, walk, args));
+      launch(mean_kernel<T, width, order>, walk.chunks * walk.parts, walk, args);
     });
-  });
-  return pooled;
-}
-
-std::tuple<Tensor, Tensor> batch_norm_act_mean_backward_out(const Tensor& given_grad, const Tensor& x,
-                                                            const Tensor& weight, const Tensor& bias,
-                                                            const Tensor& mean, const Tensor& var,
-                                                            const std::optional<Tensor>& residual, double eps,
-                                                            bool act, Tensor dx,
-                                                            const std::optional<Tensor>& dresidual) {
-  constexpr auto op = "batch_norm_act_mean_backward_out";
-  const Maps maps = check_mean_backward(op, given_grad, x, weight, bias, mean, var, residual, act, dx, dresidual);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor dweight = empty(weight, weight.sizes()), dbias = empty(weight, weight.sizes());
-  if (x.numel() == 0) return {zeroed(dweight), zeroed(dbias)};
-  const Layout& at = maps.at;
-  AUGLOCAL_DISPATCH(op, x.scalar_type(), {
-    using A = typename Compute<T>::type;
-    // Vectors of channels read vectors of gradients.
-    const Tensor grad = aligned({data<A>(given_grad)}, 16) ? given_grad : torch::stable::clone(given_grad);
-    const BackwardArgs<A, T> args{data<A>(grad), data<T>(x), data<T>(residual), data<A>(weight), data<A>(bias),
-                                  data<A>(mean), data<A>(var), mutable_data<T>(dx),
-                                  dresidual ? mutable_data<T>(*dresidual) : nullptr, mutable_data<A>(dweight),
-                                  mutable_data<A>(dbias), eps, double(maps.size),
-                                  WideDivisor(maps.size)};
+  }
+  template <class T>
+  void backward(const Maps& maps, const MeanBackwardArgs<T>& given) const {
+    const Layout& at = maps.at;
+    const BackwardArgs<T> args{given, double(maps.size), WideDivisor(maps.size)};
     const std::initializer_list<const void*> tensors{args.x, args.residual, args.dx, args.dresidual};
     with_shape_or_joined<T>(at, can_join(at, kWide<T>), tensors, [&](auto width, auto order) {
-      const auto run = [&](auto mask, auto with_residual) {
-        launch<backward_kernel<T, width, order, mask, with_residual>, width, order, T>(at, with_residual ? 2 : 1, x,
-                                                                                       weight, args);
+      const auto run = [&](auto mask, auto residual) {
+        launch_teams<backward_kernel<T, width, order, mask, residual>, width, order, T>(*this, at, residual ? 2 : 1,
+                                                                                        args);
       };
-      if (residual) return run(std::integral_constant<Mask, Mask::from_input>{}, std::true_type{});
-      if (act) return run(std::integral_constant<Mask, Mask::from_input>{}, std::false_type{});
+      if (args.residual) return run(std::integral_constant<Mask, Mask::from_input>{}, std::true_type{});
+      if (args.relu) return run(std::integral_constant<Mask, Mask::from_input>{}, std::false_type{});
       run(std::integral_constant<Mask, Mask::none>{}, std::false_type{});
     });
-  });
-  return {dweight, dbias};
-}
+  }
+};
 
 }  // namespace
 }  // namespace auglocal
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
-  AUGLOCAL_IMPL(m, batch_norm_act_mean_apply);
-  AUGLOCAL_IMPL(m, batch_norm_act_mean_backward_out);
+  auglocal::implement<auglocal::Kernels, auglocal::BatchNormActMeanApply, auglocal::BatchNormActMeanBackwardOut>(m);
 }

@@ -388,11 +388,10 @@ const Residency& residency(int device) {
     const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     Residency found;
     found.kept_bytes = (std::min(a_block, most) - int64_t(of_kernel.sharedSizeBytes)) / 1024 * 1024;
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(found.kept_bytes)));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(found.kept_bytes)));
     // The first-level cache has nothing to cache here.
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     int blocks = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, found.kept_bytes));
     found.blocks = std::max(blocks, 1) * attribute(cudaDevAttrMultiProcessorCount, device);
@@ -404,7 +403,7 @@ const Residency& residency(int device) {
 
 // `keeps`: false where a plan made for a second pass is only needed for the same sums.
 template <auto kKernel, int V, Order kOrder, class T, class Args>
-void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& weight, Args args, bool keeps = true) {
+void launch_teams(const Cuda& cuda, const Layout& layout, int operands, const Args& args, bool keeps = true) {
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   const Residency& held = residency<kKernel>(device);
@@ -412,17 +411,14 @@ void launch(const Layout& layout, int operands, const Tensor& x, const Tensor& w
   if (!keeps) plan.kept = 0;
   const int64_t partials = plan.parts == 1 ? 0 : plan.groups * plan.group_channels * plan.parts;
   const int64_t bytes = partials * sizeof(double2) + plan.groups * sizeof(unsigned);
-  const Tensor workspace = empty(weight, {ceil_div(bytes, sizeof(float))});
+  const Tensor workspace = cuda.workspace(bytes);
   auto partial = static_cast<double2*>(workspace.mutable_data_ptr());
   auto arrivals = reinterpret_cast<unsigned*>(partial + partials);
   cudaLaunchAttribute together;  // only blocks that wait for one another must be resident together
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = plan.parts > 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.teams * plan.parts);
-  config.blockDim = dim3(kThreads);
+  cudaLaunchConfig_t config = cuda.launch_config(int64_t(plan.teams) * plan.parts);
   config.dynamicSmemBytes = size_t(plan.kept) * kThreads * sizeof(Vector<T, V>) * operands;
-  config.stream = current_stream(device);
   config.attrs = &together;
   config.numAttrs = 1;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, plan, args, partial, arrivals));
@@ -432,12 +428,12 @@ template <Order kOrder>
 using OrderConstant = std::integral_constant<Order, kOrder>;
 
 // Calls run(vector width, order) as constants.
-template <class T, class Run>
+template <class T, int kMost = kWide<T>, class Run>
 void with_shape(const Layout& layout, std::initializer_list<const void*> tensors, const Run& run) {
   if (layout.inner == 1)
-    with_width<T>(layout.channels, tensors, [&](auto width) { run(width, OrderConstant<Order::pixels>{}); });
+    with_width<T, kMost>(layout.channels, tensors, [&](auto width) { run(width, OrderConstant<Order::pixels>{}); });
   else
-    with_width<T>(layout.inner, tensors, [&](auto width) { run(width, OrderConstant<Order::maps>{}); });
+    with_width<T, kMost>(layout.inner, tensors, [&](auto width) { run(width, OrderConstant<Order::maps>{}); });
 }
 
 }  // namespace

@@ -16,15 +16,17 @@ from auglocal_ext.ops import (
     batch_norm_statistics,
 )
 from auglocal_ext.ops._library import MISSING
+from auglocal_ext.ops.batch_norm_act import ACTIVATIONS
 
 SHAPES = [(5, 20, 7, 6), (3, 1, 2, 2), (4, 17, 1, 1), (2, 3, 70, 80), (9, 33, 3, 5), (1, 5, 1, 2), (6, 16, 8, 8)]
 KINDS = list(itertools.product([False, True], [False, True]))  # residual, relu
+OTHERS = ACTIVATIONS[2:]  # activations that only tests of their own are run with
 
 
 def run(op, x, weight, bias, residual, grad, relu):
     """y, mean, var, and the gradients of x, weight, bias[, residual]."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias, residual) if t is not None]
-    y, mean, var = op(*inputs, relu=relu)
+    y, mean, var = op(*inputs, act=relu)
     return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
 
 
@@ -94,7 +96,7 @@ def test_large_mean_is_survived():
 def test_gradcheck(layout, residual, relu):
     x, weight, bias, added, _ = make((3, 4, 3, 2), torch.float64, layout, residual)
     inputs = [t.requires_grad_() for t in (x, weight, bias, added) if t is not None]
-    assert torch.autograd.gradcheck(lambda *args: batch_norm_act(*args, relu=relu)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *args: batch_norm_act(*args, act=relu)[0], inputs)
 
 
 @pytest.mark.parametrize("device", DISPATCHED)
@@ -182,7 +184,7 @@ def test_what_is_kept_for_the_backward():
 def backward_arguments(shape, dtype, layout, residual, relu, device="cpu"):
     """What the backward takes: tensors by position, then whether a dresidual goes with them."""
     x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
-    y, mean, var = batch_norm_act(x, weight, bias, added, relu=relu)
+    y, mean, var = batch_norm_act(x, weight, bias, added, act=relu)
     return (grad, x, weight, bias, mean, var, y if residual and relu else None), residual and relu
 
 
@@ -217,8 +219,8 @@ def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, r
 @pytest.mark.parametrize(("residual", "relu"), KINDS)
 def test_apply_rebuilds_the_output_to_the_bit(shape, layout, dtype, residual, relu, device):
     x, weight, bias, added, _ = make(shape, dtype, layout, residual, device=device)
-    y, mean, var = batch_norm_act(x, weight, bias, added, relu=relu)
-    rebuilt = batch_norm_act_apply(x, weight, bias, mean, var, added, relu=relu)
+    y, mean, var = batch_norm_act(x, weight, bias, added, act=relu)
+    rebuilt = batch_norm_act_apply(x, weight, bias, mean, var, added, act=relu)
     assert torch.equal(rebuilt, y) and rebuilt.stride() == y.stride()
     for into in ["buffer", "x"] + ["residual"] * residual:
         tensors = {
@@ -227,7 +229,7 @@ def test_apply_rebuilds_the_output_to_the_bit(shape, layout, dtype, residual, re
             "buffer": torch.full_like(x, torch.nan),
         }
         given = (tensors["x"], weight, bias, mean, var, tensors["residual"])
-        assert batch_norm_act_apply(*given, relu=relu, out=tensors[into]) is tensors[into]
+        assert batch_norm_act_apply(*given, act=relu, out=tensors[into]) is tensors[into]
         assert torch.equal(tensors[into], y), into
 
 
@@ -239,7 +241,7 @@ def test_apply_rebuilds_the_output_to_the_bit(shape, layout, dtype, residual, re
 def test_in_place_backwards_equal_the_functional_one_to_the_bit(shape, layout, dtype, residual, relu, device):
     """Over the incoming gradient, over the kept input, and into buffers: what gradcheck saw, written elsewhere."""
     arguments, masked = backward_arguments(shape, dtype, layout, residual, relu, device)
-    expected = batch_norm_act_backward(*arguments, relu=relu)
+    expected = batch_norm_act_backward(*arguments, act=relu)
     assert (expected[1] is None) == (not masked)
     for dx_over, dresidual_over in [
         ("grad", "buffer"),
@@ -255,7 +257,7 @@ def test_in_place_backwards_equal_the_functional_one_to_the_bit(shape, layout, d
         places = {"grad": grad, "x": x, "y": y}
         dx = places.get(dx_over, torch.full_like(x, torch.nan))
         dresidual = places.get(dresidual_over, torch.full_like(x, torch.nan)) if masked else None
-        given = batch_norm_act_backward(*copies, relu=relu, dx=dx, dresidual=dresidual)
+        given = batch_norm_act_backward(*copies, act=relu, dx=dx, dresidual=dresidual)
         assert given[0] is dx and given[1] is dresidual
         assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True) if b is not None), (
             dx_over,
@@ -338,3 +340,167 @@ def test_the_kernels_themselves_refuse_what_would_read_out_of_bounds():
         torch.ops.auglocal_ext.batch_norm_act_backward(grad[:2], x, weight, bias, bias, bias, None, 1e-5, True)
     with pytest.raises(RuntimeError, match="y must have the shape"):
         torch.ops.auglocal_ext.batch_norm_act_backward(grad, x, weight, bias, bias, bias, x[:2], 1e-5, True)
+
+
+# ---- activations other than a ReLU --------------------------------------------------------------------------
+
+
+def wide(shape, dtype, layout, device="cpu"):
+    """x, weight, bias and a gradient, with values of BN(x) on every piece of every activation."""
+    x, weight, bias, _, grad = make(shape, dtype, layout, False, device=device)
+    return x, 4 * weight, bias, grad
+
+
+def run_act(op, x, weight, bias, grad, act):
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y, mean, var = op(*inputs, act=act, negative_slope=0.2)
+    return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 20, 7, 6), (4, 17, 1, 1), (9, 33, 3, 5)])
+@pytest.mark.parametrize("act", OTHERS)
+def test_activations_equal_the_reference_in_float64(act, shape, layout, device):
+    arguments = wide(shape, torch.float64, layout, device)
+    ours, reference = run_act(batch_norm_act, *arguments, act), run_act(batch_norm_act_reference, *arguments, act)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert ours[0].stride() == arguments[0].stride()
+
+
+@pytest.mark.many_blocks
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", OTHERS)
+def test_error_of_activations_is_at_most_twice_torchs(act, layout, dtype, device):
+    arguments = wide((16, 24, 12, 8), dtype, layout, device)
+    ours, torchs = run_act(batch_norm_act, *arguments, act), run_act(batch_norm_act_reference, *arguments, act)
+    exact = run_act(batch_norm_act_reference, *(t.double() for t in arguments), act)
+    for name, a, b, c in zip(["y", "mean", "var", "dx", "dweight", "dbias"], ours, torchs, exact, strict=True):
+        assert error(a, c) <= max(2 * error(b, c), rounding(a.dtype)), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ["relu", *OTHERS])
+def test_values_and_derivatives_are_torchs_at_every_joint(act, layout, dtype, device):
+    """BatchNorms of one value a channel with statistics 0 and 1: y is act(x), and dbias its gradient."""
+    z = torch.tensor([-torch.inf, -90, -6, -3, -1, -0.25, 0, 0.25, 1, 3, 4, 6, 90, torch.inf, torch.nan], device=device)
+    if act == "gelu":  # torch's own is NaN at infinity or not, by where the value lies
+        z = z[~z.isinf()]
+    x = z.to(dtype).view(1, -1, 1, 1).contiguous(memory_format=layout)
+    one = torch.ones(len(z), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    options = {"eps": 0.0, "act": act, "negative_slope": 0.2}
+    y = batch_norm_act_apply(x, one, 0 * one, 0 * one, one, **options)
+    dbias = batch_norm_act_backward(3 * torch.ones_like(x), x, one, 0 * one, 0 * one, one, **options)[3]
+    z = x.to(one.dtype).requires_grad_()
+    expected = _fallbacks.activated(z, ACTIVATIONS.index(act), 0.2)
+    expected.sum().backward()
+    tolerance = {"rtol": 2**-8 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(y, expected.detach().to(dtype), **tolerance)
+    torch.testing.assert_close(dbias, 3 * z.grad.flatten(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", OTHERS)
+def test_gradcheck_of_activations(act, layout):
+    x, weight, bias, _ = wide((3, 4, 3, 2), torch.float64, layout)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *args: batch_norm_act(*args, act=act, negative_slope=0.2)[0], inputs)
+
+
+@pytest.mark.parametrize("device", DISPATCHED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_activations(layout, device):
+    x, weight, bias, grad = wide((2, 3, 4, 5), torch.float32, layout, device)
+    ops, options = torch.ops.auglocal_ext, (1e-5, ACTIVATIONS.index("leaky_relu"))
+    opcheck(ops.batch_norm_act.default, (*(t.clone().requires_grad_() for t in (x, weight, bias)), None, *options, 0.2))
+    _, mean, var = ops.batch_norm_act(x, weight, bias, None, *options, 0.2)
+    opcheck(ops.batch_norm_act_apply.default, (x, weight, bias, mean, var, None, *options, 0.2))
+    opcheck(ops.batch_norm_act_apply_out.default, (x, weight, bias, mean, var, None, *options, grad.clone(), 0.2))
+    backward = (grad, x, weight, bias, mean, var, None, *options)
+    opcheck(ops.batch_norm_act_backward.default, (*backward, 0.2))
+    opcheck(ops.batch_norm_act_backward_out.default, (*backward, torch.empty_like(x), None, 0.2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", OTHERS)
+def test_activations_in_place_and_again_are_the_same_bits(act, layout, dtype, device):
+    options = {"act": act, "negative_slope": 0.2}
+    for shape in [(5, 20, 7, 6), (6, 16, 8, 8)]:
+        x, weight, bias, grad = wide(shape, dtype, layout, device)
+        y, *statistics = batch_norm_act(x, weight, bias, **options)
+        assert torch.equal(batch_norm_act_apply(x, weight, bias, *statistics, **options), y)
+        over = x.clone()
+        assert torch.equal(batch_norm_act_apply(over, weight, bias, *statistics, out=over, **options), y)
+        added = batch_norm_act(x, weight, bias, grad, **options)[0]
+        assert torch.equal(batch_norm_act_apply(x, weight, bias, *statistics, grad, **options), added)
+        reference = batch_norm_act_reference(x.double(), weight.double(), bias.double(), grad.double(), **options)[0]
+        assert error(added, reference) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+        expected = batch_norm_act_backward(grad, x, weight, bias, *statistics, **options)
+        for place in (0, 1):
+            copies = [grad.clone(), x.clone()]
+            made = batch_norm_act_backward(*copies, weight, bias, *statistics, dx=copies[place], **options)
+            assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True) if b is not None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", OTHERS)
+def test_plain_torch_fallbacks_of_activations_agree_with_the_kernels(act, layout):
+    if MISSING["cpu"]:
+        pytest.skip(f"no compiled kernels to compare with: {MISSING['cpu']}")
+    x, weight, bias, grad = wide((5, 20, 7, 6), torch.float32, layout)
+    ops, options = torch.ops.auglocal_ext, (1e-5, ACTIVATIONS.index(act))
+    native = ops.batch_norm_act(x, weight, bias, None, *options, 0.2)
+    plain = _fallbacks.batch_norm_act(x, weight, bias, None, *options, 0.2)
+    results = []
+    for apply, backward in (
+        (_fallbacks.batch_norm_act_apply_out, _fallbacks.batch_norm_act_backward_out),
+        (ops.batch_norm_act_apply_out, ops.batch_norm_act_backward_out),
+    ):
+        out, dx = torch.empty_like(x), torch.empty_like(x)
+        apply(x, weight, bias, *native[1:], None, *options, out, 0.2)
+        sums = backward(grad, x, weight, bias, *native[1:], None, *options, dx, None, 0.2)
+        results.append([out, dx, *sums])
+    for a, b in zip([*plain, *results[0]], [*native, *results[1]], strict=True):
+        assert a.stride() == b.stride() and error(a, b.double()) <= 1e-5
+
+
+def test_activations_by_name_number_and_bool():
+    x, weight, bias, _ = wide((4, 3, 5, 5), torch.float32, LAYOUTS[0])
+    for act, name in ((True, "relu"), (False, "none")):
+        y = batch_norm_act(x, weight, bias, act=act)[0]
+        assert torch.equal(y, batch_norm_act(x, weight, bias, act=name)[0])
+        assert torch.equal(y, torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, None, 1e-5, act)[0])
+    leaky = [batch_norm_act(x, weight, bias, act="leaky_relu", negative_slope=slope)[0] for slope in (0.0, 1.0)]
+    assert torch.equal(leaky[0].relu(), batch_norm_act(x, weight, bias)[0]) and leaky[0].min() == 0
+    assert torch.equal(leaky[1], batch_norm_act(x, weight, bias, act=False)[0])
+
+
+def test_what_activations_refuse():
+    x, weight, bias, grad = wide((4, 3, 5, 5), torch.float32, LAYOUTS[0])
+    _, mean, var = batch_norm_act(x, weight, bias)
+    with pytest.raises(ValueError, match="act must be True, False or one of none, relu, .*, gelu, given 'tanh'"):
+        batch_norm_act(x, weight, bias, act="tanh")
+    with pytest.raises(ValueError, match="negative_slope must be at least 0, given -0.1"):
+        batch_norm_act_apply(x, weight, bias, mean, var, act="leaky_relu", negative_slope=-0.1)
+    with pytest.raises(ValueError, match="y is for the mask of a ReLU, given act 'silu'"):
+        batch_norm_act_backward(grad, x, weight, bias, mean, var, x, act="silu")
+    assert batch_norm_act(x, weight, bias, grad, act="silu")[0].isfinite().all()
+    with pytest.raises(ValueError, match="with a residual only a ReLU can be differentiated, given 'silu'"):
+        batch_norm_act(x.requires_grad_(), weight, bias, grad, act="silu")
+    if not MISSING["cpu"]:
+        x, ops = x.detach(), torch.ops.auglocal_ext
+        with pytest.raises(RuntimeError, match="^batch_norm_act: act must be 0 to 6, given 7"):
+            ops.batch_norm_act(x, weight, bias, None, 1e-5, 7)
+        with pytest.raises(
+            RuntimeError, match="^batch_norm_act_apply_out: negative_slope must be at least 0, given -1"
+        ):
+            ops.batch_norm_act_apply_out(x, weight, bias, mean, var, None, 1e-5, 5, grad, -1.0)
+        with pytest.raises(RuntimeError, match=r"y, behind a residual, has the mask of a ReLU \(act 1\), given act 2"):
+            ops.batch_norm_act_backward(grad, x, weight, bias, mean, var, x, 1e-5, 2)

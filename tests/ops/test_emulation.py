@@ -26,24 +26,27 @@ def everything(shape, dtype, layout, window=(3, 3, 2, 2, 1, 1), place=torch.clon
     x, added, grad = place(x), place(added), place(grad)
     mean, var = ops.batch_norm_statistics(x)
     values = {"mean": mean, "var": var}
-    for kind, residual, relu in (("plain", None, False), ("relu", None, True), ("added", added, True)):
-        y, *statistics = ops.batch_norm_act(x, weight, bias, residual, relu=relu)
+    kinds = ("plain", None, False), ("relu", None, True), ("added", added, True), ("hardswish", None, "hardswish")
+    for kind, residual, act in kinds:
+        y, *statistics = ops.batch_norm_act(x, weight, bias, residual, act=act)
         assert torch.equal(statistics[0], mean) and torch.equal(statistics[1], var)
         values[f"{kind} y"] = y
-        again = ops.batch_norm_act_apply(x, weight, bias, mean, var, residual, relu=relu)
+        again = ops.batch_norm_act_apply(x, weight, bias, mean, var, residual, act=act)
         assert torch.equal(y, again)
         mask = y if residual is not None else None
         backward = (weight, bias, mean, var)
         names = [f"{kind} {name}" for name in ("dx", "dresidual", "dweight", "dbias")]
-        made = ops.batch_norm_act_backward(grad, x, *backward, mask, relu=relu)
+        made = ops.batch_norm_act_backward(grad, x, *backward, mask, act=act)
         values |= {name: t for name, t in zip(names, made, strict=True) if t is not None}
         over = x.clone(), None if mask is None else mask.clone()
-        made = ops.batch_norm_act_backward(grad, over[0], *backward, over[1], relu=relu, dx=over[0], dresidual=over[1])
+        made = ops.batch_norm_act_backward(grad, over[0], *backward, over[1], act=act, dx=over[0], dresidual=over[1])
         assert all(torch.equal(t, values[name]) for name, t in zip(names, made, strict=True) if t is not None)
-        values[f"{kind} pooled"] = OPS.batch_norm_act_mean_apply(x, weight, bias, mean, var, residual, 1e-5, relu)
+        if not isinstance(act, bool):
+            continue  # the head has a ReLU or nothing
+        values[f"{kind} pooled"] = OPS.batch_norm_act_mean_apply(x, weight, bias, mean, var, residual, 1e-5, act)
         of_maps = grad[:, :, 0, 0].to(weight.dtype).contiguous()
-        mask = residual if relu else None
-        made = OPS.batch_norm_act_mean_backward(of_maps, x, *backward, mask, 1e-5, relu, mask is not None)
+        mask = residual if act else None
+        made = OPS.batch_norm_act_mean_backward(of_maps, x, *backward, mask, 1e-5, act, mask is not None)
         names = [f"{kind} of the pool: {name}" for name in ("dx", "dresidual", "dweight", "dbias")]
         values |= {name: t for name, t in zip(names, made, strict=True) if t.numel()}
     sizes = [(shape[2 + i] + 2 * window[4 + i] - window[i]) // window[2 + i] + 1 for i in (0, 1)]

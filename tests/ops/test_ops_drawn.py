@@ -14,6 +14,7 @@ from ops_helpers import rounding
 from torch.nn.functional import batch_norm
 
 from auglocal_ext import ops
+from auglocal_ext.ops.batch_norm_act import ACTIVATIONS
 
 drawn = settings(
     max_examples=int(os.environ.get("AUGLOCAL_DRAWS", "150")),
@@ -95,20 +96,26 @@ def compare(op, reference, inputs, grad_layout, generator, mask_is_stable):
 
 
 @given(
-    feature_maps(), st.booleans(), st.booleans(), st.sampled_from([1e-5, 1e-3, 1.0]), st.sampled_from([0.0, 1.0, 30.0])
+    feature_maps(),
+    st.booleans(),
+    st.sampled_from([False, True, False, True, *ACTIVATIONS[2:]]),
+    st.sampled_from([1e-5, 1e-3, 1.0]),
+    st.sampled_from([0.0, 1.0, 30.0]),
 )
 @drawn
-def test_batch_norm_act(maps, residual, relu, eps, mean):
+def test_batch_norm_act(maps, residual, act, eps, mean):
     shape, layouts, dtype, generator = maps
+    residual = residual and isinstance(act, bool)  # with one, other activations have no gradient
+    smooth = act not in (True, "hardswish", "relu6", "leaky_relu")
     features = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
     inputs = [laid_out(features[0] + mean, layouts[0]), *affine(shape[1], dtype, generator)]
     if residual:
         inputs.append(laid_out(features[1], layouts[1]))
 
     def run(function):
-        return lambda *args: function(*args, eps=eps, relu=relu)
+        return lambda *args: function(*args, eps=eps, act=act)
 
-    compare(run(ops.batch_norm_act), run(ops.batch_norm_act_reference), inputs, layouts[2], generator, not relu)
+    compare(run(ops.batch_norm_act), run(ops.batch_norm_act_reference), inputs, layouts[2], generator, smooth)
 
 
 @given(feature_maps(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.data())

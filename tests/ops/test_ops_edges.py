@@ -45,7 +45,7 @@ def test_batch_norm_act(shape, layout, dtype, residual, relu, device):
             results[1] += [torch.empty_like(t) for t in inputs if t is not None]
             continue
         given = [t.detach().requires_grad_() for t in inputs if t is not None]
-        y, mean, var = op(*given, relu=relu)
+        y, mean, var = op(*given, act=relu)
         results.append([y.detach(), mean, var, *torch.autograd.grad(y, given, grad)])
     results[1][1:3] = [torch.zeros_like(inputs[1])] * 2  # torch's statistics of nothing are NaN
     equal(*results)
@@ -60,12 +60,12 @@ def test_every_part_of_it(shape, layout, dtype, residual, relu, device):
     x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
     zeros = torch.zeros_like(weight)
     equal(ops.batch_norm_statistics(x), (zeros, zeros))
-    equal([ops.batch_norm_act_apply(x, weight, bias, zeros, zeros, added, relu=relu)], [x])
-    equal([ops.batch_norm_act_apply(x, weight, bias, zeros, zeros, added, relu=relu, out=x)], [x])
+    equal([ops.batch_norm_act_apply(x, weight, bias, zeros, zeros, added, act=relu)], [x])
+    equal([ops.batch_norm_act_apply(x, weight, bias, zeros, zeros, added, act=relu, out=x)], [x])
     y = x.clone() if residual and relu else None
     arguments = (grad, x, weight, bias, zeros, zeros, y)
     for into in ({}, {"dx": grad, "dresidual": None if y is None else y}):
-        dx, dresidual, *rest = ops.batch_norm_act_backward(*arguments, relu=relu, **into)
+        dx, dresidual, *rest = ops.batch_norm_act_backward(*arguments, act=relu, **into)
         equal([dx, *rest], [x, zeros, zeros])
         assert (dresidual is None) == (y is None) and (y is None or dresidual.shape == shape)
 
