@@ -46,7 +46,7 @@ void read_past_l1(const void* from, int64_t bytes, void* to);
 #define threadIdx (emulation::thread_index())
 #define blockIdx (emulation::block_index())
 
-#define SHARED(name, count, ...)  \
+#define SHARED(name, count, ...)     \
   static const char name##_site = 0; \
   auto* const name = static_cast<__VA_ARGS__*>(emulation::shared(&name##_site, sizeof(__VA_ARGS__) * (count)))
 #define DYNAMIC_SHARED(name) auto* const name = static_cast<unsigned char*>(emulation::dynamic_shared())

@@ -46,8 +46,8 @@ constexpr Device kDevices[] = {{"sm_80", 108, 164 << 10, 163 << 10},
                                {"a slice of sm_90", 1, 228 << 10, 227 << 10},
                                {"a large slice of sm_90", 16, 228 << 10, 227 << 10}};
 constexpr int kMaxThreads = 1024, kThreadsOfMultiprocessor = 2048, kReserved = 1 << 10, kWarp = 32;
-constexpr int kMostBlocks = 2;          // on a multiprocessor: for more, kernels may take too many registers
-constexpr int64_t kStatic = 12 << 10;   // bytes of static shared memory that a kernel may have
+constexpr int kMostBlocks = 2;         // on a multiprocessor: for more, kernels may take too many registers
+constexpr int64_t kStatic = 12 << 10;  // bytes of static shared memory that a kernel may have
 constexpr int64_t kDefaultShared = 48 << 10;
 
 int device = 2;
@@ -167,8 +167,8 @@ uint32_t launch_number = 0;
 uint64_t now = 0;
 const char* kernel_name = "";
 void (*run_thread)(const void*) = nullptr;
-Region arguments;  // of the kernel, which every thread reads
-std::vector<Thread*> idle;  // fibers that wait for a block
+Region arguments;                               // of the kernel, which every thread reads
+std::vector<Thread*> idle;                      // fibers that wait for a block
 std::map<unsigned, std::vector<Fence>> fences;  // by block, of those that are done too
 unsigned grid = 0, arrived = 0;
 unsigned last_blocks = 0;  // if not 0, how many of a grid are run, where they do not wait for one another
@@ -286,8 +286,8 @@ void trace(Region& region, uintptr_t address, size_t bytes, bool writes, Access 
     }
     if (access == Access::atomic) continue;  // which races with nothing that is atomic too
     if (writes) {
-      if (reader.launch == mine.launch && (reader.block != mine.block ||
-                                           (reader.thread != mine.thread && reader.epoch == mine.epoch)))
+      if (reader.launch == mine.launch &&
+          (reader.block != mine.block || (reader.thread != mine.thread && reader.epoch == mine.epoch)))
         fail("a race in ", memory, " memory with a thread that reads there: no barrier between");
       shadow.writer = mine;
     } else if (reader.launch != mine.launch) {
@@ -574,14 +574,14 @@ EXPORTED int64_t emulation_launches() { return launches; }
 
 // ---- what the compiler puts before every access, and where arithmetic goes wrong ---------------------
 
-#define ACCESSES(bytes)                                                                                             \
-  void __tsan_read##bytes(void* at) { check(at, bytes, false, Access::plain); }                                     \
-  void __tsan_write##bytes(void* at) { check(at, bytes, true, Access::plain); }                                     \
-  void __tsan_unaligned_read##bytes(void* at) { check(at, bytes, false, Access::plain); }                           \
-  void __tsan_unaligned_write##bytes(void* at) { check(at, bytes, true, Access::plain); }                           \
-  void __tsan_volatile_read##bytes(void* at) { check(at, bytes, false, Access::atomic); }                           \
-  void __tsan_volatile_write##bytes(void* at) { check(at, bytes, true, Access::atomic); }                           \
-  void __tsan_unaligned_volatile_read##bytes(void* at) { check(at, bytes, false, Access::atomic); }                 \
+#define ACCESSES(bytes)                                                                             \
+  void __tsan_read##bytes(void* at) { check(at, bytes, false, Access::plain); }                     \
+  void __tsan_write##bytes(void* at) { check(at, bytes, true, Access::plain); }                     \
+  void __tsan_unaligned_read##bytes(void* at) { check(at, bytes, false, Access::plain); }           \
+  void __tsan_unaligned_write##bytes(void* at) { check(at, bytes, true, Access::plain); }           \
+  void __tsan_volatile_read##bytes(void* at) { check(at, bytes, false, Access::atomic); }           \
+  void __tsan_volatile_write##bytes(void* at) { check(at, bytes, true, Access::atomic); }           \
+  void __tsan_unaligned_volatile_read##bytes(void* at) { check(at, bytes, false, Access::atomic); } \
   void __tsan_unaligned_volatile_write##bytes(void* at) { check(at, bytes, true, Access::atomic); }
 ACCESSES(1)
 ACCESSES(2)

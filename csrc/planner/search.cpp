@@ -16,9 +16,9 @@ namespace {
 
 using std::vector;
 
-using Label = std::array<int64_t, 3>;             // macs, state, peak; of a cut, or of one way to run a module
-using Options = vector<vector<vector<Label>>>;    // [i][j - i]: the ways to run the module of units i..j
-using Modules = vector<std::pair<int, int>>;      // (last unit, option) of each
+using Label = std::array<int64_t, 3>;               // macs, state, peak; of a cut, or of one way to run a module
+using Options = vector<vector<vector<Label>>>;      // [i][j - i]: the ways to run the module of units i..j
+using Modules = vector<std::pair<int, int>>;        // (last unit, option) of each
 using Cut = std::tuple<int64_t, int64_t, Modules>;  // bytes, macs
 
 // The labels than which no other is as good, by macs.
@@ -55,7 +55,8 @@ class Search {
       std::sort(costs.begin(), costs.end());
       vector<Cut>& front = found[count - 1];
       for (const auto& [size, macs] : costs)
-        if (front.empty() || macs < std::get<1>(front.back())) front.emplace_back(size, macs, modules(count, size, macs));
+        if (front.empty() || macs < std::get<1>(front.back()))
+          front.emplace_back(size, macs, modules(count, size, macs));
     }
     return found;
   }
@@ -105,6 +106,5 @@ class Search {
 
 PYBIND11_MODULE(_search, module) {
   module.doc() = "The compiled twin of the core of auglocal_ext.search.";
-  module.def(
-      "fronts", [](Options options) { return Search(std::move(options)).fronts(); }, pybind11::arg("options"));
+  module.def("fronts", [](Options options) { return Search(std::move(options)).fronts(); }, pybind11::arg("options"));
 }

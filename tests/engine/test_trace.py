@@ -7,6 +7,7 @@ from torch import nn
 
 from auglocal_ext import models
 from auglocal_ext.engine.nodes import Conv, Head, Island, Loss, Norm, PooledNorm
+from auglocal_ext.engine.nodes.activation import Function
 from auglocal_ext.engine.trace import join, trace
 
 
@@ -90,20 +91,30 @@ def test_what_does_not_match_is_not_joined():
     ]
 
 
-def test_other_relus_are_not_joined():
+def test_other_activations_are_joined_too():
     class Others(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(5))
-            self.relu6, self.leaky = nn.ReLU6(), nn.LeakyReLU(inplace=True)
+            self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(7))
+            self.relu6, self.leaky = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True)
 
         def forward(self, x):
             x = self.leaky(self.bn[1](self.relu6(self.bn[0](x))))
-            return F.leaky_relu(self.bn[3](self.bn[2](x).relu())) + self.bn[4](x).clamp(min=0)
+            x = F.leaky_relu(self.bn[3](self.bn[2](x).relu())) + self.bn[4](x).clamp(min=0)
+            return F.gelu(self.bn[6](F.gelu(self.bn[5](x), approximate="tanh")))
 
     nodes = read(Others())
-    assert chains(nodes) == [(False, False)] * 5 and kinds(nodes).count("Activation") == 3
-    assert kinds(nodes).count("Island") == 3  # a method, a clamp, the sum
+    functions = [node.function for node in nodes if isinstance(node, Norm)]
+    assert functions == [
+        Function("relu6"),
+        Function("leaky_relu", (("negative_slope", 0.2),)),
+        None,  # a method
+        Function("leaky_relu", (("negative_slope", 0.01),)),
+        None,  # a clamp
+        None,  # the op does not know this approximation
+        Function("gelu", (("approximate", "none"),)),
+    ]
+    assert kinds(nodes).count("Island") == 3 and kinds(nodes).count("Activation") == 1
 
 
 @pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
