@@ -238,6 +238,8 @@ class LocalTrainer:
         if self.plan is not None and (modes, *_kind(images)) == self._planned_for:
             planned = self.plan.input_shape
             if shape[1:] == planned[1:] and shape[0] <= planned[0]:
+                if self._programs is None:  # the plan was given
+                    self._rule.check_images(images)
                 self._current_programs(modes)
                 return modes
             warnings.warn(

@@ -55,6 +55,12 @@ def test_precision_and_recompute_are_the_plans(tiny_model, batch):
     assert trainer.plan is planned
 
 
+def test_the_rule_looks_at_the_first_images(tiny_model, batch):
+    planned = plan(tiny_model, SHAPE, rule="infopro")
+    with pytest.raises(ValueError, match="rule 'infopro' draws images of 0 to 1"):
+        LocalTrainer(tiny_model, plan=planned).step(batch[0] * 100, batch[1])
+
+
 def test_a_model_in_eval_mode_runs_it_too(tiny_model, batch):
     planned = plan(tiny_model.eval(), SHAPE, 2)
     trainer = LocalTrainer(tiny_model, plan=planned)
