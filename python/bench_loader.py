@@ -11,7 +11,6 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 import auglocal_ext
 from auglocal_ext.cli import errors
@@ -30,6 +29,7 @@ BATCHES = 8  # in the loader: enough that shuffling has its part
 
 def measure(device, batch_size, precision, seconds):
     """Dict of images per second and the share."""
+
     images = torch.randint(0, 256, (BATCHES * batch_size, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(len(images)) % 10
     augmented = {"augment": True, **AUGMENTATIONS["cifar10"]}
@@ -53,6 +53,8 @@ def measure(device, batch_size, precision, seconds):
 
 def _seconds(run, seconds):
     """Of one run, the median; on CUDA of many between two waits for the device."""
+    from torch.utils.benchmark import Timer  # warns where a CUDA toolkit is without a GPU
+
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median
 
