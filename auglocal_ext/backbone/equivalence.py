@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from ..common.meta import first_line, replaced_methods
+from ..common.messages import first_line
+from ..common.meta import replaced_methods
 from ..engine.as_real import RealLayouts
 from ..engine.trace import Reader
 

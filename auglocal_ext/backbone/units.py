@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..common.meta import first_line, meta_copy
+from ..common.messages import first_line
+from ..common.meta import meta_copy
 from ..engine.as_real import RealLayouts
 
 __all__ = ["Backbone", "Shapes", "Unit"]

@@ -4,6 +4,7 @@ import torch
 
 from .. import models
 from ..backbone.families import as_backbone
+from ..common.messages import first_line
 from ..planning.budget import candidates
 from ..rules.by_name import RULES, as_rule
 from ..rules.cutting import cut
@@ -37,7 +38,7 @@ def check_image_size(model, height, width, option):
         with torch.no_grad():
             model.eval()(torch.empty(2, 3, height, width, device="meta"))
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"images of {height}x{width} pixels do not go through this model: choose another {option} ({reason})"
+            f"images of {height}x{width} pixels do not go through this model: choose another {option} "
+            f"({first_line(error)})"
         ) from None

@@ -2,6 +2,8 @@
 
 import torch
 
+from .messages import first_line
+
 __all__ = ["usable_device"]
 
 
@@ -13,6 +15,7 @@ def usable_device(name):
             raise RuntimeError("it must be 'cpu', 'cuda' or 'cuda:N'")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}; leave it out, or say 'cpu'") from None
+        raise ValueError(
+            f"device {str(name)!r} cannot be used here: {first_line(error)}; leave it out, or say 'cpu'"
+        ) from None
     return device

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["HOOKS", "METHODS", "as_meta_copy", "first_line", "meta_copy", "replaced_methods"]
+from .messages import first_line
+
+__all__ = ["HOOKS", "METHODS", "as_meta_copy", "meta_copy", "replaced_methods"]
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -112,8 +114,3 @@ def _culprit(module):
             except Exception:
                 return f"; it is the attribute {f'{name}.{attribute}'.removeprefix('.')} ({type(value).__name__})"
     return ""
-
-
-def first_line(error):
-    """What an error says, for a sentence of ours."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

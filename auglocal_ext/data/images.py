@@ -4,6 +4,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.checks import whole_number
+from ..common.messages import first_line
 from ..common.torchvision import import_torchvision
 
 __all__ = ["name_of", "UnreadableImage", "image_errors", "images_in_memory", "in_bytes", "is_pil", "unreadable"]
@@ -128,5 +129,4 @@ class UnreadableImage(ValueError):
 
 
 def unreadable(path, error):
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UnreadableImage(f"cannot read the image {path}: replace or remove it ({reason})")
+    return UnreadableImage(f"cannot read the image {path}: replace or remove it ({first_line(error)})")

@@ -16,7 +16,7 @@ def eager_bytes(planner, shape):
     """Bytes of one training step at its peak, everything in it, counted on meta tensors.
 
     Args:
-        planner: `plan.Planner` of the model.
+        planner: `Planner` of the model.
         shape: of the batch, (N, C, H, W).
 
     Returns:

@@ -27,7 +27,7 @@ def cut_table(planner, shape, rule, walker=None):
     """The `CutTable` of a model: every segment of every module, each walked once.
 
     Args:
-        planner, shape: see `choose`.
+        planner, shape: see `budget.choose`.
         rule: AugLocal, or BP.
         walker: the Walker of this planner and shape, which may have walked for other rules; None: a new one.
     """

@@ -6,6 +6,7 @@ import torch
 
 from ..common.checks import whole_number
 from ..common.files import check_writable, write_whole
+from ..common.messages import first_line
 
 __all__ = ["Checkpoints"]
 
@@ -36,10 +37,9 @@ class Checkpoints:
             whole_number(saved["epoch"], "epoch must be a whole number", 1)
             return {name: saved[name] for name in ("trainer", "epoch", "history", "peak", "loader")}
         except Exception as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
-                f"{path} is no checkpoint of a training, or is damaged ({reason}): remove it to train from the "
-                f"beginning, or choose another folder"
+                f"{path} is no checkpoint of a training, or is damaged ({first_line(error)}): remove it to train from "
+                f"the beginning, or choose another folder"
             ) from error
 
     def restore(self, trainer, meter, epochs):

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..common import checks
+from ..common.messages import first_line
 from .divergence import NotFinite
 from .loaders import length_of, move, no_bar, until
 
@@ -106,7 +107,7 @@ class Validation:
         except RuntimeError as error:
             raise ValueError(
                 f"the model cannot be run on {self.prefix}images of shape {tuple(images.shape)}, {images.dtype}: "
-                f"{str(error).partition(chr(10))[0]}"
+                f"{first_line(error)}"
             ) from error
         is_tensor = isinstance(logits, torch.Tensor)
         shape = len(images), self.classes or (logits.shape[-1] if is_tensor and logits.dim() else 1)

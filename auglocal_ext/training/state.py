@@ -41,8 +41,7 @@ def load_state(trainer, state):
     for name, module in (("model", trainer.model), ("aux_nets", trainer.aux_nets)):
         _check_fits(name, module.state_dict(), state[name])
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        ours, theirs = ([len(group["params"]) for group in groups] for groups in (optimizer.param_groups,
-                                                                                 saved["param_groups"]))  # fmt: skip
+        ours, theirs = _group_sizes(optimizer.param_groups), _group_sizes(saved["param_groups"])
         if ours != theirs:
             raise ValueError(
                 f"the state's optimizers have groups of {theirs} parameters, this trainer's of {ours}: give the same "
@@ -77,6 +76,10 @@ def _check_fits(name, ours, theirs):
                 f"the state is of another {name}: its {key} has shape {had}, expected {have}; make the model and the "
                 f"trainer as they were when it was saved"
             )
+
+
+def _group_sizes(groups):
+    return [len(group["params"]) for group in groups]
 
 
 def _random_state(device):

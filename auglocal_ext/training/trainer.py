@@ -89,7 +89,7 @@ class LocalTrainer:
         aux_nets: nn.ModuleList, one LocalHead for each local module but the last: features -> logits, with the net of
             an extra loss. With the model's, its state_dict and the optimizers' are all that a step changes.
         optimizers: list, one per local module; change their learning rates between steps as you like.
-        plan: `auglocal_ext.plan.Plan`, once a first batch has told its shape.
+        plan: `auglocal_ext.Plan`, once a first batch has told its shape.
     """
 
     @torch.inference_mode(False)

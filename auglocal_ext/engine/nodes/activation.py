@@ -38,7 +38,7 @@ class Function:
     def write_over(self, x):
         if self.name == "relu":
             return x.relu_()
-        operator, options = _OPERATORS[self.name]
+        operator, options = _OPERATORS.get(self.name, (self.name, ()))
         return getattr(_aten, operator).out(x, *options, **dict(self.options), out=x)
 
     def backward(self, grad, value):
@@ -48,7 +48,7 @@ class Function:
             return _aten.threshold_backward.grad_input(grad, value, 0, grad_input=grad)
         if self.name == "hardswish":  # torch's has a way in place in name only
             return _aten.hardswish_backward(grad, value)
-        operator, options = _OPERATORS[self.name]
+        operator, options = _OPERATORS.get(self.name, (self.name, ()))
         given = dict(self.options)
         if self.name == "leaky_relu":
             given["self_is_result"] = False  # a slope above 0 keeps the sign
@@ -56,14 +56,8 @@ class Function:
 
 
 RELU = Function("relu")
-# What torch runs for each, and what that is given besides.
-_OPERATORS = {
-    "relu6": ("hardtanh", (0, 6)),
-    "leaky_relu": ("leaky_relu", ()),
-    "silu": ("silu", ()),
-    "hardswish": ("hardswish", ()),
-    "gelu": ("gelu", ()),
-}
+# What torch runs where that has another name, and what it is given besides.
+_OPERATORS = {"relu6": ("hardtanh", (0, 6))}
 # The modules, the functions, and the settings that matter with their defaults.
 _MODULES = {
     nn.ReLU: "relu",
