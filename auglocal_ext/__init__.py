@@ -13,7 +13,8 @@ from .rules.rule import Rule
 from .training.divergence import TrainingDiverged
 from .training.evaluate import Evaluation, evaluate, evaluation
 from .training.isolation import assert_isolated
-from .training.loop import TrainingInterrupted, TrainResult, train
+from .training.loop import train
+from .training.result import TrainingInterrupted, TrainResult
 from .training.trainer import LocalTrainer, StepResult
 
 __all__ = [

@@ -12,6 +12,7 @@ import torch
 
 __all__ = [
     "PRECISIONS",
+    "at_least_0",
     "bad_images",
     "bad_labels",
     "check_batch",
@@ -63,6 +64,14 @@ def whole_number(value, expected, least=None, most=None):
 def check_seed(seed):
     """The seed as an int; ValueError unless torch.manual_seed takes it as it is."""
     return whole_number(seed, "seed must be a whole number from -2**63 to 2**64 - 1", -(2**63), 2**64 - 1)
+
+
+def at_least_0(value, name):
+    """The value as a float; ValueError unless it is a finite number of at least 0."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, given {value!r}")
+    return float(value)
 
 
 def learning_rate_factor(value, expected):

@@ -1,6 +1,8 @@
 """What a piece of code holds at its peak, counted from tensors' births and deaths; its arithmetic; sizes in words."""
 
 import re
+import resource
+import sys
 import weakref
 
 import torch
@@ -8,7 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["LiveBytes", "MultiplyAccumulates", "bytes_of", "format_bytes", "parse_bytes", "tensors_of"]
+__all__ = [
+    "LiveBytes",
+    "MultiplyAccumulates",
+    "bytes_of",
+    "format_bytes",
+    "parse_bytes",
+    "process_bytes",
+    "tensors_of",
+]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -78,6 +88,15 @@ def tensors_of(module):
 
 def bytes_of(tensors):
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def process_bytes(device):
+    """The most that this process has held so far: on a GPU what torch's allocator had reserved there, else resident
+    memory, libraries and data included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def format_bytes(count):

@@ -3,8 +3,18 @@
 import math
 
 import torch
+from torch import nn
 
-__all__ = ["NotFinite", "REMEDY", "TrainingDiverged", "check_finite", "check_learnt", "names_not_finite"]
+__all__ = [
+    "LossWatch",
+    "NotFinite",
+    "REMEDY",
+    "TrainingDiverged",
+    "UndoWhereNotFinite",
+    "check_finite",
+    "check_learnt",
+    "names_not_finite",
+]
 
 
 class TrainingDiverged(FloatingPointError):
@@ -33,12 +43,63 @@ def names_not_finite(trainer):
     return [name for name, is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
 
 
-def check_finite(trainer, odd, entry, epochs):
+def check_finite(trainer, odd, title):
     """Looks for what the last update may have spoilt, which no loss has told yet; odd: what was so from the start, a
     mask of infinite values for instance."""
     spoilt = [name for name in names_not_finite(trainer) if name not in odd]
     if spoilt:
-        raise NotFinite(f"epoch {entry['epoch']}/{epochs}: {spoilt[0]} has values that are NaN or infinite")
+        raise NotFinite(f"{title}: {spoilt[0]} has values that are NaN or infinite")
+
+
+class LossWatch:
+    """Remembers each local module's last finite loss, and the first step whose loss was not. Nothing in `note` waits
+    for the device; `check` does."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        modules = len(trainer.local_modules)
+        self._last = torch.full((modules,), torch.nan, dtype=trainer.dtype, device=trainer.device)
+        self._first = torch.full((modules,), -1, dtype=torch.int64, device=trainer.device)
+
+    def note(self, step, losses):
+        """step: from 1."""
+        finite = losses.isfinite()
+        self._last = torch.where(finite, losses, self._last)
+        self._first = torch.where(finite | (self._first >= 0), self._first, step)
+
+    def check(self, title):
+        """Raises NotFinite of the first step and its first module whose loss was not finite."""
+        found = [(step, index) for index, step in enumerate(self._first.tolist()) if step >= 0]
+        if not found:
+            return
+        step, index = min(found)
+        units = self.trainer.plan.modules[index].units
+        of = units[0] if len(units) == 1 else f"{units[0]} .. {units[-1]}"
+        last = [f"{loss:.4g}" for loss in self._last.tolist()]
+        others = f" (of all modules: {', '.join(last)})" if 1 < len(last) <= 16 else ""
+        raise NotFinite(
+            f"{title}, step {step}: the loss of local module {index} of {len(last)} ({of}) is not finite; its last "
+            f"finite one was {last[index]}{others}"
+        )
+
+
+class UndoWhereNotFinite:
+    """Of one local module, made before its forward: takes back what a pass that went wrong has done to its statistics.
+    Until its step is over it holds as many bytes more as the module has buffers.
+    """
+
+    def __init__(self, module):
+        self._module, self._before = module, [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def needed(self, loss):
+        """Whether the loss or a gradient is not finite, so that the module must not be stepped; then the buffers are
+        as they were before. Waits for the device."""
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        if (loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()).item():
+            return False
+        for buffer, before in self._before:
+            buffer.copy_(before)
+        return True
 
 
 def check_learnt(history, trainer):

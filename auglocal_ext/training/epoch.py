@@ -1,7 +1,6 @@
-"""One epoch of steps, and the memory of its highest."""
+"""One epoch of steps, what it sums up, and the memory of its highest."""
 
 import contextlib
-import math
 import time
 import warnings
 
@@ -9,10 +8,9 @@ import torch
 
 from ..common import checks
 from ..common.memory import LiveBytes
-from .divergence import NotFinite
 from .loaders import move, until
 
-__all__ = ["PeakMeter", "factor_at", "train_epoch"]
+__all__ = ["PeakMeter", "Sums", "factor_at", "train_epoch"]
 
 
 def factor_at(schedule, epoch, epochs, length):
@@ -26,16 +24,89 @@ def factor_at(schedule, epoch, epochs, length):
     return factor
 
 
-def train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
-    losses = correct = torch.zeros((), device=trainer.device)
-    seen = steps = 0
-    started = shown = time.perf_counter()
-    title = f"epoch {epoch + 1}/{epochs}"
+class Sums:
+    """What an epoch has come to so far; it can be put away in the middle and gone on from.
+
+    Attributes:
+        losses: (modules,), the sum of each module's losses times images, where they are finite.
+        counted: (modules,), int64: of how many images.
+        steps, seen: how many steps there were, and images.
+        seconds: that they took.
+        over: whether the loader has no more.
+    """
+
+    def __init__(self, trainer, saved=None):
+        self.trainer = trainer
+        modules, device = len(trainer.local_modules), trainer.device
+        self.losses = torch.zeros(modules, dtype=trainer.dtype, device=device)
+        self.counted = torch.zeros(modules, dtype=torch.int64, device=device)
+        self.steps = self.seen = 0
+        self.seconds, self.over = 0.0, False
+        trainer.module_hits.zero_()
+        self.skipped_before = sum(trainer.skipped_steps)
+        if saved is not None:
+            tensors = (self.losses, "losses"), (self.counted, "counted"), (trainer.module_hits, "hits")
+            for tensor, name in tensors:
+                tensor.copy_(saved[name])
+            self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
+            self.seconds = saved["seconds"]
+            self.skipped_before -= saved["skipped"]
+
+    def state_dict(self):
+        return {
+            "losses": self.losses,
+            "counted": self.counted,
+            "hits": self.trainer.module_hits,
+            "steps": self.steps,
+            "seen": self.seen,
+            "seconds": self.seconds,
+            "over": self.over,
+            "skipped": self.skipped,
+        }
+
+    @property
+    def skipped(self):
+        return sum(self.trainer.skipped_steps) - self.skipped_before
+
+    def add(self, losses, images):
+        """After a step: its module_losses, of so many images."""
+        finite = losses.isfinite()
+        self.losses += torch.where(finite, losses, 0) * images
+        self.counted += finite * images
+        self.seen, self.steps = self.seen + images, self.steps + 1
+
+    def entry(self, epoch, peak):
+        """The history's entry of the epoch, from 1. Waits for the device."""
+        losses = (self.losses / self.counted).tolist()
+        hits = (self.trainer.module_hits / self.seen).tolist()
+        return {
+            "epoch": epoch,
+            "loss": losses[-1],
+            "module_losses": losses,
+            "train_accuracy": hits[-1],
+            "module_accuracies": hits,
+            "val_loss": None,
+            "val_accuracy": None,
+            "val_top5_accuracy": None,
+            "images_per_second": self.seen / self.seconds,
+            "seconds": self.seconds,
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "skipped_steps": self.skipped,
+            "peak_bytes": peak,
+        }
+
+
+def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
+    """Steps over batches, to the end or until `stop` is set; adds to sums.
+
+    factor: see `factor_at`.
+    after_step: StepResult -> whatever is to be done between two steps.
+    """
+    started = time.perf_counter() - sums.seconds
     for batch in until(stop, batches):  # no enumerate(): it keeps its last value until the next is there
         checks.check_pair(batch, "the loader")
         checks.check_device(batch, trainer.device, "the loader's ")
         batch = images, labels = move(batch, trainer.device)  # no second name keeps the loader's own tensors
-        bar.update()
         trainer.check_images(images)
         if len(images) == 1:
             warnings.warn(
@@ -44,40 +115,20 @@ def train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
                 stacklevel=3,
             )
             continue
-        trainer.set_learning_rate_factor(factor(steps))
+        trainer.set_learning_rate_factor(factor(sums.steps))
         trainer.plan_for(images)  # outside of what is measured
         with meter(images, labels):
             result = trainer.step(images, labels)
-        losses = losses + result.module_losses * len(images)
-        correct = correct + (result.logits.argmax(1) == labels).sum()
-        seen, steps = seen + len(images), steps + 1
-        if not bar.disable and time.perf_counter() - shown > 1:  # seconds: reading a value waits for the device
-            trainer.check()
-            bar.set_postfix(loss=f"{result.loss.item():.3f}", refresh=False)
-            shown = time.perf_counter()
-        del batch, images, labels, result
-    if not seen:
+        sums.add(result.module_losses, len(images))
+        sums.seconds = time.perf_counter() - started
+        del batch, images, labels
+        after_step(result)
+        del result
+    sums.over = True
+    if not sums.seen:
         raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
-    mean_losses = (losses / seen).tolist()
-    seconds = time.perf_counter() - started
-    trainer.check()
-    for index, loss in enumerate(mean_losses):
-        if not math.isfinite(loss):
-            raise NotFinite(f"{title}: the loss of local module {index} is {loss}")
-    entry = {
-        "epoch": epoch + 1,
-        "loss": mean_losses[-1],
-        "module_losses": mean_losses,
-        "train_accuracy": (correct / seen).item(),
-        "val_loss": None,
-        "val_accuracy": None,
-        "val_top5_accuracy": None,
-        "images_per_second": seen / seconds,
-        "seconds": seconds,
-        "lr": trainer.optimizers[0].param_groups[0]["lr"],
-        "peak_bytes": meter.peak,
-    }
-    return entry, steps
+    trainer.check()  # waits for the device, which is part of the time
+    sums.seconds = time.perf_counter() - started
 
 
 class PeakMeter:

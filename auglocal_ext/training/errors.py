@@ -2,10 +2,11 @@
 
 import torch
 
+from ..common.memory import format_bytes
 from ..planning.origin import fingerprint
 from ..planning.result import Plan
 
-__all__ = ["check_parameters", "check_plan", "say_where_it_stopped"]
+__all__ = ["check_parameters", "check_plan", "say_what_was_planned", "say_where_it_stopped"]
 
 
 def check_plan(plan, model, alone):
@@ -64,3 +65,18 @@ def say_where_it_stopped(error, index, count, more=""):
         error.args = (note,)
     elif isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+
+
+def say_what_was_planned(error, plan, device):
+    """Of an out-of-memory error: what was planned, what there is, what would work; "" of another one."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    note = f" The plan predicts {format_bytes(plan.peak_bytes)} for this step ({plan.peak_bytes:,} bytes)"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_reserved(device)
+        note += (
+            f"; {device} has {format_bytes(free)} free of {format_bytes(total)}, this process holds "
+            f"{format_bytes(ours)}: memory_budget='{int(0.9 * (free + ours) / 1e6)}MB' chooses a cut that fits"
+        )
+    return note + "."

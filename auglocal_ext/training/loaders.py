@@ -8,7 +8,7 @@ import torch
 
 from ..common import checks
 
-__all__ = ["interrupt_sets", "length_of", "move", "no_bar", "peek", "until"]
+__all__ = ["StoppedBetweenSteps", "interrupt_sets", "length_of", "move", "no_bar", "peek", "set_epoch", "until"]
 
 
 def peek(loader, name):
@@ -38,6 +38,14 @@ def length_of(loader):
         return len(loader)
     except Exception:
         return None
+
+
+def set_epoch(loader, epoch):
+    """Tells a loader, or its sampler, which epoch comes next, from 0: as torch's DistributedSampler wants it."""
+    for one in (loader, getattr(loader, "sampler", None)):
+        if callable(getattr(one, "set_epoch", None)):
+            one.set_epoch(epoch)
+            return
 
 
 def no_bar(progress):
@@ -74,20 +82,25 @@ def interrupt_sets(stop):
         signal.signal(signal.SIGINT, previous)
 
 
+class StoppedBetweenSteps(KeyboardInterrupt):
+    """Ctrl-C, acted on where everything is whole."""
+
+
 def until(stop, batches):
-    """The batches, until `stop` is set: then KeyboardInterrupt, also where the wait for a batch failed by it
-    (a DataLoader's worker processes get the Ctrl-C too, and die in the middle of sending one)."""
+    """The batches, until `stop` is set: then StoppedBetweenSteps, also where the wait for a batch failed by it
+    (a DataLoader's worker processes get the Ctrl-C too, and die in the middle of sending one). A batch that was drawn
+    is given all the same, so that the loader's place is that of what was done."""
     batches, end = iter(batches), object()
     while True:
         try:
-            batch = next(batches, end)
+            batch = end if stop.is_set() else next(batches, end)
         except Exception:
             if stop.is_set():
-                raise KeyboardInterrupt from None
+                raise StoppedBetweenSteps from None
             raise
-        if stop.is_set():
-            raise KeyboardInterrupt
         if batch is end:
-            return
+            break
         yield batch
         del batch
+    if stop.is_set():
+        raise StoppedBetweenSteps

@@ -1,9 +1,7 @@
-"""The training loop around the local step: epochs, validation, memory, Ctrl-C."""
+"""`train`: its arguments, what is checked before anything changes, what is left afterwards."""
 
 import gc
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,44 +13,17 @@ from ..common.device import usable_device
 from ..ops.batch_norm_act import memory_format
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
-from ..planning.result import Plan
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
-from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
-from .epoch import PeakMeter, factor_at, train_epoch
+from .divergence import REMEDY, NotFinite, TrainingDiverged
 from .evaluate import Validation, evaluated, modes_of, restore
-from .loaders import interrupt_sets, length_of, move, no_bar, peek
+from .lines import first_lines
+from .loaders import move, peek, set_epoch
+from .result import TrainingInterrupted, TrainResult
+from .run import Run
 from .trainer import LocalTrainer
 
-__all__ = ["TrainResult", "TrainingInterrupted", "train"]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns.
-
-    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
-        (of the training batches, as they were seen), val_loss (cross-entropy), val_accuracy and val_top5_accuracy (None
-        without val_loader; top-5 None for fewer than 6 classes), images_per_second, seconds, lr (of the last step),
-        peak_bytes.
-    plan: the cut that was trained.
-    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on
-        other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
-    aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
-    """
-
-    history: list
-    plan: Plan
-    peak_bytes: int
-    aux_nets: nn.ModuleList | None
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during `train`, raised between two steps. `result`: the TrainResult of the finished epochs."""
-
-    def __init__(self, result, note=""):
-        super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))
-        self.result = result
+__all__ = ["train"]
 
 
 def train(
@@ -73,9 +44,14 @@ def train(
     device: str | torch.device | None = None,
     seed: int | None = None,
     progress: bool = True,
+    on_step: Callable | None = None,
     on_epoch: Callable | None = None,
+    patience: int | None = None,
+    max_seconds: float | None = None,
+    nonfinite: str = "stop",
     keep_aux_nets: bool = False,
     checkpoint: str | Path | None = None,
+    checkpoint_minutes: float = 10,
 ) -> TrainResult:
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
@@ -103,13 +79,24 @@ def train(
         precision: "fp32" or "bf16".
         device: moves the model there first. Default: where the model is.
         seed: torch.manual_seed for the aux nets' weights and everything random after.
-        progress: a progress bar and a line per epoch.
+        progress: a progress bar, what is trained and what a step costs, and a line per epoch.
+        on_step: called after each step with (epoch, step, StepResult), both from 1; on a GPU reading one of its values
+            waits for the device.
         on_epoch: called with each epoch's history entry.
+        patience: stop after so many epochs without a better validation accuracy (of training, without val_loader).
+        max_seconds: stop after the step with which so many seconds have gone by. Neither is an error: the result's
+            `stopped` says so, and a checkpoint is left to go on from.
+        nonfinite: what to do about a loss that is NaN or infinite: "stop" tells the module, the step and its last
+            finite value; "skip" leaves the modules out of the step whose loss or gradients are not finite, their
+            BatchNorm statistics included; each step then waits for the device, and the history counts skipped_steps.
         keep_aux_nets: return the aux nets in the result.
         checkpoint: a folder, for last.pt, written after every epoch, when `on_epoch` was called, and best.pt. A
             training that has one there goes on from it: the same call again, after a crash or with more epochs, ends as
             one that was never stopped, on a CPU to the bit (with loaders that draw from torch's, Python's or NumPy's
             own generators, or have a `state_dict`). A checkpoint of another model, rule or cut is refused.
+        checkpoint_minutes: also within epochs, after so many minutes, on Ctrl-C and at max_seconds, where the loader
+            has a `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader has and those of
+            `auglocal_ext.data`.
 
     Returns:
         TrainResult
@@ -124,62 +111,51 @@ def train(
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
+    limits = _check_limits(patience, max_seconds)
+    checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
+    if nonfinite not in ("stop", "skip"):
+        raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
     if device is not None:
         model.to(usable_device(device))
+    set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     cutting = {"rule": rule, "form": form, "modules": modules, "memory_budget": memory_budget}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
-    validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
+    trainer.nonfinite = nonfinite
+    validate = None
     if val_loader is not None:
+        validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
         val_loader = _checked_validation(model, val_loader, epochs, validation)
 
-    modes, odd = modes_of(model), names_not_finite(trainer)
-    history: list[dict] = []
-    epoch_length, meter, stop = length_of(loader), PeakMeter(trainer), threading.Event()
-    if checkpoint is not None:
-        checkpoints = Checkpoints(checkpoint, loader, trainer.device)
-        history = checkpoints.restore(trainer, meter, epochs)
-        batches = loader if history else batches  # the first batch was drawn before the generators were put back
-        if history and progress:
-            tqdm.write(f"going on behind epoch {len(history)}/{epochs}, from {checkpoints.folder}")
-        if len(history) == epochs:
-            trainer.plan_for(move(first, trainer.device)[0])  # which no step will do
-    del first  # its images would live through the whole training
+        def validate(stop):
+            return evaluated(Validation(model, **validation), val_loader, progress, stop)
 
-    def result():
-        return TrainResult(history, trainer.plan, meter.peak, trainer.aux_nets if keep_aux_nets else None)
-
+    told = {"on_step": on_step, "on_epoch": on_epoch, "progress": progress, "keep_aux_nets": keep_aux_nets}
+    modes, checkpoints = modes_of(model), None
     try:
-        with interrupt_sets(stop):
-            for epoch in range(len(history), epochs):
-                factor = factor_at(schedule, epoch, epochs, epoch_length)
-                with _bar(epoch, epochs, epoch_length, progress) as bar:
-                    entry, epoch_length = train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
-                check_finite(trainer, odd, entry, epochs)
-                if val_loader is not None:
-                    found = evaluated(Validation(model, **validation), val_loader, progress, stop)
-                    entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
-                history.append(entry)
-                if progress:
-                    tqdm.write(_epoch_line(entry, epochs))
-                if on_epoch is not None:
-                    on_epoch(entry)
-                if checkpoint is not None:
-                    checkpoints.save(trainer, history, meter.peak)
-                batches = loader
-        check_learnt(history, trainer)
-    except NotFinite as error:
-        raise TrainingDiverged(f"{error}: training diverged; {REMEDY}", result()) from None
-    except KeyboardInterrupt as stopped:
-        raise TrainingInterrupted(result(), str(stopped)) from None
+        images = move(first, trainer.device)[0]
+        if len(images) > 1:  # else the training says that it skips such batches
+            trainer.plan_for(images)
+            if progress:
+                tqdm.write(first_lines(trainer, images))
+        del first, images  # which would live through the whole training
+        if checkpoint is not None:
+            checkpoints = Checkpoints(checkpoint, loader, trainer.device, checkpoint_minutes)
+        run = Run(trainer, loader, batches, epochs, schedule, validate, checkpoints=checkpoints, **told, **limits)
+        del batches
+        try:
+            run.go()
+        except NotFinite as error:
+            raise TrainingDiverged(f"{error}: training diverged; {REMEDY}", run.result()) from None
+        except KeyboardInterrupt as stopped:
+            raise TrainingInterrupted(run.result(), str(stopped)) from None
+        return run.result()
     finally:
         restore(modes)
         # The rewritten modules are reference cycles; with them the aux nets' memory goes now, not at some later time.
-        outcome = result()
-        trainer = meter = batches = None
+        trainer = run = None
         gc.collect()
-    return outcome
 
 
 def _check_arguments(loader, epochs, schedule, seed):
@@ -199,6 +175,14 @@ def _check_arguments(loader, epochs, schedule, seed):
             f"or a list, not a generator"
         )
     return epochs
+
+
+def _check_limits(patience, max_seconds):
+    if patience is not None:
+        patience = checks.whole_number(patience, "patience must be a whole number of epochs, at least 1", 1)
+    if max_seconds is not None:
+        max_seconds = checks.at_least_0(max_seconds, "max_seconds")
+    return {"patience": patience, "max_seconds": max_seconds}
 
 
 def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **options):
@@ -230,17 +214,3 @@ def _checked_validation(model, val_loader, epochs, validation):
     if isinstance(val_loader, Iterator):
         raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
     return val_loader
-
-
-def _bar(epoch, epochs, length, progress):
-    bar = tqdm(unit="batch", total=length, leave=False, disable=no_bar(progress), mininterval=0.5)
-    bar.set_description(f"epoch {epoch + 1}/{epochs}")
-    return bar
-
-
-def _epoch_line(entry, epochs):
-    val = "" if entry["val_accuracy"] is None else f"  test {entry['val_accuracy']:.2%}"
-    return (
-        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}{val}  "
-        f"{entry['images_per_second']:.0f} images/s  peak {entry['peak_bytes'] / 1e6:.1f} MB"
-    )

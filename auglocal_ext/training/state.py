@@ -5,7 +5,7 @@ import random
 import numpy
 import torch
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["load_state", "set_random_state", "state_of"]
 
 VERSION = 1
 
@@ -51,7 +51,7 @@ def load_state(trainer, state):
     trainer.aux_nets.load_state_dict(state["aux_nets"])
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    _set_random_state(state["random"], trainer.device)
+    set_random_state(state["random"], trainer.device)
 
 
 def _made_of(trainer):
@@ -91,7 +91,8 @@ def _random_state(device):
     return found
 
 
-def _set_random_state(state, device):
+def set_random_state(state, device):
+    """Puts the generators that training draws from where `state_of` found them; state: its "random"."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -15,7 +15,7 @@ from torch.nn.modules.utils import _pair
 
 from ..backbone.families import as_backbone
 from ..common import checks
-from ..common.memory import format_bytes, tensors_of
+from ..common.memory import tensors_of
 from ..ops.batch_norm_act import memory_format
 from ..optim import make_optimizer, sgd
 from ..planning.module_nodes import programs
@@ -24,7 +24,8 @@ from ..planning.result import Plan
 from ..rules.by_name import as_rule
 from ..rules.cutting import assert_apart, cut, local_heads
 from ..rules.rule import Rule
-from .errors import check_parameters, check_plan, say_where_it_stopped
+from .divergence import UndoWhereNotFinite
+from .errors import check_parameters, check_plan, say_what_was_planned, say_where_it_stopped
 from .state import load_state, state_of
 from .watch import Watch
 
@@ -90,6 +91,9 @@ class LocalTrainer:
             an extra loss. With the model's, its state_dict and the optimizers' are all that a step changes.
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
+        nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
+            `auglocal_ext.train`. skipped_steps: of each module, how many.
+        module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like.
     """
 
     @torch.inference_mode(False)
@@ -139,6 +143,8 @@ class LocalTrainer:
         self._programs = self._planned_for = self._programmed_modes = None  # what plan and programs were made for
         if plan is not None:
             self._planned_for = self._modes_in_training(), plan.origin.memory_format, self.dtype
+        self.nonfinite, self.skipped_steps = "stop", [0] * len(self.local_modules)
+        self.module_hits = torch.zeros(len(self.local_modules), dtype=torch.int64, device=self.device)
         self._hooks_run: set[nn.Module] = set()  # the modules whose hooks a step runs
         self._said: set[str] = set()  # what was warned of
         self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
@@ -193,14 +199,20 @@ class LocalTrainer:
             logits = None  # the module before's
             try:
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
+                undo = UndoWhereNotFinite(self.local_modules[index]) if self.nonfinite == "skip" else None
                 features, logits, loss = modules[index].run(inputs, labels, images)
-                optimizer.step()
+                if undo is not None and undo.needed(loss):
+                    self.skipped_steps[index] += 1
+                else:
+                    optimizer.step()
             except BaseException as error:
-                say_where_it_stopped(error, index, len(self.optimizers), self._out_of_memory(error))
+                planned = say_what_was_planned(error, self.plan, self.device)
+                say_where_it_stopped(error, index, len(self.optimizers), planned)
                 raise
             finally:
                 optimizer.zero_grad(set_to_none=True)
             losses[index] = loss
+            self.module_hits[index] += (logits.argmax(1) == labels).sum()
             inputs.append(features)
             del features, loss
         if refused is not None:
@@ -306,21 +318,6 @@ class LocalTrainer:
         if (once or text) not in self._said:
             self._said.add(once or text)
             warnings.warn(text, stacklevel=4)
-
-    def _out_of_memory(self, error):
-        """For an out-of-memory error: what was planned, what there is, what would work."""
-        if not isinstance(error, torch.OutOfMemoryError):
-            return ""
-        planned = self.plan.peak_bytes
-        note = f" The plan predicts {format_bytes(planned)} for this step ({planned:,} bytes)"
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            ours = torch.cuda.memory_reserved(self.device)
-            note += (
-                f"; {self.device} has {format_bytes(free)} free of {format_bytes(total)}, this process holds "
-                f"{format_bytes(ours)}: memory_budget='{int(0.9 * (free + ours) / 1e6)}MB' chooses a cut that fits"
-            )
-        return note + "."
 
     def check(self) -> None:
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""

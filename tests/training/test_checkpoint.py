@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import auglocal_ext
 from auglocal_ext import LocalTrainer, models, train
 from auglocal_ext.data import DeviceLoader, mean_and_std
+from auglocal_ext.training.epoch import Sums
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -118,15 +119,8 @@ def test_a_finished_training_is_only_read(tmp_path):
 
 
 def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
-    from auglocal_ext.training import loop
-
-    real, accuracies = loop.train_epoch, iter([0.2, 0.9, 0.5])
-
-    def told(*arguments):
-        entry, steps = real(*arguments)
-        return entry | {"train_accuracy": next(accuracies)}, steps
-
-    monkeypatch.setattr(loop, "train_epoch", told)
+    real, accuracies = Sums.entry, iter([0.2, 0.9, 0.5])
+    monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"train_accuracy": next(accuracies)})
     train(model(), loader("DeviceLoader"), 2, epochs=3, progress=False, checkpoint=tmp_path)
     epochs = {name: torch.load(tmp_path / name, weights_only=True)["epoch"] for name in ("best.pt", "last.pt")}
     assert epochs == {"best.pt": 2, "last.pt": 3}

@@ -19,7 +19,7 @@ from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, evalua
 from auglocal_ext.engine.program import Program
 from auglocal_ext.optim import constant
 from auglocal_ext.training import evaluate as evaluating
-from auglocal_ext.training import loop
+from auglocal_ext.training.epoch import Sums
 
 
 def toy(batches=4, size=16, classes=3, seed=0):
@@ -55,10 +55,11 @@ def test_result(rule):
     seen = []
     result = train(small(), toy(), depth=2, rule=rule, epochs=2, progress=False, on_epoch=seen.append)
     assert seen == result.history and [entry["epoch"] for entry in seen] == [1, 2]
-    keys = (
-        "epoch loss module_losses train_accuracy val_loss val_accuracy val_top5_accuracy images_per_second seconds lr"
-    )
-    assert set(seen[0]) == {*keys.split(), "peak_bytes"}
+    keys = "epoch loss module_losses train_accuracy module_accuracies val_loss val_accuracy val_top5_accuracy "
+    keys += "images_per_second seconds lr skipped_steps peak_bytes"
+    assert set(seen[0]) == set(keys.split())
+    assert seen[0]["module_accuracies"][-1] == seen[0]["train_accuracy"]
+    assert len(seen[0]["module_accuracies"]) == len(seen[0]["module_losses"])
     assert seen[0]["val_accuracy"] is None and seen[0]["loss"] == seen[0]["module_losses"][-1]
     assert len(result.plan.modules) == len(seen[0]["module_losses"]) == (3 if rule == "auglocal" else 1)
     assert result.plan.input_shape == (16, 3, 8, 8)
@@ -327,7 +328,7 @@ def test_ctrl_c_acts_between_steps():
     assert [entry["epoch"] for entry in stopped.value.result.history] == [1]
     assert signal.getsignal(signal.SIGINT) is handler
     steps = {int(bn.num_batches_tracked) for bn in model.modules() if isinstance(bn, torch.nn.BatchNorm2d)}
-    assert steps == {4 + 2}  # every module took every step that was begun
+    assert steps == {4 + 3}  # the batch that was being made is trained on, by every module
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
 
 
@@ -382,7 +383,8 @@ def test_progress_goes_to_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     train(small(), toy(), depth=2, val_loader=toy(), epochs=1)
     captured = capsys.readouterr()
-    assert "epoch 1/1  loss " in captured.out and "test " in captured.out and "peak " in captured.out
+    assert "epoch 1/1  loss " in captured.out and "test " in captured.out
+    assert "a step's peak memory: " in captured.out
     assert "batch" in captured.err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     train(small(), toy(), depth=2, epochs=1)
@@ -524,13 +526,8 @@ def test_a_buffer_that_was_infinite_from_the_start_is_no_divergence():
 
 
 def test_a_classifier_that_ends_far_worse_than_it_began_has_diverged(monkeypatch):
-    losses, real, saved = iter([0.9, 3.0, 2.19, 0.5, 1.9, 0.1, 0.9, 1.79]), loop.train_epoch, []
-
-    def told(*arguments):
-        entry, steps = real(*arguments)
-        return entry | {"loss": next(losses)}, steps
-
-    monkeypatch.setattr(loop, "train_epoch", told)
+    losses, real, saved = iter([0.9, 3.0, 2.19, 0.5, 1.9, 0.1, 0.9, 1.79]), Sums.entry, []
+    monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"loss": next(losses)})
     options = {"depth": 2, "progress": False, "on_epoch": saved.append}
     train(small(), toy(), epochs=3, **options)  # in the middle it may; 2 ln 3 = 2.197 is the bound at the end
     train(small(), toy(), epochs=3, **options)

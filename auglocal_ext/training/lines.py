@@ -1,0 +1,49 @@
+"""What a training prints: its first lines, one for each epoch, and its memory."""
+
+import datetime
+
+import torch
+
+from ..common.memory import format_bytes
+
+__all__ = ["duration", "epoch_line", "first_lines", "memory_line"]
+
+
+def first_lines(trainer, images):
+    """What is trained, how it is cut, and what a step costs beside the alternatives."""
+    plan = trainer.plan
+    layout = "channels_last" if images.is_contiguous(memory_format=torch.channels_last) else "contiguous"
+    aux = f", and {plan.aux_parameters:,} of aux nets during training" if plan.aux_parameters else ""
+    recompute = ", recompute" if trainer.recompute else ""
+    lines = [
+        plan.title,
+        f"{plan.parameters:,} parameters{aux}; on {trainer.device} in {trainer.precision}, {layout}{recompute}",
+    ]
+    if getattr(plan, "comparison", None) is not None:
+        lines.append(str(plan.comparison))
+    return "\n".join(lines)
+
+
+def epoch_line(entry, epochs, seconds_left):
+    """entry: of the history; seconds_left: of the training, None: not known."""
+    val = ""
+    if entry["val_accuracy"] is not None:
+        val = f"  test {entry['val_accuracy']:.2%} (loss {entry['val_loss']:.3f})"
+    left = f"  {duration(seconds_left)} left" if entry["epoch"] < epochs and seconds_left is not None else ""
+    return (
+        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}{val}  "
+        f"lr {entry['lr']:.3g}  {entry['images_per_second']:.0f} images/s{left}"
+    )
+
+
+def memory_line(plan, peak_bytes, process_bytes):
+    """A step's memory as it was planned and as it was measured."""
+    return (
+        f"a step's peak memory: {format_bytes(plan.peak_bytes)} planned, {format_bytes(peak_bytes)} measured; the "
+        f"process held {format_bytes(process_bytes)}"
+    )
+
+
+def duration(seconds):
+    """3725 -> '1:02:05'"""
+    return "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,96 @@
+"""What a training returns, and how it prints."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..planning.result import Plan
+from .lines import memory_line
+
+__all__ = ["TrainResult", "TrainingInterrupted"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns; `print(result)` shows it as a short table.
+
+    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
+        (of the training batches, as they were seen), module_accuracies (likewise, of each local module's own head),
+        val_loss (mean cross-entropy), val_accuracy and val_top5_accuracy (None without val_loader; top-5 None for fewer
+        than 6 classes), images_per_second, seconds, lr (of the last step), skipped_steps (of a local module, with
+        nonfinite="skip"), peak_bytes.
+    plan: the cut that was trained; plan.comparison has what backpropagation and checkpointing would need.
+    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on
+        other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
+    process_bytes: the highest that the process held: on CUDA what torch's allocator had reserved there, on other
+        devices the resident memory, with all libraries and data.
+    aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
+    stopped: why there are fewer epochs than asked for: "patience", "max_seconds", or None.
+    """
+
+    history: list
+    plan: Plan
+    peak_bytes: int
+    aux_nets: nn.ModuleList | None
+    process_bytes: int
+    stopped: str | None = None
+
+    @property
+    def val_accuracy(self) -> float | None:
+        """Of the last epoch; None without val_loader."""
+        return self.history[-1]["val_accuracy"] if self.history else None
+
+    @property
+    def best(self) -> dict | None:
+        """The epoch of the highest accuracy, of training where there is no validation; the first of equals."""
+        return max(self.history, key=accuracy_of) if self.history else None
+
+    def __str__(self):
+        lines = [self.plan.title, self._time_line()]
+        if self.history:
+            lines += self._table()
+        lines.append(memory_line(self.plan, self.peak_bytes, self.process_bytes))
+        if getattr(self.plan, "comparison", None) is not None:
+            lines.append(str(self.plan.comparison))
+        return "\n".join(lines)
+
+    def _time_line(self):
+        count, seconds = len(self.history), sum(entry["seconds"] for entry in self.history)
+        line = f"{count} epoch{'s' * (count != 1)}, {seconds:.1f} s of training"
+        if self.history:
+            line += f", {self.history[-1]['images_per_second']:.0f} images/s"
+        return line + (f"; stopped by {self.stopped}" if self.stopped else "")
+
+    def _table(self):
+        last, best = self.history[-1], self.best
+        columns = [("", f"epoch {last['epoch']}", last)]
+        if best is not last:
+            columns.append(("", f"epoch {best['epoch']}, the best", best))
+        rows = [("", *(title for _, title, _ in columns))]
+        for name, key, form in _ROWS:
+            if last[key] is not None:
+                rows.append((name, *(format(entry[key], form) for _, _, entry in columns)))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+_ROWS = [
+    ("training loss", "loss", ".4f"),
+    ("training accuracy", "train_accuracy", ".2%"),
+    ("validation loss", "val_loss", ".4f"),
+    ("validation accuracy", "val_accuracy", ".2%"),
+    ("top-5", "val_top5_accuracy", ".2%"),
+]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `train`, raised between two steps. `result`: the TrainResult of the finished epochs."""
+
+    def __init__(self, result, note=""):
+        super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))
+        self.result = result
+
+
+def accuracy_of(entry):
+    """An epoch's validation accuracy, or that of training where there is no validation."""
+    return entry["train_accuracy"] if entry["val_accuracy"] is None else entry["val_accuracy"]

@@ -1,0 +1,198 @@
+"""A training under way: its epochs, what is told of them, when it stops, where it can go on."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from ..common.memory import process_bytes
+from .checkpoint import Checkpoints
+from .divergence import LossWatch, NotFinite, check_finite, check_learnt, names_not_finite
+from .epoch import PeakMeter, Sums, factor_at, train_epoch
+from .lines import duration, epoch_line, memory_line
+from .loaders import StoppedBetweenSteps, interrupt_sets, length_of, no_bar, set_epoch
+from .result import TrainResult, accuracy_of
+from .trainer import LocalTrainer
+
+__all__ = ["Run"]
+
+
+class _OutOfTime(Exception):
+    """max_seconds are over; between two steps."""
+
+
+@dataclass
+class Run:
+    """A training of `epochs` epochs; the fields are `train`'s arguments, but for these:
+
+    batches: of the first epoch, for one time through: its first one was looked at already.
+    validate: stop -> Evaluation, or None.
+    """
+
+    trainer: LocalTrainer
+    loader: object
+    batches: object
+    epochs: int
+    schedule: Callable
+    validate: Callable | None
+    progress: bool
+    on_step: Callable | None
+    on_epoch: Callable | None
+    patience: int | None
+    max_seconds: float | None
+    keep_aux_nets: bool
+    checkpoints: Checkpoints | None
+
+    def __post_init__(self):
+        self.started = time.monotonic()
+        self.meter, self.stop = PeakMeter(self.trainer), threading.Event()
+        self.odd, self.watch = names_not_finite(self.trainer), LossWatch(self.trainer)
+        self.history, self.sums, self.stopped = [], None, None
+        self.length = length_of(self.loader)
+        self._steps_done = 0  # by this process, for the time that is left
+        if self.checkpoints is not None:
+            self._resume()
+
+    def _resume(self):
+        found = self.checkpoints.restore(self.trainer, self.epochs)
+        if found is None:
+            if self.progress and not self.checkpoints.within_epochs:
+                tqdm.write("checkpoints are written at the ends of epochs only: the loader has no state_dict")
+            return
+        self.history, self.batches, self.length = found.history, found.batches, found.length
+        self.meter.peak = found.peak
+        where = f"behind epoch {len(self.history)}/{self.epochs}"
+        if found.sums:
+            self.sums = Sums(self.trainer, found.sums)
+            where = f"in {self._title()}, behind step {self.sums.steps}"
+        if self.progress:
+            tqdm.write(f"going on {where}, from {self.checkpoints.folder}")
+
+    def _title(self):
+        return f"epoch {len(self.history) + 1}/{self.epochs}"
+
+    def result(self):
+        aux_nets = self.trainer.aux_nets if self.keep_aux_nets else None
+        peak, process = self.meter.peak, process_bytes(self.trainer.device)
+        return TrainResult(self.history, self.trainer.plan, peak, aux_nets, process, self.stopped)
+
+    def go(self):
+        """Trains until the end, or until it is stopped.
+
+        Raises:
+            NotFinite: the training diverged.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        self._stop_if_patience_is_over()
+        try:
+            with interrupt_sets(self.stop):
+                while len(self.history) < self.epochs and not self.stopped:
+                    self._epoch()
+        except StoppedBetweenSteps:
+            self._save_within()
+            raise
+        except _OutOfTime:
+            self.stopped = "max_seconds"
+            self._save_within()
+        if self.history and not self.stopped:
+            check_learnt(self.history, self.trainer)
+
+    def _epoch(self):
+        epoch, trainer = len(self.history), self.trainer
+        if self.sums is None:
+            self.sums = Sums(trainer)
+            if epoch:
+                set_epoch(self.loader, epoch)
+        self.watch = LossWatch(trainer)
+        factor = factor_at(self.schedule, epoch, self.epochs, self.length)
+        with self._bar() as bar:
+            self._shown = time.perf_counter()
+            train_epoch(
+                trainer, self.batches, self._title(), self.sums, factor, self.meter, self.stop,
+                lambda result: self._after_step(result, bar),
+            )  # fmt: skip
+        self._check_values()
+        self.batches, self.length = self.loader, self.sums.steps
+        entry = self.sums.entry(epoch + 1, self.meter.peak)
+        if self.validate is not None:
+            found = self.validate(self.stop)
+            entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
+        first = self._steps_done == self.sums.steps  # of this process
+        self.history.append(entry)
+        self.sums = None
+        if self.progress:
+            tqdm.write(epoch_line(entry, self.epochs, self._seconds_left()))
+        if self.progress and first:
+            tqdm.write(memory_line(self.trainer.plan, self.meter.peak, process_bytes(trainer.device)))
+        if self.on_epoch is not None:
+            self.on_epoch(entry)
+        if self.checkpoints is not None:
+            self._save(None)
+        self._stop_if_patience_is_over()
+
+    def _after_step(self, result, bar):
+        self._steps_done += 1
+        if self.trainer.nonfinite == "stop":
+            self.watch.note(self.sums.steps, result.module_losses)
+            if self.trainer.device.type == "cpu":
+                self.watch.check(self._title())
+        bar.update()
+        now = time.perf_counter()
+        if not bar.disable and now - self._shown > 1:  # seconds: reading a value waits for the device
+            self.trainer.check()
+            self.watch.check(self._title())
+            bar.set_postfix(loss=f"{result.loss.item():.3f}", left=duration(self._seconds_left()), refresh=False)
+            self._shown = now
+        if self.on_step is not None:
+            self.on_step(len(self.history) + 1, self.sums.steps, result)
+        if self.max_seconds is not None and time.monotonic() - self.started >= self.max_seconds:
+            raise _OutOfTime
+        if self.checkpoints is not None and self.checkpoints.due():
+            self._save_within()
+
+    def _check_values(self):
+        self.watch.check(self._title())
+        if not self.sums.counted.all():
+            index = self.sums.counted.tolist().index(0)
+            raise NotFinite(f"{self._title()}: the loss of local module {index} was finite in no step")
+        check_finite(self.trainer, self.odd, self._title())
+
+    def _save_within(self):
+        """A checkpoint within the epoch, where there is anything to go on from."""
+        if self.checkpoints is None or not self.checkpoints.within_epochs or not self.sums or not self.sums.steps:
+            return
+        self.trainer.check()
+        self.watch.check(self._title())
+        check_finite(self.trainer, self.odd, self._title())
+        self._save(self.sums)
+
+    def _save(self, sums):
+        self.checkpoints.save(self.trainer, self.history, sums, self.meter.peak, self.length)
+
+    def _stop_if_patience_is_over(self):
+        if self.patience is None or not self.history:
+            return
+        accuracies = [accuracy_of(entry) for entry in self.history]
+        if len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self.patience:
+            self.stopped = "patience"
+
+    def _bar(self):
+        bar = tqdm(
+            unit="batch",
+            total=self.length,
+            initial=self.sums.steps,
+            leave=False,
+            disable=no_bar(self.progress),
+            mininterval=0.5,
+        )
+        bar.set_description(self._title())
+        return bar
+
+    def _seconds_left(self):
+        """Of the whole training, validation included, by what the steps of this process took; None: not known."""
+        if not self.length or not self._steps_done:
+            return None
+        steps = self.length * (self.epochs - len(self.history)) - (self.sums.steps if self.sums else 0)
+        return (time.monotonic() - self.started) / self._steps_done * steps
