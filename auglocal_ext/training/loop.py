@@ -111,7 +111,7 @@ def train(
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
-    limits = _check_limits(patience, max_seconds)
+    patience, max_seconds = _check_limits(patience, max_seconds)
     checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
@@ -123,16 +123,8 @@ def train(
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     trainer.nonfinite = nonfinite
-    validate = None
-    if val_loader is not None:
-        validation = {"precision": precision, "channels": trainer.image_channels, "classes": trainer.num_classes}
-        val_loader = _checked_validation(model, val_loader, epochs, validation)
-
-        def validate(stop):
-            return evaluated(Validation(model, **validation), val_loader, progress, stop)
-
-    told = {"on_step": on_step, "on_epoch": on_epoch, "progress": progress, "keep_aux_nets": keep_aux_nets}
-    modes, checkpoints = modes_of(model), None
+    validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)
+    modes, checkpoints, run = modes_of(model), None, None
     try:
         images = move(first, trainer.device)[0]
         if len(images) > 1:  # else the training says that it skips such batches
@@ -142,7 +134,21 @@ def train(
         del first, images  # which would live through the whole training
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, trainer.device, checkpoint_minutes)
-        run = Run(trainer, loader, batches, epochs, schedule, validate, checkpoints=checkpoints, **told, **limits)
+        run = Run(
+            trainer,
+            loader,
+            batches,
+            epochs,
+            schedule,
+            validate,
+            progress=progress,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            patience=patience,
+            max_seconds=max_seconds,
+            keep_aux_nets=keep_aux_nets,
+            checkpoints=checkpoints,
+        )
         del batches
         try:
             run.go()
@@ -182,7 +188,7 @@ def _check_limits(patience, max_seconds):
         patience = checks.whole_number(patience, "patience must be a whole number of epochs, at least 1", 1)
     if max_seconds is not None:
         max_seconds = checks.at_least_0(max_seconds, "max_seconds")
-    return {"patience": patience, "max_seconds": max_seconds}
+    return patience, max_seconds
 
 
 def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **options):
@@ -202,15 +208,19 @@ def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **
     return trainer
 
 
-def _checked_validation(model, val_loader, epochs, validation):
-    """val_loader, or one time through it where that is all there is and is enough, after its first batch was checked.
-    validation: options of `Validation`."""
+def _validation(trainer, val_loader, epochs, progress):
+    """stop -> Evaluation, after val_loader's first batch was checked."""
+    options = {
+        "precision": trainer.precision,
+        "channels": trainer.image_channels,
+        "classes": trainer.num_classes,
+    }
     first, batches = peek(val_loader, "val_loader")
-    peeked = Validation(model, prefix="val_loader's ", **validation)
+    peeked = Validation(trainer.model, prefix="val_loader's ", **options)
     peeked.check(first)
     peeked.raise_faults()
-    if epochs == 1:
-        return batches
-    if isinstance(val_loader, Iterator):
-        raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
-    return val_loader
+    if epochs > 1:
+        if isinstance(val_loader, Iterator):
+            raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
+        batches = val_loader
+    return lambda stop: evaluated(Validation(trainer.model, **options), batches, progress, stop)
