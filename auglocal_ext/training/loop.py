@@ -209,7 +209,7 @@ def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **
 
 
 def _validation(trainer, val_loader, epochs, progress):
-    """stop -> Evaluation, after val_loader's first batch was checked."""
+    """(epoch from 0, stop) -> Evaluation, after val_loader's first batch was checked."""
     options = {
         "precision": trainer.precision,
         "channels": trainer.image_channels,
@@ -223,4 +223,9 @@ def _validation(trainer, val_loader, epochs, progress):
         if isinstance(val_loader, Iterator):
             raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
         batches = val_loader
-    return lambda stop: evaluated(Validation(trainer.model, **options), batches, progress, stop)
+
+    def validate(epoch, stop):
+        set_epoch(batches, epoch)
+        return evaluated(Validation(trainer.model, **options), batches, progress, stop)
+
+    return validate

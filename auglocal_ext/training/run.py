@@ -28,7 +28,7 @@ class Run:
     """A training of `epochs` epochs; the fields are `train`'s arguments, but for these:
 
     batches: of the first epoch, for one time through: its first one was looked at already.
-    validate: stop -> Evaluation, or None.
+    validate: (epoch from 0, stop) -> Evaluation, or None.
     """
 
     trainer: LocalTrainer
@@ -117,7 +117,7 @@ class Run:
         self.batches, self.length = self.loader, self.sums.steps
         entry = self.sums.entry(epoch + 1, self.meter.peak)
         if self.validate is not None:
-            found = self.validate(self.stop)
+            found = self.validate(epoch, self.stop)
             entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
         first = self._steps_done == self.sums.steps  # of this process
         self.history.append(entry)
