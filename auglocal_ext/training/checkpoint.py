@@ -79,9 +79,10 @@ class Checkpoints:
             return None
         saved, self.saved = self.saved, None
         if saved["epoch"] > epochs or (saved["epoch"] == epochs and saved["sums"]):
+            within = " and is within the next" if saved["sums"] else ""
             raise ValueError(
-                f"{self.folder} has a training of {saved['epoch']} epochs already, given epochs={epochs}: give more, "
-                f"or another folder"
+                f"{self.folder} has a training of {saved['epoch']} epochs already{within}, given epochs={epochs}: give "
+                f"more, or another folder"
             )
         if saved["sums"] and not self.within_epochs:
             raise ValueError(
