@@ -2,6 +2,7 @@
 
 import torch
 
+from ..common.memory import format_bytes
 from ..planning.origin import fingerprint
 from ..planning.result import Plan
 
@@ -50,7 +51,7 @@ def check_parameters(model):
             )
 
 
-def say_where_it_stopped(error, index, count, more=""):
+def say_where_it_stopped(error, index, count, plan, device):
     """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
     if index == 0:
         ahead = "No finished module was changed"
@@ -59,8 +60,24 @@ def say_where_it_stopped(error, index, count, more=""):
     else:
         ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
     note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
-    note += more
+    note += _out_of_memory(error, plan, device)
     if not error.args:
         error.args = (note,)
     elif isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
+
+
+def _out_of_memory(error, plan, device):
+    """For an out-of-memory error: what was planned, what there is, what would work."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    planned = plan.peak_bytes
+    note = f" The plan predicts {format_bytes(planned)} for this step ({planned:,} bytes)"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_reserved(device)
+        note += (
+            f"; {device} has {format_bytes(free)} free of {format_bytes(total)}, this process holds "
+            f"{format_bytes(ours)}: memory_budget='{int(0.9 * (free + ours) / 1e6)}MB' chooses a cut that fits"
+        )
+    return note + "."
