@@ -232,7 +232,7 @@ class LocalTrainer:
         compare: also find out what the step costs otherwise, `plan.comparison`.
         """
         self._plan_for(images, compare)
-        if compare and self.plan.comparison is None:  # it was planned before
+        if compare and self.plan is not None and self.plan.comparison is None:  # it was planned before
             self.plan = compared(self._planner(), self.plan, images)
 
     def _planner(self):
