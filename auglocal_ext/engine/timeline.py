@@ -50,12 +50,10 @@ class Timeline:
 
     moments: one per step.
     buffers: in the order of their births.
-    output: shape of the handed-on features, None for the last module.
     """
 
     moments: tuple[Moment, ...]
     buffers: tuple[Buffer, ...]
-    output: tuple[int, ...] | None
 
     @property
     def peak(self):
@@ -112,7 +110,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
         walk.base = counted.now - walk.live
         for index in range(len(program.steps)):
             walk.step(index, counted)
-    return Timeline(tuple(walk.moments), tuple(walk.finished()), walk.shape(program.features)), walk.features()
+    return Timeline(tuple(walk.moments), tuple(walk.finished())), walk.features()
 
 
 class _Walk:
@@ -204,9 +202,6 @@ class _Walk:
         for key in self.open:
             self._close(key, len(self.moments))
         return sorted(self.buffers, key=lambda buffer: buffer.born)
-
-    def shape(self, name):
-        return tuple(self.values[name].shape) if name else None
 
     def features(self):
         return self.values.get(self.program.features)

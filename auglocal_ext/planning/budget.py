@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import report
 from ..common.memory import format_bytes
 from ..rules import Rule
 from ..rules.auglocal import AugLocal
@@ -17,7 +18,7 @@ from ..rules.bp import BP
 from ..rules.by_name import as_rule
 from ..rules.cutting import cut
 from . import search
-from .eager import eager_bytes
+from .comparison import Comparison, Cost
 from .refusal import too_small
 from .walker import cut_tables, with_heads
 
@@ -36,7 +37,7 @@ class Choice:
     front: for each number of modules, its cuts that no other of them beats in both bytes and macs.
     next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
     next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
-    eager: bytes of the same step of eager backpropagation ("bp") and with every unit checkpointed ("gc").
+    bp_macs: of backpropagation; known, as is comparison, what the step costs otherwise, once the choice is planned.
     """
 
     budget: int
@@ -45,25 +46,22 @@ class Choice:
     front: list[search.Point] = field(repr=False)
     next_cheaper: search.Point | None
     next_smaller: search.Point | None
-    eager: dict[str, int]
-    bp_macs: int = 0  # known when the choice is planned
+    bp_macs: int = 0
+    comparison: Comparison | None = None
 
     def __str__(self):
-        depth = f", depth {self.rule.depth}" if self.rule.depth else ""
-        lines = [f"budget {format_bytes(self.budget)}: {self._line(self.point)}{depth}"]
-        if self.next_cheaper:
-            lines.append(f"next cheaper:  {self._line(self.next_cheaper)}")
-        if self.next_smaller:
-            lines.append(f"next smaller:  {self._line(self.next_smaller)}")
-        lines.append(
-            f"eager BP: {format_bytes(self.eager['bp'])}, MACs 1.000 x BP; BP with every unit checkpointed: "
-            f"{format_bytes(self.eager['gc'])}, about 1.333 x BP"
-        )
-        return "\n".join(lines)
+        depth = f", depth {self.rule.depth}" if self.rule.depth and self.point.modules > 1 else ""
+        points = {
+            f"budget {format_bytes(self.budget)}: {_modules(self.point)}{depth}": self.point,
+            "next cheaper: " + _modules(self.next_cheaper): self.next_cheaper,
+            "next smaller: " + _modules(self.next_smaller): self.next_smaller,
+        }
+        costs = {what: Cost(point.bytes, point.macs / self.bp_macs) for what, point in points.items() if point}
+        return "\n".join(report.cost_lines(self.comparison.rows(costs), self.comparison.warning))
 
-    def _line(self, point):
-        modules = f"{point.modules} module{'s' * (point.modules > 1)}"
-        return f"{modules}, {format_bytes(point.bytes)}, MACs {point.macs / self.bp_macs:.3f} x BP"
+
+def _modules(point):
+    return f"{point.modules} module{'s' * (point.modules > 1)}" if point else ""
 
 
 def candidates(rule, depth, form, units):
@@ -110,7 +108,7 @@ def choose(planner, shape, budget, rules, modules=None):
     point, rule, front = best
     front = [p for p in front if wanted in (None, p.modules)]
     cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
-    choice = Choice(budget, point, rule, front, cheaper, smaller, eager_bytes(planner, shape))
+    choice = Choice(budget, point, rule, front, cheaper, smaller)
     spans, heads = cut(planner.backbone, rule, borders=point.borders), planner.heads_by_unit(with_heads(rule), shape)
     return spans, [heads[span.last] for span in spans], choice
 

@@ -5,19 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.memory import LiveBytes, tensors_of
+from ..common.memory import LiveBytes, bytes_of, tensors_of
 from ..common.meta import meta_copy
 from ..engine.as_real import RealLayouts
 
 __all__ = ["eager_bytes"]
 
 
-def eager_bytes(planner, shape):
+def eager_bytes(planner, shape, like=None):
     """Bytes of one training step at its peak, everything in it, counted on meta tensors.
 
     Args:
         planner: `Planner` of the model.
         shape: of the batch, (N, C, H, W).
+        like: see `Planner.batch`.
 
     Returns:
         {"bp": eager backpropagation, "gc": each unit behind the stem checkpointed (use_reentrant=False)}
@@ -28,12 +29,17 @@ def eager_bytes(planner, shape):
     parts = nn.ModuleList([*(unit.module for unit in planner.backbone.units), planner.backbone.classifier])
     # In the dtype of the features as a whole: autocast does not know meta tensors.
     parts = meta_copy(parts).to(planner.autocast or planner.dtype)
-    constant = planner.state_bytes()
-    return {"bp": constant + _step(planner, parts, shape, False), "gc": constant + _step(planner, parts, shape, True)}
+    constant, (_, scratch) = planner.state_bytes(), planner.optimizer_bytes(planner.model)
+    images, labels = planner.batch(shape, like)
+    # When the optimizer steps, all gradients and what it needs for a moment are there, and the batch.
+    end = bytes_of([images, labels, *(p for p in planner.model.parameters() if p.requires_grad)]) + scratch
+    return {
+        name: constant + max(end, _step(planner, parts, images, labels, checkpointed))
+        for name, checkpointed in (("bp", False), ("gc", True))
+    }
 
 
-def _step(planner, parts, shape, checkpointed):
-    images, labels = planner.batch(shape)
+def _step(planner, parts, images, labels, checkpointed):
     *units, classifier = parts
     with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
         existing = live.now

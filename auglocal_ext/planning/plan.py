@@ -13,7 +13,7 @@ from ..rules.by_name import as_rule
 from ..rules.cutting import cut
 from ..rules.rule import Rule
 from .budget import candidates, check_device, choose
-from .eager import eager_bytes
+from .comparison import compared
 from .planner import Planner
 from .result import Plan
 
@@ -65,12 +65,11 @@ def plan(
     spans = cut(backbone, rules[0], modules)
     planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone)
     if memory_budget is None:
-        planned = planner.plan(spans, shape, rules[0])
-        return replace(planned, eager=eager_bytes(planner, shape))
+        return compared(planner, planner.plan(spans, shape, rules[0]))
     check_device(planner.device, budget)
     spans, heads, choice = choose(planner, shape, budget, rules, modules)
     planned = planner.plan(spans, shape, choice.rule, heads)
-    return replace(planned, eager=choice.eager, choice=replace(choice, bp_macs=planned.bp_macs))
+    return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
 
 
 def check_shape(backbone, input_shape):

@@ -1,5 +1,6 @@
 """The plan of one cut: its programs walked on meta tensors, at one batch shape."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,7 +48,6 @@ class _Walk:
 
     program: Program
     line: Timeline
-    output: tuple
     features: torch.Tensor | None  # without data
     kept_gaps: frozenset
 
@@ -92,6 +92,12 @@ class Planner:
             "device_type": self.device.type,
         }
 
+    def with_recompute(self, recompute):
+        """This planner, with or without `recompute`; what was read of the model serves both."""
+        other = copy.copy(self)
+        other.recompute, other.options = recompute, self.options | {"recompute": recompute}
+        return other
+
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
@@ -123,7 +129,7 @@ class Planner:
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
         walks = self._filled(parts, images, labels)
         modules = tuple(
-            self._module_plan(index, part, walk, constant, words[index], shape[0])
+            self._module_plan(index, part, walk, constant, words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
@@ -156,18 +162,19 @@ class Planner:
             else:
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
                 line, features = timeline(program, x, labels, part.existing, index > 0, images)
-                walk = _Walk(program, line, line.output or self._output(part.span, x), features, kept)
+                walk = _Walk(program, line, features, kept)
             walks.append(walk)
             x, source = walk.features, walk.program.features
         return walks
 
-    def _module_plan(self, index, part, walk, constant, aux_net, batch):
+    def _module_plan(self, index, part, walk, constant, aux_net, shape):
         """aux_net: in words; None: the classifier is the head."""
         line, last, of_head = walk.line, aux_net is None, _count(part.head)
+        output = self.backbone.feature_shapes(shape[1:])[part.span.last]
         return ModulePlan(
             index=index,
             units=tuple(unit.name for unit in part.span.of(self.backbone.units)),
-            output_shape=(batch, *walk.output[1:]),
+            output_shape=(shape[0], *output),
             aux_net=aux_net or "",
             parameters=_count(part.body) + of_head * last,
             aux_parameters=0 if last else of_head,
@@ -213,13 +220,6 @@ class Planner:
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""
         return bytes_of(tensors_of(self.model)) + self.optimizer_bytes(self.model)[0]
-
-    def _output(self, span, x):
-        """The shape of what units of the backbone put out, which the last module's program may never store."""
-        x = x.to(self.dtype)
-        for unit in span.of(self.backbone.units):
-            x = unit.trace(x)
-        return tuple(x.shape)
 
 
 def _meta_copies(model, backbone):

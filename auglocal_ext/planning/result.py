@@ -6,6 +6,7 @@ from .. import report
 from ..common.memory import format_bytes
 from ..engine.timeline import Timeline
 from .budget import Choice
+from .comparison import Comparison
 from .origin import Origin
 
 __all__ = ["ModulePlan", "Plan"]
@@ -48,7 +49,7 @@ class Plan:
     batch_bytes: int  # images and labels
     bp_macs: int  # of backpropagation through the same network
     origin: Origin = field(compare=False, repr=False)  # what it was made of
-    eager: dict | None = field(default=None, compare=False, repr=False)  # see `eager.eager_bytes`
+    comparison: Comparison | None = field(default=None, compare=False, repr=False)  # None where nobody asked
     choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
 
     @property
@@ -100,47 +101,20 @@ class Plan:
         report.front_picture(self, path)
 
     def __str__(self):
-        aux = "aux net: unit (width, stride)" if self.rule == "auglocal" else "aux net"
-        header = ("module", "units", "output", aux, "parameters", "aux parameters")
-        header += ("kept", "activations", "step's peak", "MACs / BP")
-        rows = [header]
-        for module in self.modules:
-            rows.append(
-                (
-                    str(module.index),
-                    module.units[0] if len(module.units) == 1 else f"{module.units[0]} .. {module.units[-1]}",
-                    "x".join(str(size) for size in module.output_shape[1:]),
-                    module.aux_net or "none: the classifier",
-                    f"{module.parameters:,}",
-                    f"{module.aux_parameters:,}",
-                    format_bytes(module.kept_bytes),
-                    format_bytes(module.activation_bytes),
-                    format_bytes(module.peak_bytes),
-                    f"{module.macs / self.bp_macs:.3f}",
-                )
-            )
-        total = ("total", "", "", "", f"{self.parameters:,}", f"{self.aux_parameters:,}", "")
-        total += (format_bytes(self.activation_bytes), format_bytes(self.peak_bytes), f"{self.macs / self.bp_macs:.3f}")
-        rows.append(total)
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = []
-        for row in rows:
-            left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
-            lines.append("  ".join(left + right).rstrip())
-        rule_line = "-" * max(len(line) for line in lines)
-        lines = [lines[0], rule_line, *lines[1:-1], rule_line, lines[-1], "", self._peak_line()]
-        for module in self.modules:
-            if module.islands:
-                lines.append(f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}")
-        if self.choice is not None:
-            lines += [str(self.choice)]
-        elif self.eager is not None:
-            lines.append(
-                f"eager BP would need {format_bytes(self.eager['bp'])}, and with every unit checkpointed "
-                f"{format_bytes(self.eager['gc'])} at 1.33 x the MACs"
-            )
-        return "\n".join([self.title, *lines])
+        autograd = [
+            f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}"
+            for module in self.modules
+            if module.islands
+        ]
+        return "\n".join([self.title, *report.plan_table(self), "", self._peak_line(), *autograd, *self._costs()])
+
+    def brief(self):
+        """The table without its widest columns, within 100, and what the step costs otherwise."""
+        return "\n".join([self.title, *report.brief_table(self), "", *self._costs()])
+
+    def _costs(self):
+        """What was found under a budget, and the comparison."""
+        return [str(costs) for costs in (self.choice or self.comparison,) if costs]
 
     @property
     def title(self):

@@ -1,8 +1,17 @@
-"""Pictures of plain data. matplotlib is imported when the first one is drawn."""
+"""Pictures and tables of plain data. matplotlib is imported when the first picture is drawn."""
 
 from .curves import learning_curve
 from .figure import check_picture
 from .front import front_picture
 from .step_memory import memory_picture
+from .tables import brief_table, cost_lines, plan_table
 
-__all__ = ["check_picture", "front_picture", "learning_curve", "memory_picture"]
+__all__ = [
+    "brief_table",
+    "check_picture",
+    "cost_lines",
+    "front_picture",
+    "learning_curve",
+    "memory_picture",
+    "plan_table",
+]

@@ -11,7 +11,7 @@ def front_picture(plan, path):
     choice = plan.choice
     figure = new_figure(f"{plan.title}\nwhat a step costs, by number of modules K ({plan.precision})", (9, 5.6))
     axes = figure.subplots()
-    scale, unit = scale_of(max(choice.eager["bp"], choice.budget))
+    scale, unit = scale_of(max(plan.comparison.eager.bytes, choice.budget))
     counts = sorted({point.modules for point in choice.front})
     for index, count in enumerate(counts):
         points = sorted((p.bytes / scale, p.macs / plan.bp_macs) for p in choice.front if p.modules == count)
@@ -19,8 +19,12 @@ def front_picture(plan, path):
         axes.plot(*zip(*points, strict=True), "-o", color=shade, ms=3, lw=0.8)
         if index % max(1, len(counts) // 10) == 0:
             axes.annotate(f"K={count}", points[0], xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8)
-    for name, macs, marker, label in (("bp", 1, "s", "eager BP"), ("gc", 4 / 3, "^", "BP, every unit checkpointed")):
-        axes.plot(choice.eager[name] / scale, macs, marker, ms=9, mfc="white", mec="k", label=label)
+    eager = {
+        "s": (plan.comparison.eager, "eager BP"),
+        "^": (plan.comparison.eager_checkpoint, "every unit checkpointed"),
+    }
+    for marker, (cost, label) in eager.items():
+        axes.plot(cost.bytes / scale, cost.macs, marker, ms=9, mfc="white", mec="k", label=label)
     axes.axvline(choice.budget / scale, color="k", ls="--", lw=1, label="budget")
     chosen = choice.point
     axes.plot(

@@ -6,7 +6,7 @@ from ..common.memory import format_bytes
 from ..planning.origin import fingerprint
 from ..planning.result import Plan
 
-__all__ = ["check_parameters", "check_plan", "say_what_was_planned", "say_where_it_stopped"]
+__all__ = ["check_parameters", "check_plan", "say_where_it_stopped"]
 
 
 def check_plan(plan, model, alone):
@@ -51,7 +51,7 @@ def check_parameters(model):
             )
 
 
-def say_where_it_stopped(error, index, count, more=""):
+def say_where_it_stopped(error, index, count, plan, device):
     """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
     if index == 0:
         ahead = "No finished module was changed"
@@ -60,18 +60,19 @@ def say_where_it_stopped(error, index, count, more=""):
     else:
         ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
     note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
-    note += more
+    note += _out_of_memory(error, plan, device)
     if not error.args:
         error.args = (note,)
     elif isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 
-def say_what_was_planned(error, plan, device):
-    """Of an out-of-memory error: what was planned, what there is, what would work; "" of another one."""
+def _out_of_memory(error, plan, device):
+    """For an out-of-memory error: what was planned, what there is, what would work."""
     if not isinstance(error, torch.OutOfMemoryError):
         return ""
-    note = f" The plan predicts {format_bytes(plan.peak_bytes)} for this step ({plan.peak_bytes:,} bytes)"
+    planned = plan.peak_bytes
+    note = f" The plan predicts {format_bytes(planned)} for this step ({planned:,} bytes)"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         ours = torch.cuda.memory_reserved(device)

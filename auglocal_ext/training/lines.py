@@ -19,7 +19,7 @@ def first_lines(trainer, images):
         plan.title,
         f"{plan.parameters:,} parameters{aux}; on {trainer.device} in {trainer.precision}, {layout}{recompute}",
     ]
-    if getattr(plan, "comparison", None) is not None:
+    if plan.comparison is not None:
         lines.append(str(plan.comparison))
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """`train`: its arguments, what is checked before anything changes, what is left afterwards."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -128,9 +129,11 @@ def train(
     try:
         images = move(first, trainer.device)[0]
         if len(images) > 1:  # else the training says that it skips such batches
-            trainer.plan_for(images)
+            trainer.plan_for(images, compare=True)
             if progress:
                 tqdm.write(first_lines(trainer, images))
+            elif trainer.plan.comparison.warning:
+                warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
         del first, images  # which would live through the whole training
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, trainer.device, checkpoint_minutes)

@@ -50,7 +50,7 @@ class TrainResult:
         if self.history:
             lines += self._table()
         lines.append(memory_line(self.plan, self.peak_bytes, self.process_bytes))
-        if getattr(self.plan, "comparison", None) is not None:
+        if self.plan.comparison is not None:
             lines.append(str(self.plan.comparison))
         return "\n".join(lines)
 

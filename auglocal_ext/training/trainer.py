@@ -18,6 +18,7 @@ from ..common import checks
 from ..common.memory import tensors_of
 from ..ops.batch_norm_act import memory_format
 from ..optim import make_optimizer, sgd
+from ..planning.comparison import compared
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
 from ..planning.result import Plan
@@ -25,7 +26,7 @@ from ..rules.by_name import as_rule
 from ..rules.cutting import assert_apart, cut, local_heads
 from ..rules.rule import Rule
 from .divergence import UndoWhereNotFinite
-from .errors import check_parameters, check_plan, say_what_was_planned, say_where_it_stopped
+from .errors import check_parameters, check_plan, say_where_it_stopped
 from .state import load_state, state_of
 from .watch import Watch
 
@@ -206,8 +207,7 @@ class LocalTrainer:
                 else:
                     optimizer.step()
             except BaseException as error:
-                planned = say_what_was_planned(error, self.plan, self.device)
-                say_where_it_stopped(error, index, len(self.optimizers), planned)
+                say_where_it_stopped(error, index, len(self.optimizers), self.plan, self.device)
                 raise
             finally:
                 optimizer.zero_grad(set_to_none=True)
@@ -235,13 +235,21 @@ class LocalTrainer:
         return self._current_programs()[index].run([features], labels, images)
 
     @torch.inference_mode(False)
-    def plan_for(self, images: torch.Tensor) -> None:
+    def plan_for(self, images: torch.Tensor, compare: bool = False) -> None:
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
         another size of images or memory format, and after modes or frozen parameters have changed. A smaller batch runs
-        on the plan there is. Puts the model into training mode if it is in eval mode as a whole."""
-        self._plan_for(images)
+        on the plan there is. Puts the model into training mode if it is in eval mode as a whole.
 
-    def _plan_for(self, images):
+        compare: also find out what the step costs otherwise, `plan.comparison`.
+        """
+        self._plan_for(images, compare)
+        if compare and self.plan is not None and self.plan.comparison is None:  # it was planned before
+            self.plan = compared(self._planner(), self.plan, images)
+
+    def _planner(self):
+        return Planner(self.model, self.precision, self._optimizer, self.recompute)
+
+    def _plan_for(self, images, compare=False):
         """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""
         self.check_images(images)
         if not self.model.training and train_mode(self.model):
@@ -262,10 +270,12 @@ class LocalTrainer:
         self._rule.check_images(images)
         heads = [module.head for module in self.local_modules]
         self._check_size(heads, shape[2:])
-        planner = Planner(self.model, self.precision, self._optimizer, self.recompute)
+        planner = self._planner()
         planned = planner.plan(self._spans, shape, self._rule, heads, images, self.optimizers)
+        if compare or (self.plan is not None and self.plan.comparison is not None):
+            planned = compared(planner, planned, images)
         if self.plan is not None:  # what is known of the cut
-            planned = replace(planned, eager=self.plan.eager, choice=self.plan.choice)
+            planned = replace(planned, choice=self.plan.choice)
         self.plan, self._planned_for = planned, (modes, *_kind(images))
         self._programs = None
         self._current_programs(modes)  # here, not in the step: tracing leaves meta tensors behind for a while

@@ -56,7 +56,7 @@ def test_the_choice_is_the_cheapest_that_fits():
     assert choice.next_cheaper.macs < planned.macs and choice.next_cheaper.bytes > 60e6
     assert choice.next_smaller.bytes < planned.peak_bytes and choice.next_smaller.macs >= planned.macs
     text = str(planned)
-    for line in ("budget 60 MB: ", "next cheaper: ", "next smaller: ", "eager BP: "):
+    for line in ("budget 60 MB: ", "next cheaper: ", "next smaller: ", "rule='checkpoint' ", "eager BP "):
         assert line in text
 
 

@@ -88,7 +88,7 @@ def test_a_training_under_a_budget_keeps_what_was_found(tmp_path, rule):
     images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     budget = {"depth": 2, "rule": rule, "memory_budget": "20MB", "epochs": 1, "progress": False}
     planned = train(models.CifarResNet(1), [(images, labels)], **budget).plan
-    assert planned.choice.point.bytes == planned.peak_bytes <= 20e6 and planned.eager == planned.choice.eager
+    assert planned.choice.point.bytes == planned.peak_bytes <= 20e6 and planned.comparison == planned.choice.comparison
     assert planned == plan(models.CifarResNet(1), images.shape, 2, rule=rule, memory_budget="20MB")
     planned.save_front(tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG") and "budget 20 MB" in str(planned)

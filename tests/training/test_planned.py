@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_planned_anew_and_keeps_the_choice(tiny_model, plan
     assert trainer.plan is not planned and trainer.plan.choice is planned.choice
     with pytest.warns(UserWarning, match="planning again"):
         trainer.step(torch.cat([images, images]).contiguous(memory_format=torch.channels_last), labels.repeat(2))
-    assert trainer.plan.input_shape[0] == 16 and trainer.plan.eager == planned.eager
+    assert trainer.plan.input_shape[0] == 16 and trainer.plan.choice is planned.choice
 
 
 def test_channels_last_is_planned_where_it_is_asked_for(tiny_model, batch):

@@ -1,0 +1,78 @@
+"""What a plan says, as text: its tables."""
+
+import textwrap
+
+from ..common.memory import format_bytes
+
+__all__ = ["WIDTH", "brief_table", "cost_lines", "plan_table"]
+
+
+WIDTH = 100  # columns, of all but the whole table
+
+
+def cost_lines(rows, warning=None):
+    """Lines of (what, bytes of a step's peak, multiply-accumulates / BP), one a row; then the warning, where there is
+    one."""
+    cells = [(what, format_bytes(size), f"MACs {macs:.3f} x BP") for what, size, macs in rows]
+    return [*_aligned(cells, left=1), *(textwrap.wrap(f"warning: {warning}", WIDTH) if warning else ())]
+
+
+def plan_table(plan):
+    """Lines about every local module; see `Plan`."""
+    aux = "aux net: unit (width, stride)" if plan.rule == "auglocal" else "aux net"
+    header = ("module", "units", "output", aux, "parameters", "aux parameters")
+    header += ("kept", "activations", "step's peak", "MACs / BP")
+    rows = [
+        (
+            *_place(module),
+            module.aux_net or "none: the classifier",
+            f"{module.parameters:,}",
+            f"{module.aux_parameters:,}",
+            format_bytes(module.kept_bytes),
+            format_bytes(module.activation_bytes),
+            format_bytes(module.peak_bytes),
+            f"{module.macs / plan.bp_macs:.3f}",
+        )
+        for module in plan.modules
+    ]
+    total = ("total", "", "", "", f"{plan.parameters:,}", f"{plan.aux_parameters:,}", "")
+    total += (format_bytes(plan.activation_bytes), format_bytes(plan.peak_bytes), f"{plan.macs / plan.bp_macs:.3f}")
+    return _ruled([header, *rows, total], left=4)
+
+
+def brief_table(plan):
+    """Lines of what of it fits into WIDTH columns."""
+
+    def rest(part):
+        aux = f" (+{part.aux_parameters:,})" if part.aux_parameters else ""
+        return f"{part.parameters:,}{aux}", format_bytes(part.peak_bytes), f"{part.macs / plan.bp_macs:.3f}"
+
+    header = ("module", "units", "output", "parameters (+aux)", "peak", "MACs / BP")
+    rows = [(*_place(module), *rest(module)) for module in plan.modules]
+    return _ruled([header, *rows, ("total", "", "", *rest(plan))], left=3)
+
+
+def _place(module):
+    first, last = module.units[0], module.units[-1]
+    units = first if len(module.units) == 1 else f"{first} .. {last}"
+    return str(module.index), units, "x".join(str(size) for size in module.output_shape[1:])
+
+
+def _ruled(rows, left):
+    """The lines with rules below the first row and above the last."""
+    lines = _aligned(rows, left)
+    rule = "-" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _aligned(rows, left):
+    """A line a row, of cells in columns: the first `left` of them flush left, the rest flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
