@@ -6,16 +6,18 @@ import torch
 
 from ..common.checks import normalisation, whole_number
 from ..common.device import usable_device
+from .resumable import Resumable, seed_at
 
 __all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std", "whole_batch_size"]
 
 
-class DeviceLoader:
+class DeviceLoader(Resumable):
     """Batches from images held as bytes on a device, and made there; nothing in its loop waits for the device.
 
-    An iterable of (images, labels): images (N, C, H, W), float32, normalised, contiguous, on CUDA channels_last; labels
-    (N,), int64. With `augment` shuffled, cropped after padding, and flipped. All random numbers come from torch's
-    default generator of the device (the CPU's, or that GPU's), which torch.manual_seed and train's `seed` set.
+    An iterable of (images, labels): images (N, C, H, W), float32, normalised, channels_last; labels (N,), int64. With
+    `augment` shuffled, cropped after padding, and flipped: the order follows from (seed, epoch), and what happens to
+    the images of batch i from (seed, epoch, i); on the CPU and on a GPU they differ. See `Resumable` for `set_epoch`,
+    `state_dict` and `load_state_dict`.
 
     Args:
         images: (N, C, H, W), uint8.
@@ -25,6 +27,8 @@ class DeviceLoader:
         augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
             random; `flip` mirrors half of the images.
         device: where the images lie, and the batches are made.
+        seed: of all that is drawn; None: torch.initial_seed() where epoch 0 begins, which torch.manual_seed and train's
+            `seed` set.
 
     Raises:
         ValueError, TypeError: naming the argument that is none of this.
@@ -42,6 +46,7 @@ class DeviceLoader:
         pad: int = 0,
         flip: bool = False,
         device: str | torch.device = "cpu",
+        seed: int | None = None,
     ) -> None:
         check_bytes(images)
         if not isinstance(labels, torch.Tensor):
@@ -59,25 +64,29 @@ class DeviceLoader:
         self.mean, self.std = normalisation(mean, std, images.shape[1], device)
         self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
         self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
-        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        super().__init__(seed, len(images), batch_size)
 
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+    def _batches(self, seed: int, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count, device = len(self.images), self.images.device
+        if self.augment:
+            order = torch.randperm(count, device=device, generator=self._generator(seed, epoch))
+        else:
+            order = torch.arange(count, device=device)
+        for index, chosen in enumerate(order.split(self.batch_size)[first:], first):
+            yield self._batch_of(self.images[chosen], (seed, epoch, index)), self.labels[chosen]
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = (torch.randperm if self.augment else torch.arange)(len(self.images), device=self.images.device)
-        for chosen in order.split(self.batch_size):
-            yield self._batch(self.images[chosen]), self.labels[chosen]  # no name here keeps a batch past its step
-
-    def _batch(self, images):
+    def _batch_of(self, images, place):
         if self.augment and (self.pad or self.flip):
-            n, device = len(images), images.device
-            top, left = torch.randint(2 * self.pad + 1, (2, n), device=device)
-            mirrored = torch.rand(n, device=device) < (0.5 if self.flip else 0)
+            n, device, generator = len(images), images.device, self._generator(*place)
+            top, left = torch.randint(2 * self.pad + 1, (2, n), device=device, generator=generator)
+            mirrored = torch.rand(n, device=device, generator=generator) < (0.5 if self.flip else 0)
             images = crop_and_flip(images, top, left, mirrored, self.pad)
-        images = images.to(torch.float32, memory_format=self._layout)
+        images = images.to(torch.float32, memory_format=torch.channels_last)
         mean, std = (255 * values.view(-1, 1, 1) for values in (self.mean, self.std))
         return images.sub_(mean).div_(std)
+
+    def _generator(self, *place):
+        return torch.Generator(self.images.device).manual_seed(seed_at(*place))
 
 
 def check_bytes(images):

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..common.checks import whole_number
 from ..common.torchvision import import_torchvision
 from .data import Data
 from .device_loader import whole_batch_size
 from .images import image_errors, in_bytes, is_pil, name_of, unreadable
+from .resumable import Resumable, seed_at
 
 __all__ = ["LARGE_SIDE", "image_folders", "large_images", "read_image"]
 
@@ -50,14 +52,19 @@ def read_image(path):
         raise unreadable(path, error) from error
 
 
-def large_images(train, test, batch_size, classes, *, workers=0):
+def large_images(train, test, batch_size, classes, *, workers=0, seed=None):
     """Data of large images, as in torchvision's ImageNet recipes: for training a random part of each resized to 224x224
     and half of them mirrored, for testing the middle 224x224 of the image resized to 256; ImageNet's normalisation.
 
     Args:
         train, test: datasets of (PIL image, label), for instance `image_folders(ROOT)`.
         classes: their names.
-        workers: processes that read and transform.
+        workers: processes that read and transform. What is drawn does not depend on their number.
+        seed: of the order and the augmentation; None: torch.initial_seed() where epoch 0 begins.
+
+    Returns:
+        Data, whose loaders have `set_epoch`, `state_dict` and `load_state_dict`; see `Resumable`. Only the images that
+        are still to come are read where one goes on.
     """
     v2 = import_torchvision("large images").transforms.v2
     batch_size = whole_batch_size(batch_size)
@@ -70,19 +77,57 @@ def large_images(train, test, batch_size, classes, *, workers=0):
     ]
     train_transform = v2.Compose([v2.RandomResizedCrop(LARGE_SIDE), v2.RandomHorizontalFlip(), *to_tensor])
     test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
-    options = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
-    options["pin_memory"] = torch.cuda.is_available()
+    options = {"batch_size": batch_size, "workers": workers, "seed": seed}
     one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
     return Data(
-        torch.utils.data.DataLoader(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
-        torch.utils.data.DataLoader(_Transformed(test, test_transform), **options),
+        _LargeImages(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
+        _LargeImages(_Transformed(test, test_transform), shuffle=False, drop_last=False, **options),
         len(classes),
         {"mean": mean, "std": std, "image_size": [LARGE_SIDE, LARGE_SIDE], "classes": classes},
     )
 
 
-class _Transformed(torch.utils.data.Dataset):
-    """A dataset of (image, label) with its images transformed."""
+class _LargeImages(Resumable, DataLoader):  # type: ignore[misc]  # torch names its iterator
+    """A DataLoader whose order follows from (seed, epoch), and each image's augmentation from (seed, epoch, index)."""
+
+    def __init__(self, dataset, batch_size, workers, seed, *, shuffle, drop_last):
+        Resumable.__init__(self, seed, len(dataset), batch_size, drop_last)
+        DataLoader.__init__(
+            self,
+            dataset,
+            batch_size,
+            sampler=_Places(len(dataset), shuffle),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else each pass would draw from the default one
+        )
+
+    def _batches(self, seed, epoch, first):
+        self.sampler.start = seed, epoch, first * self.batch_size
+        return DataLoader.__iter__(self)
+
+
+class _Places(Sampler):
+    """(seed, epoch, index) of the images of one epoch, in its order, from `start`: (seed, epoch, images to skip)."""
+
+    def __init__(self, count, shuffle):
+        self.count, self.shuffle, self.start = count, shuffle, (0, 0, 0)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        seed, epoch, skipped = self.start
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_at(seed, epoch)))
+        return iter([(seed, epoch, index) for index in order[skipped:].tolist()])
+
+
+class _Transformed(Dataset):
+    """The images of a dataset of (image, label), transformed; an index of it is a place, (seed, epoch, index)."""
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform = dataset, transform
@@ -90,8 +135,11 @@ class _Transformed(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, index):
-        image, label = self.dataset[index]
-        if is_pil(image):
-            image = in_bytes(image, name_of(self.dataset, index), colours=True)
-        return self.transform(image), label
+    def __getitem__(self, place):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_at(*place))  # which the transforms draw from
+            *_, index = place
+            image, label = self.dataset[index]
+            if is_pil(image):
+                image = in_bytes(image, name_of(self.dataset, index), colours=True)
+            return self.transform(image), label

@@ -8,7 +8,7 @@ import torch
 
 from ..common import checks
 
-__all__ = ["interrupt_sets", "length_of", "move", "no_bar", "peek", "until"]
+__all__ = ["interrupt_sets", "length_of", "move", "no_bar", "peek", "set_epoch", "until"]
 
 
 def peek(loader, name):
@@ -30,6 +30,12 @@ def _chain(first, batches):
     while first:
         yield first.pop()
     yield from batches
+
+
+def set_epoch(loader, epoch):
+    """Tells a loader which epoch comes, from 0, where it has a `set_epoch` to be told by."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
 
 
 def length_of(loader):

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
 from .epoch import PeakMeter, factor_at, train_epoch
 from .evaluate import Validation, accuracies, modes_of, restore
-from .loaders import interrupt_sets, length_of, move, no_bar, peek
+from .loaders import interrupt_sets, length_of, move, no_bar, peek, set_epoch
 from .trainer import LocalTrainer
 
 __all__ = ["TrainResult", "TrainingInterrupted", "train"]
@@ -125,6 +125,7 @@ def train(
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
     if device is not None:
         model.to(usable_device(device))
+    set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     cutting = {"rule": rule, "form": form, "modules": modules, "memory_budget": memory_budget}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
@@ -152,6 +153,8 @@ def train(
     try:
         with interrupt_sets(stop):
             for epoch in range(len(history), epochs):
+                set_epoch(loader, epoch)
+                set_epoch(val_loader, epoch)
                 factor = factor_at(schedule, epoch, epochs, epoch_length)
                 with _bar(epoch, epochs, epoch_length, progress) as bar:
                     entry, epoch_length = train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)

@@ -59,10 +59,9 @@ def test_without_augmentation_images_come_as_they_are():
 
 def test_crops_and_flips_are_of_the_reflected_image():
     """Each augmented image is one of the 2 x 9 crops of its padded original."""
-    torch.manual_seed(0)
-    seen = set()
-    for _ in range(20):
-        images, labels = next(iter(loader(True, pad=1, flip=True)))
+    seen, made = set(), loader(True, pad=1, flip=True, seed=0)
+    for _ in range(30):
+        ((images, labels),) = made
         for image, label in zip(images, labels, strict=True):
             original = torch.arange(36.0).view(1, 1, 6, 6) + 36 * label
             padded = torch.nn.functional.pad(original, [1] * 4, mode="reflect")[0]
@@ -99,17 +98,8 @@ def test_normalised_values_and_layout():
     made = DeviceLoader(images, torch.tensor([1, 0], dtype=torch.int32), 2, mean, std, augment=False)
     batch, labels = next(iter(made))
     torch.testing.assert_close(batch[:, :, 0, 0], torch.tensor([[-0.5, 2.0], [0.5, -0.4]]))
-    assert batch.is_contiguous() and labels.dtype == torch.int64
+    assert batch.is_contiguous(memory_format=torch.channels_last) and labels.dtype == torch.int64
     assert torch.equal(made.mean, mean) and torch.equal(made.std, std)
-
-
-def test_the_default_generator_decides():
-    made = loader(True, pad=2, flip=True)
-    batches = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        batches.append(next(iter(made))[0])
-    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
 def test_mean_and_std_are_exact():
