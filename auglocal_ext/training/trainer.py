@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import format_bytes, tensors_of
-from ..ops.batch_norm_act import memory_format
+from ..engine.tensors import layout_of
 from ..optim import make_optimizer, sgd
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
@@ -392,4 +392,4 @@ class LocalTrainer:
 
 
 def _kind(images):
-    return memory_format(images), images.dtype
+    return layout_of(images), images.dtype
