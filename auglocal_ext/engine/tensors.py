@@ -1,15 +1,24 @@
 """What several kinds of nodes do with tensors: memory formats, dtypes, gradients as autograd would leave them."""
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from ..ops.batch_norm_act import memory_format
 
-__all__ = ["as_gradient", "dense", "like", "lower"]
+__all__ = ["as_gradient", "dense", "layout_of", "like", "lower"]
 
 
 def dense(x):
     """x without gaps and overlaps, which in-place kernels need; nearly always it is x itself."""
     return x.contiguous(memory_format=memory_format(x))
+
+
+def layout_of(images):
+    """channels_last or contiguous: the layout of the maps that a network makes of images. By the places of their values
+    images of one channel are both; torch's convolutions go by the strides."""
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return suggest_memory_format(images)
+    return torch.contiguous_format
 
 
 def like(given, x):

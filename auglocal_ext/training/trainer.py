@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import tensors_of
-from ..ops.batch_norm_act import memory_format
+from ..engine.tensors import layout_of
 from ..optim import make_optimizer, sgd
 from ..planning.comparison import compared
 from ..planning.module_nodes import programs
@@ -399,4 +399,4 @@ class LocalTrainer:
 
 
 def _kind(images):
-    return memory_format(images), images.dtype
+    return layout_of(images), images.dtype

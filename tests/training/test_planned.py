@@ -90,6 +90,21 @@ def test_channels_last_is_planned_where_it_is_asked_for(tiny_model, batch):
     assert trainer.plan is planned and live.peak == planned.peak_bytes == planned.choice.point.bytes
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_of_one_channel_are_of_the_layout_of_their_strides(batch, layout):
+    """Values lie in the same places in both; convolutions make maps of different layouts of them."""
+    model = models.CifarResNet(1)
+    model.conv1 = torch.nn.Conv2d(1, 16, 3, padding=1, bias=False)
+    images = torch.empty((8, 1, 16, 16), memory_format=layout).copy_(batch[0][:, :1])
+    planned = plan(model, images.shape, 2, memory_format=layout)
+    trainer = LocalTrainer(model, plan=planned)
+    trainer.step(images, batch[1])
+    with LiveBytes([*trainer.tensors(), images, batch[1]]) as live:
+        trainer.step(images, batch[1])
+    assert trainer.plan is planned and live.peak == planned.peak_bytes
+    assert planned.origin.memory_format == layout
+
+
 def test_a_training_under_a_budget_plans_once(batch, monkeypatch):
     made, real = [], Planner.__init__
     monkeypatch.setattr(Planner, "__init__", lambda self, *a, **o: made.append(self) or real(self, *a, **o))
