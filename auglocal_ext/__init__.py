@@ -11,12 +11,13 @@ from .planning.plan import plan
 from .planning.result import Plan
 from .rules.rule import Rule
 from .training.divergence import TrainingDiverged
-from .training.evaluate import evaluate
+from .training.evaluate import Evaluation, evaluate, evaluation
 from .training.isolation import assert_isolated
 from .training.loop import TrainingInterrupted, TrainResult, train
 from .training.trainer import LocalTrainer, StepResult
 
 __all__ = [
+    "Evaluation",
     "LocalTrainer",
     "Plan",
     "Rule",
@@ -26,6 +27,7 @@ __all__ = [
     "TrainingInterrupted",
     "assert_isolated",
     "evaluate",
+    "evaluation",
     "models",
     "ops",
     "plan",

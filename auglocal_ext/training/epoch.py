@@ -69,6 +69,7 @@ def train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop):
         "loss": mean_losses[-1],
         "module_losses": mean_losses,
         "train_accuracy": (correct / seen).item(),
+        "val_loss": None,
         "val_accuracy": None,
         "val_top5_accuracy": None,
         "images_per_second": seen / seconds,

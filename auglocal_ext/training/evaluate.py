@@ -1,9 +1,11 @@
-"""The accuracy of a model on a loader."""
+"""What a model makes of a loader's images: its loss, its accuracies, which classes it takes for which."""
 
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -12,7 +14,34 @@ from ..common.messages import first_line
 from .divergence import NotFinite
 from .loaders import length_of, move, no_bar, until
 
-__all__ = ["Validation", "accuracies", "evaluate", "modes_of", "restore"]
+__all__ = ["Evaluation", "Validation", "evaluate", "evaluated", "evaluation", "modes_of", "restore"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluation` returns.
+
+    loss: the mean cross-entropy, without label smoothing or weights.
+    top1, top5: accuracies, 0 to 1; top5 None for fewer than 6 classes.
+    images: how many there were.
+    confusion: (classes, classes), int64, on the CPU: how many images of the row's class were taken for the column's.
+    """
+
+    loss: float
+    top1: float
+    top5: float | None
+    images: int
+    confusion: torch.Tensor = field(repr=False)
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """Each class's share of images that were taken for it; None for a class without images."""
+        rows = zip(self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
+        return [right / images if images else None for right, images in rows]
+
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        return f"{self.images:,} images: loss {self.loss:.4f}, top-1 {self.top1:.2%}{top5}"
 
 
 def modes_of(model):
@@ -40,12 +69,19 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: str = "fp32", pro
         ValueError, TypeError: a batch does not fit the model, its values are not finite, or there is none.
         FloatingPointError: the model's outputs are not finite.
     """
-    return accuracies(Validation(model, precision), loader, progress, threading.Event())[0]
+    return evaluation(model, loader, precision=precision, progress=progress).top1
+
+
+def evaluation(model: nn.Module, loader: Iterable, *, precision: str = "fp32", progress: bool = False) -> Evaluation:
+    """The model's loss, accuracies and confusion matrix on a loader, in eval mode; for arguments and errors see
+    `evaluate`."""
+    checks.check_precision(precision)
+    return evaluated(Validation(model, precision), loader, progress, threading.Event())
 
 
 class Validation:
-    """Checks the batches of a validation as a step checks its own, and counts hits. What only values tell is raised at
-    once on the CPU; on other devices it is flagged, so that nothing waits for them but `raise_faults`.
+    """Checks the batches of a validation as a step checks its own, and counts what they come to. What only values tell
+    is raised at once on the CPU; on other devices it is flagged, so that nothing waits for them but `raise_faults`.
 
     Args:
         channels, classes: of the model, where they are known beforehand.
@@ -57,7 +93,9 @@ class Validation:
         self.channels, self.classes = channels, classes
         first = next(model.parameters(), torch.empty(0))
         self.device, self.dtype = first.device, first.dtype
-        self.hits = torch.zeros(2, device=self.device)  # in the first place, in the first five
+        self.images, self.confusion = 0, None  # the matrix with the first batch, which tells the classes
+        self.hits = torch.zeros((), dtype=torch.int64, device=self.device)  # among the first five
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # of all images together
         self.faults = torch.zeros(3, dtype=torch.bool, device=self.device)  # of images, labels, outputs
 
     def check(self, batch):
@@ -72,10 +110,10 @@ class Validation:
         return batch
 
     def add(self, batch):
-        """Runs the model on a batch; returns how many images it has."""
+        """Runs the model on a batch."""
         images, labels = self.check(batch)
         if not len(images):
-            return 0
+            return
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
             logits = self._logits(images)
             if self.classes is None:
@@ -83,15 +121,25 @@ class Validation:
                 self._note(1, checks.out_of_range(labels, self.classes), labels)
             # -inf is how classes are masked; a row of nothing else is not.
             self._note(2, (logits.isnan() | (logits == torch.inf)).any() | ~logits.isfinite().any(1).all())
-            hits = logits.topk(min(5, self.classes)).indices == labels[:, None]
-            self.hits += torch.stack([hits[:, 0].sum(), hits.sum()])
-        return len(images)
+            self._count(logits, labels.clamp(0, self.classes - 1))  # one out of range would end a GPU's context
+        self.images += len(images)
 
-    def accuracies(self, seen):
-        """(top-1, top-5) accuracy of so many images; top-5 None for fewer than 6 classes."""
+    def _count(self, logits, labels):
+        if self.confusion is None:
+            self.confusion = torch.zeros(self.classes**2, dtype=torch.int64, device=self.device)
+        ranked = logits.topk(min(5, self.classes)).indices
+        self.hits += (ranked == labels[:, None]).sum()
+        self.confusion.scatter_add_(0, labels * self.classes + ranked[:, 0], torch.ones_like(labels))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+
+    def evaluation(self):
+        """The Evaluation of every image until now, at least one. Waits for the device."""
         self.raise_faults()
-        top1, top5 = (self.hits.double() / seen).tolist()
-        return top1, top5 if self.classes > 5 else None
+        confusion = self.confusion.view(self.classes, self.classes).cpu().clone()  # no inference tensor
+        top1, top5 = (hits / self.images for hits in (confusion.diagonal().sum().item(), self.hits.item()))
+        top5 = top5 if self.classes > 5 else None
+        return Evaluation(self.loss.item() / self.images, top1, top5, self.images, confusion)
 
     def raise_faults(self):
         """Raises for what is flagged. Waits for the device."""
@@ -136,9 +184,9 @@ class Validation:
         )
 
 
-def accuracies(validation, loader, progress, stop):
-    """(top-1, top-5) accuracy of the model on the loader; top-5 None for fewer than 6 classes."""
-    modes, seen = modes_of(validation.model), 0
+def evaluated(validation, loader, progress, stop):
+    """The Evaluation of a Validation's model on the loader; stop: an Event that ends it by a KeyboardInterrupt."""
+    modes = modes_of(validation.model)
     validation.model.eval()
     bar = tqdm(
         desc="test", total=length_of(loader), unit="batch", leave=False, disable=no_bar(progress), mininterval=0.5
@@ -146,11 +194,11 @@ def accuracies(validation, loader, progress, stop):
     try:
         for batch in until(stop, loader):
             checks.check_pair(batch, "the validation loader")
-            seen += validation.add(batch)
+            validation.add(batch)
             bar.update()
     finally:
         bar.close()
         restore(modes)
-    if not seen:
+    if not validation.images:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
-    return validation.accuracies(seen)
+    return validation.evaluation()

@@ -20,7 +20,7 @@ from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged, check_finite, check_learnt, names_not_finite
 from .epoch import PeakMeter, factor_at, train_epoch
-from .evaluate import Validation, accuracies, modes_of, restore
+from .evaluate import Validation, evaluated, modes_of, restore
 from .loaders import interrupt_sets, length_of, move, no_bar, peek
 from .trainer import LocalTrainer
 
@@ -32,8 +32,9 @@ class TrainResult:
     """What `train` returns.
 
     history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
-        (of the training batches, as they were seen), val_accuracy and val_top5_accuracy (None without val_loader; top-5
-        None for fewer than 6 classes), images_per_second, seconds, lr (of the last step), peak_bytes.
+        (of the training batches, as they were seen), val_loss (cross-entropy), val_accuracy and val_top5_accuracy (None
+        without val_loader; top-5 None for fewer than 6 classes), images_per_second, seconds, lr (of the last step),
+        peak_bytes.
     plan: the cut that was trained.
     peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on
         other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
@@ -157,8 +158,8 @@ def train(
                     entry, epoch_length = train_epoch(trainer, batches, epoch, epochs, factor, meter, bar, stop)
                 check_finite(trainer, odd, entry, epochs)
                 if val_loader is not None:
-                    top1, top5 = accuracies(Validation(model, **validation), val_loader, progress, stop)
-                    entry |= {"val_accuracy": top1, "val_top5_accuracy": top5}
+                    found = evaluated(Validation(model, **validation), val_loader, progress, stop)
+                    entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
                 history.append(entry)
                 if progress:
                     tqdm.write(_epoch_line(entry, epochs))

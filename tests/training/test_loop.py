@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, models, plan, train
+from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, evaluation, models, plan, train
 from auglocal_ext.engine.program import Program
 from auglocal_ext.optim import constant
 from auglocal_ext.training import evaluate as evaluating
@@ -47,6 +47,7 @@ def test_it_learns_in_every_module():
     assert all(b < a for a, b in zip(first["module_losses"], last["module_losses"], strict=True))
     assert last["train_accuracy"] > 0.9 and last["val_accuracy"] > 0.9
     assert last["val_accuracy"] == evaluate(model, toy(seed=1))
+    assert last["val_loss"] == evaluation(model, toy(seed=1)).loss < 0.5
 
 
 @pytest.mark.parametrize("rule", ["auglocal", "bp"])
@@ -55,7 +56,7 @@ def test_result(rule):
     result = train(small(), toy(), depth=2, rule=rule, epochs=2, progress=False, on_epoch=seen.append)
     assert seen == result.history and [entry["epoch"] for entry in seen] == [1, 2]
     keys = (
-        "epoch loss module_losses train_accuracy val_accuracy val_top5_accuracy images_per_second seconds lr peak_bytes"
+        "epoch loss module_losses train_accuracy val_loss val_accuracy val_top5_accuracy images_per_second seconds lr"
     )
     assert set(seen[0]) == {*keys.split(), "peak_bytes"}
     assert seen[0]["val_accuracy"] is None and seen[0]["loss"] == seen[0]["module_losses"][-1]
@@ -673,5 +674,5 @@ def test_off_the_cpu_values_are_read_once_at_the_end(images, labels, kind, messa
             yield batch
 
     with pytest.raises(kind, match=message):
-        evaluating.accuracies(validation, batches(), False, threading.Event())
+        evaluating.evaluated(validation, batches(), False, threading.Event())
     assert len(given) == 2
