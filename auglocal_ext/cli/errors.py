@@ -9,10 +9,6 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
-from ..training.divergence import TrainingDiverged
-
 __all__ = ["in_words_of_options", "run"]
 
 
@@ -34,10 +30,10 @@ def run(program, command, lost=""):
     except KeyboardInterrupt as stopped:
         print(f"\n{program}: {str(stopped) or 'interrupted'}{lost}", file=sys.stderr)
         return 130
-    except TrainingDiverged as error:
-        print(f"{program}: {in_words_of_options(error)}{lost}", file=sys.stderr)
-        return 3
     except Exception as error:
+        if _is(error, f"{_PACKAGE.name}.training.divergence", "TrainingDiverged"):
+            print(f"{program}: {in_words_of_options(error)}{lost}", file=sys.stderr)
+            return 3
         if not _of_the_user(error, command):
             raise
         print(f"{program}: error: {in_words_of_options(error)}", file=sys.stderr)
@@ -67,13 +63,18 @@ def in_words_of_options(error):
     return message
 
 
+def _is(error, module, name):
+    """isinstance for a class of a module that may not have been imported: then there is no such error."""
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
+
+
 def _of_the_user(error, command):
     """Whether an error is one of the user's machine, files or arguments, and no bug.
 
     Of ValueError and TypeError, which bugs raise too, those are that a `raise` of this package or of the program has
     made: a sentence of ours. What torch or an operation on wrong values raises is none.
     """
-    if isinstance(error, (OSError, ImportError, MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (OSError, ImportError, MemoryError)) or _is(error, "torch", "OutOfMemoryError"):
         return True
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, on the CPU
         return True

@@ -1,13 +1,13 @@
-"""Options of the command lines here: numbers, sizes, devices, and errors of one line."""
+"""Options of the command lines here: numbers, sizes, devices, and errors of one line.
+
+What needs torch is imported where it is called: no `--help` waits for it.
+"""
 
 import argparse
 import math
 import re
 
-from ..common.device import usable_device
-from ..common.memory import parse_bytes
-
-__all__ = ["Parser", "device", "number", "seed", "size", "whole"]
+__all__ = ["Parser", "default_device", "device", "number", "seed", "size", "whole"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +68,8 @@ def seed(text):
 
 def size(text):
     """Bytes, as 6GB; stays text."""
+    from ..common.memory import parse_bytes
+
     try:
         parse_bytes(text)
     except (ValueError, OverflowError):
@@ -77,8 +79,17 @@ def size(text):
 
 def device(text):
     """The name of a device that can be trained on."""
+    from ..common.device import usable_device
+
     try:
         usable_device(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("device ")) from None
     return text
+
+
+def default_device():
+    """The name of the device where none is given."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

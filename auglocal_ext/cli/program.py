@@ -1,16 +1,14 @@
-"""The command line: `auglocal train`, `plan` and `resume`; also `python -m auglocal_ext`."""
+"""The command line: `auglocal train`, `plan` and `resume`; also `python -m auglocal_ext`.
 
+Commands are imported when they run, so that their help does not wait for torch.
+"""
+
+from importlib import import_module
 from pathlib import Path
 
-import torch
-
-from ..common.checks import PRECISIONS
-from ..rules.auglocal import FORMS
-from ..rules.by_name import RULES
 from .errors import run
+from .names import FORMS, PRECISIONS, RULES
 from .options import Parser, device, number, seed, size, whole
-from .plan import plan_command
-from .train import resume_command, train_command
 
 __all__ = ["main"]
 
@@ -20,7 +18,8 @@ def main(arguments=None):
 
     def command():
         options = _parser().parse_args(arguments)
-        return options.run(options)
+        module, name = options.run
+        return getattr(import_module(module, __package__), name)(options)
 
     return run("auglocal", command)
 
@@ -37,7 +36,7 @@ def _parser():
 
 def _add_train(commands):
     training = commands.add_parser("train", help="train a model", description="Trains a model; leaves runs/NAME/.")
-    training.set_defaults(run=train_command)
+    training.set_defaults(run=(".train", "train_command"))
     add = training.add_argument
     add(
         "--data",
@@ -49,8 +48,7 @@ def _add_train(commands):
     add("--epochs", type=epochs, default=15, help="times through the training data (default: %(default)s)")
     add("--batch-size", type=whole(2), default=128, help="images in a step (default: %(default)s)")
     add("--lr", type=number(0), help="learning rate (default: 0.1 x batch size / 128)")
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=here, help="cpu, cuda or cuda:N (default here: %(default)s)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--seed", type=seed, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--workers", type=whole(0, 1024), default=0, help="processes that read large images (default: %(default)s)")
     add("--name", help="of the run's folder (default: made of the settings and the time)")
@@ -61,7 +59,7 @@ def _add_train(commands):
 
 def _add_plan(commands):
     planning = commands.add_parser("plan", help="show how a model is cut", description="Shows how a model is cut.")
-    planning.set_defaults(run=plan_command)
+    planning.set_defaults(run=(".plan", "plan_command"))
     add = planning.add_argument
     add("--image-size", type=whole(1, 10_000), default=32, help="pixels along a side (default: %(default)s)")
     add("--batch-size", type=whole(1), default=128, help="images in a step (default: %(default)s)")
@@ -75,7 +73,7 @@ def _add_resume(commands):
     resuming = commands.add_parser(
         "resume", help="go on with a run", description="Goes on with a run from its last whole epoch, by its settings."
     )
-    resuming.set_defaults(run=resume_command)
+    resuming.set_defaults(run=(".train", "resume_command"))
     add = resuming.add_argument
     add("run_folder", type=Path, metavar="RUN", help="its folder, runs/NAME")
     add("--epochs", type=whole(1), help="times through the training data in all (default: as the run was begun)")

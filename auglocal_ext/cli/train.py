@@ -19,6 +19,7 @@ from ..training.divergence import TrainingDiverged
 from ..training.loop import TrainingInterrupted, train
 from .checks import check_cut, check_image_size
 from .errors import in_words_of_options
+from .options import default_device
 
 __all__ = ["resume_command", "train_command"]
 
@@ -26,6 +27,7 @@ __all__ = ["resume_command", "train_command"]
 def train_command(options):
     if options.name and Path(options.name).name != options.name:
         raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
+    options.device = options.device or default_device()
     cuttable = check_cut(options)
     with _new_folder(options) as folder:
         return _train_in(folder, options, _read_data(options, cuttable))

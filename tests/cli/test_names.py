@@ -1,0 +1,26 @@
+"""The names that options are set to are those that there are, and no help waits for torch."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from auglocal_ext import rules
+from auglocal_ext.cli import names
+from auglocal_ext.common import checks
+
+
+def test_they_are_those_that_there_are():
+    assert tuple(rules.RULES) == names.RULES
+    assert rules.FORMS == names.FORMS
+    assert checks.PRECISIONS == names.PRECISIONS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["resume", "--help"]])
+def test_no_help_imports_torch(arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "auglocal_ext", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "usage: auglocal" in done.stdout and "auglocal_ext.cli.program" in imported
+    assert not [name for name in imported if re.match(r"(torch|numpy|sklearn|matplotlib|tqdm)\b", name)]
