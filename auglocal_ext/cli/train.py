@@ -16,7 +16,8 @@ from ..common.memory import format_bytes
 from ..optim import sgd
 from ..rules.by_name import for_images
 from ..training.divergence import TrainingDiverged
-from ..training.loop import TrainingInterrupted, train
+from ..training.loop import train
+from ..training.result import TrainingInterrupted
 from .checks import check_cut, check_image_size
 from .errors import in_words_of_options
 from .options import default_device
