@@ -31,6 +31,9 @@ class Fails:
     def __init__(self, error):
         self.batches, self.error, self.passes = list(loader("DeviceLoader")), error, 0
 
+    def __len__(self):
+        return len(self.batches)
+
     def __iter__(self):
         self.passes += 1
         yield self.batches[0]
