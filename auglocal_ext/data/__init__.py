@@ -1,5 +1,5 @@
-"""Data sources by name, and a loader as fast as the device: digits, cifar10:ROOT, svhn:ROOT, stl10:ROOT,
-imagefolder:ROOT, fake:N.
+"""Data sources by name, and a loader as fast as the device: digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT,
+mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT, fake:N.
 
 Each gives a training and a test loader of (images, labels), float32 images normalised by the training set's
 own mean and deviation. Small images are held as bytes on the device, and shuffled, augmented and normalised there a

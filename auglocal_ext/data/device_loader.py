@@ -6,9 +6,10 @@ import torch
 
 from ..common.checks import normalisation, whole_number
 from ..common.device import usable_device
+from .arguments import whole_batch_size
 from .resumable import Resumable, seed_at
 
-__all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std", "whole_batch_size"]
+__all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std"]
 
 
 class DeviceLoader(Resumable):
@@ -96,10 +97,6 @@ def check_bytes(images):
         raise ValueError(f"images must be (N, C, H, W) bytes, given {tuple(images.shape)} of {images.dtype}")
     if not images.numel():
         raise ValueError(f"images must be at least one, and of at least one pixel, given shape {tuple(images.shape)}")
-
-
-def whole_batch_size(value):
-    return whole_number(whole_number(value, "batch_size must be a whole number"), "batch_size must be at least 1", 1)
 
 
 def crop_and_flip(images, top, left, mirrored, pad):

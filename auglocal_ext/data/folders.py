@@ -1,21 +1,25 @@
 """Large images: folders of classes, read by torchvision's ImageFolder and a DataLoader."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..common.checks import whole_number
 from ..common.torchvision import import_torchvision
+from .arguments import check_image_size, check_normalisation, check_share, whole_batch_size
 from .data import Data
-from .device_loader import whole_batch_size
 from .images import image_errors, in_bytes, is_pil, name_of, unreadable
 from .resumable import Resumable, seed_at
+from .split import hold_out_share
 
 __all__ = ["LARGE_SIDE", "image_folders", "large_images", "read_image"]
 
 
 LARGE_SIDE = 224  # what larger ones are cropped to
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of its images
 
 
 def image_folders(root):
@@ -52,14 +56,20 @@ def read_image(path):
         raise unreadable(path, error) from error
 
 
-def large_images(train, test, batch_size, classes, *, workers=0, seed=None):
+def large_images(
+    train, test, batch_size, classes, *, workers=0, image_size=LARGE_SIDE, val_split=0.0, normalisation=None, seed=None
+):
     """Data of large images, as in torchvision's ImageNet recipes: for training a random part of each resized to 224x224
-    and half of them mirrored, for testing the middle 224x224 of the image resized to 256; ImageNet's normalisation.
+    and half of them mirrored, for testing the middle 224x224 of the image resized to 256.
 
     Args:
         train, test: datasets of (PIL image, label), for instance `image_folders(ROOT)`.
         classes: their names.
         workers: processes that read and transform. What is drawn does not depend on their number.
+        image_size: instead of 224; for testing images are resized to 8/7 of it.
+        val_split: the share of the training images that is held out as `Data.val` and seen as those for testing: of
+            each class where the dataset has `targets`, as an ImageFolder has, and each class enough images.
+        normalisation: (mean, std) of images scaled to 0..1; None: ImageNet's.
         seed: of the order and the augmentation; None: torch.initial_seed() where epoch 0 begins.
 
     Returns:
@@ -69,21 +79,27 @@ def large_images(train, test, batch_size, classes, *, workers=0, seed=None):
     v2 = import_torchvision("large images").transforms.v2
     batch_size = whole_batch_size(batch_size)
     workers = whole_number(workers, "workers must be a whole number of at least 0", 0)
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    image_size, val_split = check_image_size(image_size), check_share(val_split)
+    mean, std = check_normalisation(IMAGENET if normalisation is None else normalisation, 3)
     to_tensor = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean, std),
     ]
-    train_transform = v2.Compose([v2.RandomResizedCrop(LARGE_SIDE), v2.RandomHorizontalFlip(), *to_tensor])
-    test_transform = v2.Compose([v2.Resize(LARGE_SIDE * 8 // 7), v2.CenterCrop(LARGE_SIDE), *to_tensor])
+    train_transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *to_tensor])
+    test_transform = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *to_tensor])
     options = {"batch_size": batch_size, "workers": workers, "seed": seed}
+    kept, held = hold_out_share(getattr(train, "targets", None), len(train), val_split)
+    val = Subset(train, held.tolist()) if len(held) else None
+    train = train if val is None else Subset(train, kept.tolist())
     one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
+    as_they_are = partial(_LargeImages, shuffle=False, drop_last=False, **options)
     return Data(
         _LargeImages(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
-        _LargeImages(_Transformed(test, test_transform), shuffle=False, drop_last=False, **options),
+        as_they_are(_Transformed(test, test_transform)),
         len(classes),
-        {"mean": mean, "std": std, "image_size": [LARGE_SIDE, LARGE_SIDE], "classes": classes},
+        {"mean": mean, "std": std, "image_size": [image_size, image_size], "classes": classes},
+        None if val is None else as_they_are(_Transformed(val, test_transform)),
     )
 
 

@@ -1,16 +1,27 @@
 """Reading images: any dataset into memory, PIL's many kinds of pixels as bytes."""
 
 import torch
+import torch.nn.functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ..common.checks import whole_number
 from ..common.messages import first_line
 from ..common.torchvision import import_torchvision
 
-__all__ = ["name_of", "UnreadableImage", "image_errors", "images_in_memory", "in_bytes", "is_pil", "unreadable"]
+__all__ = [
+    "name_of",
+    "UnreadableImage",
+    "image_errors",
+    "images_in_memory",
+    "in_bytes",
+    "is_pil",
+    "resized",
+    "unreadable",
+]
 
 
-def images_in_memory(dataset, progress=False):
+def images_in_memory(dataset, progress=False, image_size=None):
     """Reads a dataset once, for a DeviceLoader.
 
     Args:
@@ -19,6 +30,7 @@ def images_in_memory(dataset, progress=False):
             number from 0. A transform that the dataset has is applied once. PIL's palettes become colours, 16-bit grey
             becomes 8-bit.
         progress: a progress bar.
+        image_size: pixels along a side that each image is resized to, which may then be of different sizes.
 
     Returns:
         (N, C, H, W) uint8 images, (N,) int64 labels.
@@ -51,15 +63,24 @@ def images_in_memory(dataset, progress=False):
                 f"images must be PIL images or (C, H, W) bytes, given {tuple(image.shape)} of {image.dtype} in "
                 f"{name_of(dataset, index)}: leave scaling and normalising to DeviceLoader"
             )
+        image = resized(image, image_size)
         if images is None:
             images = torch.empty((len(dataset), *image.shape), dtype=torch.uint8)
         if image.shape != images.shape[1:]:
             raise ValueError(
                 f"images held in memory must all have one size, given {_size(image)} in {name_of(dataset, index)} "
-                f"after {_size(images[0])}: resize them"
+                f"after {_size(images[0])}: give image_size, or resize them"
             )
         images[index], labels[index] = image, label
     return images, labels
+
+
+def resized(images, size):
+    """Images of bytes, (N, C, H, W) or (C, H, W), antialiased with (size, size) pixels; None: as they are."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    batched = images if images.dim() == 4 else images[None]
+    return F.interpolate(batched, (size, size), mode="bilinear", antialias=True).view(*images.shape[:-2], size, size)
 
 
 def is_pil(image):
@@ -113,6 +134,8 @@ def _scaled(image):
 
 def name_of(dataset, index):
     """Of an image, for a message: its file where the dataset tells."""
+    if isinstance(dataset, Subset):
+        return name_of(dataset.dataset, dataset.indices[index])
     return dataset.samples[index][0] if hasattr(dataset, "samples") else f"image {index}"
 
 

@@ -1,0 +1,39 @@
+"""Images that are held out of the training ones, for validation."""
+
+import torch
+
+__all__ = ["hold_out", "hold_out_share"]
+
+
+def hold_out_share(labels, count, share):
+    """`hold_out` of a share of `count` images, rounded, and at least one; held is empty for 0.
+
+    Raises:
+        ValueError: fewer than two images are left to train on.
+    """
+    if not share:
+        return torch.arange(count), torch.arange(0)
+    held = max(1, round(count * share))
+    if count - held < 2:
+        raise ValueError(
+            f"val_split {share:g} leaves {count - held} of {count} training images, expected at least 2: give less"
+        )
+    return hold_out(labels, count, held)
+
+
+def hold_out(labels, count, held):
+    """(kept, held): ascending indices of `count` images, int64, of which so many are held out, the same ones each time.
+
+    Args:
+        labels: (count,), by which they are drawn: of each class its share, where that leaves and gives at least one of
+            each. None: they are drawn from all.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if labels is not None:
+        sizes = torch.bincount(torch.as_tensor(labels))
+        sizes = sizes[sizes > 0]
+        if sizes.min() < 2 or min(held, count - held) < len(sizes):
+            labels = None
+    parts = train_test_split(torch.arange(count).numpy(), test_size=held, stratify=labels, random_state=0)
+    return tuple(torch.from_numpy(part).sort().values for part in parts)
