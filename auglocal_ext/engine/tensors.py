@@ -1,15 +1,23 @@
 """What several kinds of nodes do with tensors: memory formats, dtypes, gradients as autograd would leave them."""
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from ..ops.batch_norm_act import memory_format
 
-__all__ = ["as_gradient", "dense", "like", "lower"]
+__all__ = ["as_gradient", "dense", "layout", "like", "lower"]
 
 
 def dense(x):
     """x without gaps and overlaps, which in-place kernels need; nearly always it is x itself."""
     return x.contiguous(memory_format=memory_format(x))
+
+
+def layout(x):
+    """The memory format that a convolution takes a map in: where it has one channel or pixel, and fits both formats,
+    that is told by its strides."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and suggest_memory_format(x) == torch.channels_last
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def like(given, x):

@@ -14,9 +14,9 @@ from ..common.meta import as_meta_copy, meta_copy
 from ..engine.as_real import RealLayouts
 from ..engine.emit import Phase
 from ..engine.program import Program
+from ..engine.tensors import layout
 from ..engine.timeline import Timeline, fill, timeline
 from ..engine.trace import Reader
-from ..ops.batch_norm_act import memory_format
 from ..optim import sgd
 from ..rules import LocalHead
 from ..rules.cutting import Span, assert_apart, borders_of, local_heads
@@ -72,7 +72,7 @@ class Planner:
         precision="fp32",
         optimizer=None,
         recompute=False,
-        memory_format=torch.contiguous_format,
+        memory_format=torch.channels_last,
         backbone=None,
     ):
         check_precision(precision)
@@ -101,9 +101,9 @@ class Planner:
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-        dtype, layout = (self.dtype, self.memory_format) if like is None else (like.dtype, memory_format(like))
+        dtype, given = (self.dtype, self.memory_format) if like is None else (like.dtype, layout(like))
         size = (max(shape[0], 2), *shape[1:])
-        images = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+        images = torch.empty(size, dtype=dtype, device="meta", memory_format=given)
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
     def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):
@@ -133,7 +133,7 @@ class Planner:
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
-        origin = Origin(rule, self.recompute, self.factory, memory_format(images), self.fingerprint)
+        origin = Origin(rule, self.recompute, self.factory, layout(images), self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
     def _part(self, span, head):

@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import tensors_of
-from ..ops.batch_norm_act import memory_format
+from ..engine.tensors import layout
 from ..optim import make_optimizer, sgd
 from ..planning.comparison import compared
 from ..planning.module_nodes import programs
@@ -388,4 +388,4 @@ class LocalTrainer:
 
 
 def _kind(images):
-    return memory_format(images), images.dtype
+    return layout(images), images.dtype
