@@ -33,7 +33,7 @@ def plan(
     memory_budget: int | str | None = None,
     recompute: bool = False,
     optimizer: Callable | None = None,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Plan:
     """Plans a training without running it; the model is not changed.
 
@@ -42,7 +42,7 @@ def plan(
         input_shape: of a batch of images, (N, C, H, W).
         depth, rule, form, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
             be "auto".
-        memory_format: of the images; on CUDA `auglocal_ext.train` makes them channels_last.
+        memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
 

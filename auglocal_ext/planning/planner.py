@@ -72,7 +72,7 @@ class Planner:
         precision="fp32",
         optimizer=None,
         recompute=False,
-        memory_format=torch.contiguous_format,
+        memory_format=torch.channels_last,
         backbone=None,
     ):
         check_precision(precision)
@@ -101,9 +101,9 @@ class Planner:
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-        dtype, layout = (self.dtype, self.memory_format) if like is None else (like.dtype, layout_of(like))
+        dtype, given = (self.dtype, self.memory_format) if like is None else (like.dtype, layout_of(like))
         size = (max(shape[0], 2), *shape[1:])
-        images = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+        images = torch.empty(size, dtype=dtype, device="meta", memory_format=given)
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
     def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):

@@ -11,7 +11,7 @@ def test_numbers_agree_with_the_trainer():
     model = models.resnet32()
     planned = plan(model, (8, 3, 32, 32), depth=4)
     trainer = LocalTrainer(model, depth=4)
-    result = trainer.step(torch.randn(8, 3, 32, 32), torch.arange(8))
+    result = trainer.step(torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(8))
     assert trainer.plan == planned
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.aux_parameters == sum(p.numel() for p in trainer.aux_nets.parameters())
@@ -35,7 +35,7 @@ def test_other_rules_are_planned_as_they_run(rule, words):
     model, shape = models.resnet20(), (8, 3, 32, 32)
     planned = plan(model, shape, rule=rule, modules=4)
     trainer = LocalTrainer(model, rule=rule, modules=4)
-    trainer.step(torch.rand(shape) / 4, torch.arange(8))
+    trainer.step(torch.rand(shape).contiguous(memory_format=torch.channels_last) / 4, torch.arange(8))
     assert trainer.plan == planned and (planned.rule, planned.depth) == (rule, None)
     assert planned.modules[2].aux_net == words
     aux = sum(p.numel() for module in trainer.local_modules[:-1] for p in module.head.parameters())
