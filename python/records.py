@@ -7,6 +7,7 @@ A record:
     local_modules, macs_per_bp    of the cut: number of modules, multiply-accumulates against backpropagation's
     accuracy    {"last", "best"}: of the last and of the best epoch on the test images, 0 to 1; top5 likewise where it
                 was measured
+    test_accuracy   of the last epoch on the test images, where accuracy is of validation images (--val-split)
     seconds     spent training, without the tests between epochs
     peak_bytes  the highest memory of a step, without images that loaders hold on its device
     history     one dict per epoch, see `auglocal_ext.TrainResult`

@@ -14,23 +14,24 @@ from .presets import DEFAULTS, LEARNING_RATES, PRESETS, defaults_of
 __all__ = ["add_cut", "add_run", "add_training", "default_learning_rate", "settled", "told"]
 
 _DEPTH, _LR = whole(2, words=("auto",)), number(0)
+_DATA = (
+    "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
+    "fake:N (default: {default})"
+)
 _CUT = ("model", "rule", "depth", "form", "modules", "precision", "recompute", "budget")
 
 
-def add_training(parser, *, depth=_DEPTH, lr=_LR, preset=None):
+def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     """Adds what every training has; only what is typed is in the parsed Namespace, see `settled`.
 
     Args:
         depth, lr: kinds of --depth and --lr, where a program takes less.
+        data: the help of --data.
         preset: whose values the help tells as defaults.
     """
     add_cut(parser, depth=depth, preset=preset)
     add = _adder(parser, defaults_of(preset))
-    add(
-        "--data",
-        help="digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, "
-        "imagefolder:ROOT or fake:N (default: {default})",
-    )
+    add("--data", metavar="SOURCE", help=data)
     add("--download", action="store_true", help="fetch the images if they are not at ROOT")
     add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: {default})")
     add("--image-size", type=whole(1, 10_000), help="pixels along a side (default: as the data has them)")
