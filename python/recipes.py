@@ -25,7 +25,6 @@ MORE_SETTINGS = (
     "image_size",
     "budget",
     "recompute",
-    "max_seconds",
     "patience",
     "nonfinite",
 )
@@ -36,6 +35,7 @@ def add_options(parser, preset, data):
     add_training(parser, depth=whole(2), lr=number(above=0), data=data, preset=preset)
     add = parser.add_argument
     add("--save", type=Path, metavar="FILE", help="write the model's state_dict there after every epoch")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="go on from the checkpoint there, and keep one there")
     add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
 
 
@@ -49,9 +49,12 @@ def check(options):
     return model
 
 
-def saver(options, model):
-    """The `on_epoch` that does what --save says; None without it."""
-    return (lambda entry: save_model(options.save, model)) if options.save else None
+def train(options, model, source):
+    """Trains as told, with what --save and --checkpoint say; returns the TrainResult, or None where --max-seconds
+    stopped it and --checkpoint lets it go on."""
+    on_epoch = (lambda entry: save_model(options.save, model)) if options.save else None
+    result = job.train_as_told(options, model, source, on_epoch=on_epoch, checkpoint=options.checkpoint)
+    return None if result.stopped == "max_seconds" and options.checkpoint else result
 
 
 def add_record(options, made, model, source):
@@ -78,7 +81,7 @@ def main(program, parse, train, summary):
     Args:
         program: its name, for errors.
         parse: () -> options of the command line.
-        train: options -> record, which it has added to options.results.
+        train: options -> record, which it has added to options.results, or None: see `train`.
         summary: options, record -> a sentence.
 
     Returns:
@@ -90,6 +93,9 @@ def main(program, parse, train, summary):
         if not options.quiet:
             print(told(options))
         made = train(options)
+        if made is None:
+            print(f"stopped after --max-seconds, no record: the same command goes on, from {options.checkpoint}")
+            return 0
         print(f"{summary(options, made)}; record in {options.results}")
         return 0
 

@@ -21,7 +21,7 @@ import recipes
 import records
 
 from auglocal_ext import data
-from auglocal_ext.cli.job import make_model, read_data, train_as_told
+from auglocal_ext.cli.job import make_model, read_data
 from auglocal_ext.cli.options import Parser
 from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
@@ -39,7 +39,9 @@ def run(options):
             f"train_imagenet.py"
         )
     model = make_model(options, source, options.weights)
-    result = train_as_told(options, model, source, on_epoch=recipes.saver(options, model))
+    result = recipes.train(options, model, source)
+    if result is None:
+        return None
     auglocal, one_module = options.rule == "auglocal", options.rule in ("bp", "checkpoint")
     settings = {
         "dataset": options.dataset,

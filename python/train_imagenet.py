@@ -18,7 +18,7 @@ import recipes
 import records
 
 from auglocal_ext import data
-from auglocal_ext.cli.job import make_model, train_as_told
+from auglocal_ext.cli.job import make_model
 from auglocal_ext.cli.options import Parser
 from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
@@ -49,7 +49,9 @@ def train(options):
     recipes.check(options)
     source = load(options.data, options.batch_size, options.workers)
     model = make_model(options, source, options.weights)
-    result = train_as_told(options, model, source, on_epoch=recipes.saver(options, model))
+    result = recipes.train(options, model, source)
+    if result is None:
+        return None
     settings = {
         "dataset": "imagenet",
         "data": options.data,

@@ -17,6 +17,7 @@ from ..engine.program import Program
 from ..engine.tensors import layout_of
 from ..engine.timeline import Timeline, fill, timeline
 from ..engine.trace import Reader
+from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
 from ..rules.cutting import Span, assert_apart, borders_of, local_heads
@@ -76,7 +77,7 @@ class Planner:
         backbone=None,
     ):
         check_precision(precision)
-        self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
+        self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
         self.model, self.backbone = _meta_copies(model, backbone or as_backbone(model))

@@ -185,11 +185,23 @@ def diverging(spoilt):
     return train
 
 
+def test_it_goes_on_from_a_checkpoint(recipe, capsys):
+    asked = [*SMALL, "--epochs", "2", "--rule", "bp", "--checkpoint", "run"]
+    assert recipe.main([*SMALL, "--epochs", "2", "--rule", "bp", "--quiet", "--results", "whole.jsonl"]) == 0
+    assert recipe.main([*asked, "--max-seconds", "0.01", "--quiet"]) == 0
+    assert "stopped after --max-seconds, no record: the same command goes on, from run" in capsys.readouterr().out
+    assert Path("run/last.pt").exists() and not Path("results.jsonl").exists()
+    assert recipe.main([*asked, "--max-seconds", "600", "--quiet"]) == 0
+    (whole,), (part,) = (recipe.records.read(name) for name in ("whole.jsonl", "results.jsonl"))
+    assert part["settings"] == whole["settings"] and part["accuracy"] == whole["accuracy"]
+    assert [entry["loss"] for entry in part["history"]] == [entry["loss"] for entry in whole["history"]]
+
+
 def test_a_divergence_is_status_3_and_no_record(recipe, capsys, monkeypatch):
     monkeypatch.setattr(job, "train", diverging(1))
     assert recipe.main([*SMALL, "--epochs", "2", "--rule", "bp", "--quiet", "--save", "m.pt"]) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("train_cifar: epoch 2/2: the loss of local module 0 is ")
+    assert captured.err.startswith("train_cifar: epoch 2/2, step 1: the loss of local module 0 of 1 (stem")
     assert "training diverged; lower the learning rate with --lr: no record\n" in captured.err
     assert not captured.out and not Path("results.jsonl").exists()
     assert all(value.isfinite().all() for value in torch.load("m.pt").values())  # the epoch before
