@@ -15,7 +15,7 @@ from .errors import in_words_of_options
 from .events import event_writer
 from .job import check, make_model, read_data, train_as_told
 from .options import default_device
-from .runs import new_folder, options_of, read_settings, settings_of
+from .runs import can_go_on, new_folder, options_of, read_settings, settings_of
 from .training_options import add_run, settled, told
 
 __all__ = ["resume_command", "train_command"]
@@ -38,6 +38,7 @@ def train_command(given):
         model = make_model(options, source, options.weights)
         if not options.quiet:
             print(told(options))
+        write_json(folder / "settings.json", settings_of(options, source))  # a stop in the first epoch is gone on from
         return _train_in(folder, options, source, model, write_events)
 
 
@@ -47,7 +48,7 @@ def resume_command(given):
 
 
 def _resume(folder, given):
-    """Goes on with a run, from its last whole epoch, by the settings that it was begun with."""
+    """Goes on with a run, from its last checkpoint, by the settings that it was begun with."""
     options = options_of(folder, read_settings(folder), leave_out=given.keys() & {"device"})
     options.quiet = False
     for name, value in given.items():
@@ -58,10 +59,20 @@ def _resume(folder, given):
                 f"begin a new run"
             )
         setattr(options, name, value)
+    done = len(_history(folder))
+    if options.epochs < done:
+        raise ValueError(
+            f"{folder} has a training of {done} epochs already, given --epochs {options.epochs}: give more"
+        )
     options.device = options.device or default_device()
     write_events = event_writer() if options.tensorboard else None
     source = read_data(options, check(options))
     return _train_in(folder, options, source, make_model(options, source), write_events)
+
+
+def _history(folder):
+    path = folder / "history.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _shown(value):
@@ -72,9 +83,7 @@ def _shown(value):
 
 def _train_in(folder, options, source, model, write_events):
     """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder."""
-    history = []
-    if (folder / "history.json").exists():
-        history = json.loads((folder / "history.json").read_text())
+    history = _history(folder)
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one. One may be told again.
@@ -85,17 +94,20 @@ def _train_in(folder, options, source, model, write_events):
         if write_events:
             write_events(folder / "tensorboard", entry)
 
-    more = {"checkpoint": folder / "checkpoint", "on_epoch": save}
-    if options.checkpoint_minutes != 10:
-        more["checkpoint_minutes"] = options.checkpoint_minutes
+    keeping = {"checkpoint": folder / "checkpoint", "checkpoint_minutes": options.checkpoint_minutes}
     started, status = time.perf_counter(), 0
     try:
-        result = train_as_told(options, model, source, **more)
-    except (TrainingInterrupted, TrainingDiverged) as stop:
-        if not history:
+        result = train_as_told(options, model, source, on_epoch=save, **keeping)
+    except BaseException as stop:
+        if can_go_on(folder) and isinstance(stop, KeyboardInterrupt | OSError | MemoryError | RuntimeError):
+            stop.remedy = f"go on with `auglocal resume {folder}`"
+        if not history or not isinstance(stop, TrainingInterrupted | TrainingDiverged):
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
         print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
+    if not history:
+        print(f"stopped in the first epoch by --max-seconds: `auglocal resume {folder}` goes on")
+        return status
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if result.plan.depth:
         title += f", depth {result.plan.depth}"
