@@ -12,6 +12,7 @@ from ..common.checks import check_precision
 from ..common.memory import bytes_of, tensors_of
 from ..common.meta import as_meta_copy, meta_copy
 from ..engine.as_real import RealLayouts
+from ..engine.criterion import as_criterion
 from ..engine.emit import Phase
 from ..engine.program import Program
 from ..engine.tensors import layout_of
@@ -59,7 +60,7 @@ class Planner:
 
     Args:
         model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
-        precision, optimizer, recompute: see `auglocal_ext.train`.
+        precision, optimizer, recompute, criterion: see `auglocal_ext.train`.
         memory_format: of the images, where no batch tells it.
         backbone: of the model, where it was read already.
 
@@ -77,8 +78,10 @@ class Planner:
         recompute=False,
         memory_format=torch.channels_last,
         backbone=None,
+        criterion=None,
     ):
         check_precision(precision)
+        self.criterion = as_criterion(criterion)
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
@@ -91,6 +94,7 @@ class Planner:
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
+            "criterion": self.criterion,
             "trace": self.reader.trace,
             "device_type": self.device.type,
         }
@@ -127,7 +131,7 @@ class Planner:
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
         batch_bytes = images.nbytes + labels.nbytes
-        constant = batch_bytes + len(parts) * self.loss_bytes
+        constant = batch_bytes + len(parts) * self.module_bytes
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
         with self.progress(f"planning batches of {shape[0]}"):
@@ -137,7 +141,7 @@ class Planner:
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
-        origin = Origin(rule, self.recompute, self.factory, layout_of(images), self.fingerprint)
+        origin = Origin(rule, self.recompute, self.factory, self.criterion, layout_of(images), self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
     def _part(self, span, head):
@@ -218,9 +222,9 @@ class Planner:
         return self._heads[key]
 
     @property
-    def loss_bytes(self):
-        """Of a local module's loss, in the tensor of all modules' that a step makes at its start."""
-        return self.dtype.itemsize
+    def module_bytes(self):
+        """Of a local module's loss and its count of right answers, in tensors of all modules'."""
+        return self.dtype.itemsize + torch.int64.itemsize
 
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""

@@ -48,10 +48,10 @@ def cut_table(planner, shape, rule, walker=None):
         longest_rebuild=LONGEST_REBUILD,
         unit_macs=[variant.macs for variant in variants],
         head_macs=[macs for _, macs in behind],
-        head_state=[state + planner.loss_bytes for state in states[:-1]] + [0],
+        head_state=[state + planner.module_bytes for state in states[:-1]] + [0],
         unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
         head_scratch=[scratch for _, scratch in optimizers],
-        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes + planner.loss_bytes,
+        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes + planner.module_bytes,
     )
 
 
