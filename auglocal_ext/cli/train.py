@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from .. import report
-from ..common.files import save_model, write_json
-from ..common.memory import format_bytes
+from ..common.files import save_model, write_json, write_text
 from ..training.divergence import TrainingDiverged
 from ..training.evaluate import evaluation
+from ..training.lines import cost_lines
 from ..training.result import TrainingInterrupted
 from .errors import in_words_of_options
-from .events import event_writer
+from .events import as_csv, event_writer
 from .job import check, make_model, read_data, train_as_told
 from .options import default_device
 from .runs import can_go_on, new_folder, options_of, read_settings, settings_of
@@ -90,6 +90,7 @@ def _train_in(folder, options, source, model, write_events):
         history[entry["epoch"] - 1 :] = [entry]
         write_json(folder / "settings.json", settings_of(options, source))
         write_json(folder / "history.json", history)
+        write_text(folder / "history.csv", as_csv(history))
         save_model(folder / "model.pt", model)
         if write_events:
             write_events(folder / "tensorboard", entry)
@@ -121,10 +122,11 @@ def _train_in(folder, options, source, model, write_events):
     if options.val_split:
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}, test accuracy {tested.top1:.2%}"
+    stopped = f", stopped by --{result.stopped.replace('_', '-')}" if result.stopped else ""
     print(
-        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s, peak memory "
-        f"{format_bytes(result.peak_bytes)}\n"
-        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png; "
-        f"`auglocal resume {folder} --epochs N` goes on"
+        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s{stopped}\n"
+        f"{cost_lines(result)}\n"
+        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "
+        f"learning_curve.png; `auglocal resume {folder} --epochs N` goes on"
     )
     return status

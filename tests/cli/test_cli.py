@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import argparse
+import csv
 import errno
 import json
 import math
@@ -22,7 +23,7 @@ from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.cli.program import main
 from auglocal_ext.training.epoch import Sums
 
-FILES = {"model.pt", "settings.json", "history.json", "learning_curve.png", "checkpoint"}
+FILES = {"model.pt", "settings.json", "history.json", "history.csv", "learning_curve.png", "checkpoint"}
 
 
 def test_train_writes_what_it_says(tmp_path, capsys):
@@ -32,6 +33,11 @@ def test_train_writes_what_it_says(tmp_path, capsys):
     assert {file.name for file in folder.iterdir()} == FILES
     history = json.loads((folder / "history.json").read_text())
     assert len(history) == 2 and len(history[0]["module_losses"]) == 3
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [float(rows[1][f"module_losses.{index}"]) for index in range(3)] == history[1]["module_losses"]
+    assert float(rows[1]["val_accuracy"]) == history[1]["val_accuracy"]
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["options"]["modules"] == 3 and settings["num_classes"] == 10 and len(settings["classes"]) == 10
     assert len(settings["mean"]) == len(settings["std"]) == 3 and settings["versions"]["torch"] == torch.__version__
