@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
 from .nodes.head import take_in_head
@@ -82,7 +83,7 @@ def _chain(first, last):
     return chain
 
 
-def join(units, head, features, weight=1.0):
+def join(units, head, features, weight=1.0, criterion=PLAIN):
     """The nodes of a local module from its units' and its head's, with a loss at the end: one Head that takes in the
     last BatchNorm chain where that is how it ends and nothing else reads the chain, else the loss of the logits.
 
@@ -90,9 +91,11 @@ def join(units, head, features, weight=1.0):
         units, head: lists of Node in the order of execution. The head's output is the logits.
         features: the name of the value that is handed on to the next module, or None.
         weight: of the loss.
+        criterion: the loss.
     """
     nodes, last = [*units, *head], head[-1]
-    return take_in_head(nodes, features, weight) or [*nodes, cross_entropy(last.part, last.out, weight)]
+    head_in_one = take_in_head(nodes, features, weight, criterion)
+    return head_in_one or [*nodes, cross_entropy(last.part, last.out, weight, criterion)]
 
 
 # ---- orders in which less is kept, of the same values ---------------------------------------------------------------

@@ -23,8 +23,8 @@ class CutTable:
         longest_rebuild: an output whose rebuild would take more passes than this is kept.
         unit_macs: (as a module's first unit, otherwise).
         head_macs: of the head of a module that ends with the unit.
-        head_state: parameters, buffers and optimizer state that this head adds, and its loss; 0 for the last unit,
-            whose head is the model's own classifier.
+        head_state: parameters, buffers and optimizer state that this head adds, its loss and its count of right
+            answers; 0 for the last unit, whose head is the model's own classifier.
         unit_scratch, head_scratch: what the optimizer needs for a moment in its step on that part.
         constant: lives during the whole step.
     """

@@ -1,7 +1,6 @@
 """What plain PyTorch would hold for the same step: eager backpropagation, and with every unit checkpointed."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +39,7 @@ def eager_bytes(planner, shape, like=None):
 
 
 def _step(planner, parts, images, labels, checkpointed):
+    planner.progress.walked()
     *units, classifier = parts
     with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
         existing = live.now
@@ -48,7 +48,7 @@ def _step(planner, parts, images, labels, checkpointed):
         x = images.to(planner.autocast or planner.dtype)
         for index, unit in enumerate(units):
             x = checkpoint(unit, x, use_reentrant=False) if checkpointed and index else unit(x)
-        loss = F.cross_entropy(classifier(x), labels)
+        loss = planner.criterion(classifier(x), labels)
         del x
         loss.backward()
     parts.zero_grad(set_to_none=True)

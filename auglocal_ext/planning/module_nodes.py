@@ -1,5 +1,6 @@
 """The nodes and programs of a backbone's local modules: where what is cut meets the engine."""
 
+from ..engine.criterion import PLAIN
 from ..engine.nodes import Loss
 from ..engine.program import build
 from ..engine.trace import join, trace
@@ -23,21 +24,22 @@ def programs(backbone, spans, heads, kept_gaps=None, **options):
     return made
 
 
-def module_program(backbone, span, head, source, trace=trace, **options):
+def module_program(backbone, span, head, source, trace=trace, criterion=PLAIN, **options):
     """The program of one local module.
 
     Args:
         source: the name of its input.
         trace: `engine.trace.trace`, or that of a `Reader`.
+        criterion: the loss of its logits.
         options: see `engine.program.build`.
     """
-    nodes, features = module_nodes(backbone, span, head, source, trace)
+    nodes, features = module_nodes(backbone, span, head, source, trace, criterion)
     return build(nodes, source, features, **options)
 
 
-def module_nodes(backbone, span, head, source, trace=trace):
+def module_nodes(backbone, span, head, source, trace, criterion):
     """The nodes of a local module, of units with a LocalHead, and the name of the features that it hands on: None
-    behind the backbone's last unit. trace: see `module_program`."""
+    behind the backbone's last unit. trace, criterion: see `module_program`."""
     inside = backbone.looked_into
     nodes, out = unit_nodes(backbone, span, source, trace)
     features = out if span.last < len(backbone.units) - 1 else None
@@ -46,7 +48,7 @@ def module_nodes(backbone, span, head, source, trace=trace):
         extra_nodes, prediction = trace(head.extra.net, inside, "extra", out)
         nodes += [*extra_nodes, Loss("extra loss", "extra", prediction, extra_weight, head.extra.loss)]
     head_nodes, _ = trace(head.net, inside, "head", out)
-    return join(nodes, head_nodes, features, weight), features
+    return join(nodes, head_nodes, features, weight, criterion), features
 
 
 def unit_nodes(backbone, span, source, trace=trace):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..engine.criterion import CrossEntropy
 from ..rules.rule import Rule
 
 __all__ = ["Origin", "fingerprint"]
@@ -12,11 +13,13 @@ __all__ = ["Origin", "fingerprint"]
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, memory_format: what the plan was made with. model: the `fingerprint` of its model."""
+    """rule, recompute, optimizer, criterion, memory_format: what the plan was made with. model: the `fingerprint` of
+    its model."""
 
     rule: Rule
     recompute: bool
     optimizer: Callable
+    criterion: CrossEntropy
     memory_format: torch.memory_format
     model: tuple
 

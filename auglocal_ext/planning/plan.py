@@ -33,6 +33,7 @@ def plan(
     memory_budget: int | str | None = None,
     recompute: bool = False,
     optimizer: Callable | None = None,
+    criterion: nn.CrossEntropyLoss | None = None,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Plan:
     """Plans a training without running it; the model is not changed.
@@ -42,6 +43,8 @@ def plan(
         input_shape: of a batch of images, (N, C, H, W).
         depth, rule, form, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
             be "auto".
+        criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
+            the classifier.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
@@ -63,13 +66,14 @@ def plan(
         budget = parse_bytes(memory_budget)
         rules = candidates(rule, depth, form, len(backbone.units))
     spans = cut(backbone, rules[0], modules)
-    planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone)
-    if memory_budget is None:
-        return compared(planner, planner.plan(spans, shape, rules[0]))
-    check_device(planner.device, budget)
-    spans, heads, choice = choose(planner, shape, budget, rules, modules)
-    planned = planner.plan(spans, shape, choice.rule, heads)
-    return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
+    planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone, criterion)
+    with planner.progress(f"planning batches of {shape[0]}"):
+        if memory_budget is None:
+            return compared(planner, planner.plan(spans, shape, rules[0]))
+        check_device(planner.device, budget)
+        spans, heads, choice = choose(planner, shape, budget, rules, modules)
+        planned = planner.plan(spans, shape, choice.rule, heads)
+        return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
 
 
 def check_shape(backbone, input_shape):

@@ -12,6 +12,7 @@ from ..common.checks import check_precision
 from ..common.memory import bytes_of, tensors_of
 from ..common.meta import as_meta_copy, meta_copy
 from ..engine.as_real import RealLayouts
+from ..engine.criterion import as_criterion
 from ..engine.emit import Phase
 from ..engine.program import Program
 from ..engine.tensors import layout_of
@@ -24,6 +25,7 @@ from ..rules.cutting import Span, assert_apart, borders_of, local_heads
 from .module_nodes import module_program
 from .optimizer_bytes import OptimizerBytes, frozen_state
 from .origin import Origin, fingerprint
+from .progress import Progress
 from .result import ModulePlan, Plan
 
 __all__ = ["Planner", "train_mode"]
@@ -58,13 +60,14 @@ class Planner:
 
     Args:
         model: see `as_backbone`. In eval mode as a whole it is planned in training mode, which a step puts it into.
-        precision, optimizer, recompute: see `auglocal_ext.train`.
+        precision, optimizer, recompute, criterion: see `auglocal_ext.train`.
         memory_format: of the images, where no batch tells it.
         backbone: of the model, where it was read already.
 
     Attributes:
         options: how the programs are built; see `module_nodes.module_program`.
         optimizer_bytes: see `OptimizerBytes`.
+        progress: see `Progress`.
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class Planner:
         recompute=False,
         memory_format=torch.channels_last,
         backbone=None,
+        criterion=None,
     ):
         check_precision(precision)
+        self.criterion = as_criterion(criterion)
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
@@ -85,10 +90,11 @@ class Planner:
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
-        self.reader, self._heads, self._same = Reader(), {}, set()
+        self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
+            "criterion": self.criterion,
             "trace": self.reader.trace,
             "device_type": self.device.type,
         }
@@ -125,16 +131,17 @@ class Planner:
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
         batch_bytes = images.nbytes + labels.nbytes
-        constant = batch_bytes + len(parts) * self.loss_bytes
+        constant = batch_bytes + len(parts) * self.module_bytes
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
-        walks = self._filled(parts, images, labels)
+        with self.progress(f"planning batches of {shape[0]}"):
+            walks = self._filled(parts, images, labels)
         modules = tuple(
             self._module_plan(index, part, walk, constant, words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
-        origin = Origin(rule, self.recompute, self.factory, layout_of(images), self.fingerprint)
+        origin = Origin(rule, self.recompute, self.factory, self.criterion, layout_of(images), self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
     def _part(self, span, head):
@@ -161,6 +168,7 @@ class Planner:
             if known is not None and not kept:
                 walk = known[index]
             else:
+                self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
                 line, features = timeline(program, x, labels, part.existing, index > 0, images)
                 walk = _Walk(program, line, features, kept)
@@ -214,9 +222,9 @@ class Planner:
         return self._heads[key]
 
     @property
-    def loss_bytes(self):
-        """Of a local module's loss, in the tensor of all modules' that a step makes at its start."""
-        return self.dtype.itemsize
+    def module_bytes(self):
+        """Of a local module's loss and its count of right answers, in tensors of all modules'."""
+        return self.dtype.itemsize + torch.int64.itemsize
 
     def state_bytes(self):
         """Parameters, buffers and optimizer state of the model alone."""

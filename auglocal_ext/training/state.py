@@ -64,6 +64,7 @@ def _made_of(trainer):
         "borders": [span.last for span in trainer._spans[:-1]],
         "precision": trainer.precision,
         "recompute": trainer.recompute,
+        "criterion": str(trainer.criterion),
         "optimizer": type(trainer.optimizers[0]).__name__,
     }
 

@@ -16,6 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import tensors_of
+from ..engine.criterion import as_criterion
 from ..engine.tensors import layout_of
 from ..optim import make_optimizer, sgd
 from ..planning.comparison import compared
@@ -27,29 +28,18 @@ from ..rules.cutting import assert_apart, cut, local_heads
 from ..rules.rule import Rule
 from .divergence import UndoWhereNotFinite
 from .errors import check_parameters, check_plan, say_where_it_stopped
+from .local_module import LocalModule
 from .state import load_state, state_of
 from .watch import Watch
 
-__all__ = ["LocalModule", "LocalTrainer", "StepResult"]
-
-
-class LocalModule(nn.Module):
-    """Consecutive units of the backbone and the LocalHead behind them: x -> (features, logits)."""
-
-    def __init__(self, units, head):
-        super().__init__()
-        self.body, self.head = nn.Sequential(*units), head
-
-    def forward(self, x):
-        features = self.body(x)
-        return features, self.head(features)
+__all__ = ["LocalTrainer", "StepResult"]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step computed, before its parameters changed. Tensors on the model's device, detached."""
 
-    loss: torch.Tensor  # (): cross-entropy of the model's own classifier; NaN where the batch was refused
+    loss: torch.Tensor  # (): the criterion of the model's own classifier; NaN where the batch was refused
     logits: torch.Tensor  # (N, num_classes), of the model's own classifier
     module_losses: torch.Tensor  # (modules,): each local module's loss, the classifier's last
 
@@ -77,9 +67,11 @@ class LocalTrainer:
         modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
             that fits a memory budget pass plan.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut, rule, optimizer,
-            precision and recompute are taken from it, and its step is run, without planning again.
+            criterion, precision and recompute are taken from it, and its step is run, without planning again.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
             momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
+        criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy, or
+            torch.nn.CrossEntropyLoss(label_smoothing=...).
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
         recompute: keep blocks' inputs only, and run each block's convolutions again in the backward: gradient
             checkpointing, with BatchNorm's statistics updated once.
@@ -109,17 +101,19 @@ class LocalTrainer:
         modules: int | None = None,
         borders: Iterable[int] | None = None,
         optimizer: Callable | None = None,
+        criterion: nn.CrossEntropyLoss | None = None,
         precision: str = "fp32",
         recompute: bool = False,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         if plan is not None:
-            beside = (depth, rule, form, modules, borders, optimizer, precision, recompute)
-            check_plan(plan, model, beside == (4, "auglocal", None, None, None, None, "fp32", False))
+            beside = (depth, rule, form, modules, borders, optimizer, criterion, precision, recompute)
+            check_plan(plan, model, beside == (4, "auglocal", None, None, None, None, None, "fp32", False))
             rule, borders, precision = plan.origin.rule, plan.borders, plan.precision
-            recompute, optimizer = plan.origin.recompute, plan.origin.optimizer
+            recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
             image_size = image_size or plan.input_shape[2:]
         checks.check_precision(precision)
+        self.criterion = as_criterion(criterion)
         backbone = as_backbone(model)
         rule = as_rule(rule, depth, form)
         self._spans = cut(backbone, rule, modules, borders)
@@ -247,7 +241,7 @@ class LocalTrainer:
             self.plan = compared(self._planner(), self.plan, images)
 
     def _planner(self):
-        return Planner(self.model, self.precision, self._optimizer, self.recompute)
+        return Planner(self.model, self.precision, self._optimizer, self.recompute, criterion=self.criterion)
 
     def _plan_for(self, images, compare=False):
         """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""
@@ -311,7 +305,7 @@ class LocalTrainer:
             autocast = torch.bfloat16 if self.precision == "bf16" else None
             planned = self.plan is not None and modes == self._planned_for[0]
             kept_gaps = [module.kept_gaps for module in self.plan.modules] if planned else None
-            options = {"autocast": autocast, "recompute": self.recompute}
+            options = {"autocast": autocast, "recompute": self.recompute, "criterion": self.criterion}
             self._programs = programs(self._backbone, self._spans, heads, kept_gaps, **options)
             self._programmed_modes = modes
             called = [island.call for program in self._programs for island in program.islands]
@@ -348,7 +342,8 @@ class LocalTrainer:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def tensors(self):
-        """Every tensor that training keeps between steps: parameters, buffers, optimizer state."""
+        """Every tensor that training keeps between steps: parameters, buffers, optimizer state, `module_hits`."""
+        yield self.module_hits
         for module in (self.model, self.aux_nets):
             yield from tensors_of(module)
         for optimizer in self.optimizers:

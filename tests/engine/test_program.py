@@ -24,7 +24,7 @@ from auglocal_ext.planning.module_nodes import programs
 from auglocal_ext.rules.by_name import as_rule
 from auglocal_ext.rules.cutting import cut, local_heads
 from auglocal_ext.rules.rule import LocalHead
-from auglocal_ext.training.trainer import LocalModule
+from auglocal_ext.training.local_module import LocalModule
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

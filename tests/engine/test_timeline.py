@@ -68,7 +68,7 @@ def test_a_resnet152_is_measured_on_meta_tensors(torchvision):
     trainer = LocalTrainer(model, 5, modules=4)
     planned = plan(model, tuple(images.shape), 5, modules=4)
     programs = trainer._current_programs()
-    state, losses = [*trainer.tensors()], 4 * len(programs)
+    state, losses = [*trainer.tensors()], 4 * len(programs) + trainer.module_hits.nbytes
     inputs, peaks = [images], []
     for program in programs:
         with LiveBytes([*state, images, labels, inputs[0]]) as live:

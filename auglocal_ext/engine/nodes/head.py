@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.utils import _pair
 
+from ..criterion import CrossEntropy
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
 from .activation import RELU
@@ -27,7 +28,8 @@ class Head(Node):
     norm: Norm
     head_bn: nn.BatchNorm1d | None
     linear: nn.Linear
-    weight: float = 1.0  # of the loss
+    weight: float  # of the loss
+    criterion: CrossEntropy
 
     keeps_its_source = False
     is_a_loss = True
@@ -54,7 +56,7 @@ class Head(Node):
             pooled = made[0]
         gradients = emit.gradient_names(self.linear.weight, self.linear.bias)
         writes = [self.out, emit.loss_name("cross-entropy"), f"{self.out}.gradient", *gradients]
-        run = partial(_linear_cross_entropy, self.linear, self.weight)
+        run = partial(_linear_cross_entropy, self.linear, self.weight, self.criterion.label_smoothing)
         emit.step(self, "linear and loss", run, [pooled, "labels"], writes, self._macs)
 
     def backward(self, emit):
@@ -80,7 +82,7 @@ class Head(Node):
         return 3 * writes[0].numel() * self.linear.in_features
 
 
-def take_in_head(nodes, features, weight):
+def take_in_head(nodes, features, weight, criterion):
     """The nodes of a module with a Head in place of those it consists of, where that is how they end; else None.
 
     features: the name of the value that is handed on to the next module, or None: a Head may not be its only reader.
@@ -108,7 +110,7 @@ def take_in_head(nodes, features, weight):
             and has_own_weight(linear)
             and linear.weight.is_contiguous()
         ):
-            head = Head(nodes[-1].out, nodes[-1].part, norm, middle[0] if middle else None, linear, weight)
+            head = Head(nodes[-1].out, nodes[-1].part, norm, middle[0] if middle else None, linear, weight, criterion)
             return [node for node in nodes if node not in tail] + [head]
     return None
 
@@ -140,8 +142,8 @@ def _head_norm_backward(bn, grad, x, mean, invstd):
     return _aten.native_batch_norm_backward(grad, x, bn.weight, *running, mean, invstd, True, bn.eps, mask)
 
 
-def _linear_cross_entropy(linear, weight, pooled, labels):
-    given = (pooled, linear.weight, linear.bias, labels, 0.0, -100)
+def _linear_cross_entropy(linear, weight, label_smoothing, pooled, labels):
+    given = (pooled, linear.weight, linear.bias, labels, label_smoothing, -100)
     loss, logits, *gradients = _ops.linear_cross_entropy(*given)
     if weight != 1:
         for value in (loss, *gradients):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from ..node import Node
 from ..tensors import dense
@@ -42,9 +41,9 @@ class Loss(Node):
         """The gradient is there with the loss."""
 
 
-def cross_entropy(part, logits, weight=1.0):
-    """The cross-entropy of logits that an island computed."""
-    return Loss(CROSS_ENTROPY, part, logits, weight, F.cross_entropy, ("labels",))
+def cross_entropy(part, logits, weight, criterion):
+    """The cross-entropy of logits that an island computed; criterion: `CrossEntropy`."""
+    return Loss(CROSS_ENTROPY, part, logits, weight, criterion, ("labels",))
 
 
 def _run(function, weight, prediction, *given):
