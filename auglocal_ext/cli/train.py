@@ -121,8 +121,9 @@ def _train_in(folder, options, source, model, write_events):
     if options.val_split:
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}, test accuracy {tested.top1:.2%}"
+    why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     print(
-        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s, peak memory "
+        f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s, peak memory "
         f"{format_bytes(result.peak_bytes)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png; "
         f"`auglocal resume {folder} --epochs N` goes on"
