@@ -57,14 +57,13 @@ def make_model(options, source, weights=None):
 
 def train_as_told(options, model, source, **more):
     """Trains the model on the Data, as `auglocal_ext.train` with what the options say; more: what else it is given."""
-    if options.label_smoothing:
-        more["criterion"] = torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     return train(
         model,
         source.train,
         options.depth,
         val_loader=source.val if options.val_split else source.test,
         epochs=options.epochs,
+        criterion=torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
         rule=for_images(options.rule, source.description["mean"], source.description["std"]),
         form=options.form,
         modules=options.modules,

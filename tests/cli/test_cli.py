@@ -163,6 +163,12 @@ def test_a_stop_within_the_first_epoch_is_gone_on_from(tmp_path, capsys):
     assert all(torch.equal(whole[key], part[key]) for key in whole)
 
 
+def test_patience_is_told(tmp_path, capsys):
+    arguments = ["--epochs", "5", "--lr", "0", "--patience", "1", "--runs", str(tmp_path)]
+    assert main([*FAKE, *arguments, "--schedule", "constant"]) == 0
+    assert re.search(r"test accuracy .* after \d epochs, stopped by --patience, in ", capsys.readouterr().out)
+
+
 def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
     def stopped(*args, **options):
         raise KeyboardInterrupt
