@@ -21,6 +21,7 @@ __all__ = [
     "create",
     "init_weights",
     "initialised",
+    "name_of",
 ]
 
 
@@ -131,3 +132,54 @@ def create(name: str, num_classes: int) -> nn.Module:
             raise ValueError(f"the model {name!r} of torchvision is no image classifier: {expected}")
         raise ValueError(f"no model is named {name!r}: {expected}")
     return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+# Block, blocks per stage, groups, base width, as torchvision builds them.
+_RESNETS = {
+    ("BasicBlock", (2, 2, 2, 2), 1, 64): "resnet18",
+    ("BasicBlock", (3, 4, 6, 3), 1, 64): "resnet34",
+    ("Bottleneck", (3, 4, 6, 3), 1, 64): "resnet50",
+    ("Bottleneck", (3, 4, 23, 3), 1, 64): "resnet101",
+    ("Bottleneck", (3, 8, 36, 3), 1, 64): "resnet152",
+    ("Bottleneck", (3, 4, 6, 3), 32, 4): "resnext50_32x4d",
+    ("Bottleneck", (3, 4, 23, 3), 32, 8): "resnext101_32x8d",
+    ("Bottleneck", (3, 4, 23, 3), 64, 4): "resnext101_64x4d",
+    ("Bottleneck", (3, 4, 6, 3), 1, 128): "wide_resnet50_2",
+    ("Bottleneck", (3, 4, 23, 3), 1, 128): "wide_resnet101_2",
+}
+# Convolutions of each width from 64 to 512, the last one's two stages together.
+_VGGS = {(1, 1, 2, 4): "vgg11", (2, 2, 2, 4): "vgg13", (2, 2, 3, 6): "vgg16", (2, 2, 4, 8): "vgg19"}
+
+
+def name_of(model: nn.Module) -> str:
+    """What a model is called: "resnet32", or "wide_resnet50_2" where torchvision's function of that name builds such a
+    one, with other classes or another stem too; else the name of its class."""
+    kind, name = type(model), None
+    if kind is CifarResNet:
+        name = _cifar_name(model)
+    elif (kind.__module__, kind.__name__) == ("torchvision.models.resnet", "ResNet"):
+        name = _resnet_name(model)
+    elif (kind.__module__, kind.__name__) == ("torchvision.models.vgg", "VGG"):
+        name = _vgg_name(model)
+    return name or kind.__name__
+
+
+def _cifar_name(model):
+    blocks = {len(stage) for stage in (model.layer1, model.layer2, model.layer3)}
+    name = f"resnet{6 * max(blocks) + 2}"
+    return name if len(blocks) == 1 and name in _CIFAR else None
+
+
+def _resnet_name(model):
+    stages = [list(stage.children()) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    blocks = {type(block).__name__ for stage in stages for block in stage}
+    return _RESNETS.get((*blocks, tuple(map(len, stages)), model.groups, model.base_width))
+
+
+def _vgg_name(model):
+    layers = list(model.features.children())
+    widths = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)]
+    norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in layers)
+    name = _VGGS.get(tuple(widths.count(width) for width in (64, 128, 256, 512)))
+    known = name and widths == sorted(widths) and set(widths) == {64, 128, 256, 512} and norms in (0, len(widths))
+    return name + "_bn" * (norms > 0) if known else None

@@ -32,6 +32,8 @@ from auglocal_ext.common.memory import LiveBytes
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
 
+LAYOUT = torch.contiguous_format  # of the images, where nothing runs on CUDA
+
 
 @dataclass(frozen=True)
 class Case:
@@ -146,8 +148,8 @@ def counted(case):
     with torch.device("meta"):
         model = auglocal_ext.models.create(case.network, case.classes)
         images, labels = torch.empty(case.shape), torch.empty(case.shape[0], dtype=torch.int64)
-    one = auglocal_ext.plan(model, case.shape, case.depth)
-    bp = auglocal_ext.plan(model, case.shape, rule="bp")
+    one = auglocal_ext.plan(model, case.shape, case.depth, memory_format=LAYOUT)
+    bp = auglocal_ext.plan(model, case.shape, rule="bp", memory_format=LAYOUT)
     batch = images.nbytes + labels.nbytes
     state = bp.state_bytes + batch
     for method, checkpointed, macs in (("eager BP", False, 1.0), ("GC, every unit", True, 4 / 3)):
@@ -198,7 +200,7 @@ def cheapest(model, case, activations):
     while len(tried) < 8 and round(budget) not in tried:
         tried.add(round(budget))
         try:
-            plan = auglocal_ext.plan(model, case.shape, case.depth, memory_budget=round(budget))
+            plan = auglocal_ext.plan(model, case.shape, case.depth, memory_budget=round(budget), memory_format=LAYOUT)
         except ValueError:
             budget *= 1.1
             continue
@@ -215,7 +217,7 @@ def cheapest(model, case, activations):
 
 def measured(case, device, precision, seconds):
     """Rows of a case that was run, all methods in turn, so that what disturbs the machine disturbs them alike."""
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    layout = torch.channels_last if device == "cuda" else LAYOUT
     images = torch.randn(case.shape).to(device, memory_format=layout)
     labels = torch.arange(case.shape[0], device=device) % case.classes
 

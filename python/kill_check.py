@@ -4,7 +4,8 @@
 
 Every rule, local ones with one module per unit and with two. A third of the kills come in the middle of writing a
 checkpoint, between the file that is written beside and its renaming. Each training adds a line to the file: its kills,
-the epochs that they left, whether the weights were equal. The exit status is 1 where some were not.
+where they left it, whether the weights were equal. Half of the trainings write a checkpoint after every step. The exit
+status is 1 where some were not equal.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,9 +34,10 @@ CASES = [{"rule": rule} for rule in rules.RULES] + [
 ]
 
 
-def training(case, folder):
-    """Trains; returns the weights."""
+def training(case, folder, minutes=10):
+    """Trains; returns the weights. minutes: 0 for a checkpoint after every step, not only every epoch."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "a step of this cut needs")  # of so small a net
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (96, 3, 16, 16), dtype=torch.uint8, generator=generator)
@@ -42,7 +45,7 @@ def training(case, folder):
     loader = data.DeviceLoader(images, torch.arange(96) % 10, 32, mean, std, augment=True, pad=2, flip=True)
     model = models.CifarResNet(1)
     rule = rules.for_images(case["rule"], mean.tolist(), std.tolist())
-    options = {"seed": 3, "progress": False, "modules": case.get("modules")}
+    options = {"seed": 3, "progress": False, "modules": case.get("modules"), "checkpoint_minutes": minutes}
     train(model, loader, 2, rule=rule, epochs=EPOCHS, checkpoint=folder, **options)
     return model.state_dict()
 
@@ -67,14 +70,15 @@ sys.path.insert(0, {here!r})
 import torch, kill_check
 {before}
 print("begins", flush=True)
-torch.save(kill_check.training({case!r}, {folder!r}), {folder!r} + "/final.pt")
+torch.save(kill_check.training({case!r}, {folder!r}, {minutes}), {folder!r} + "/final.pt")
 """
 
 
-def attempt(case, folder, draw, how):
+def attempt(case, folder, minutes, draw, how):
     """One process, which is killed "at a moment" or "in a write", or runs to its "end"."""
-    before = IN_A_WRITE.format(left=draw.randint(1, 4)) if how == "in a write" else ""
-    program = CHILD.format(here=str(Path(__file__).parent), before=before, case=case, folder=str(folder))
+    before = IN_A_WRITE.format(left=draw.randint(1, 4 if minutes else 12)) if how == "in a write" else ""
+    given = {"case": case, "folder": str(folder), "minutes": minutes}
+    program = CHILD.format(here=str(Path(__file__).parent), before=before, **given)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         process.stdout.readline()
@@ -90,20 +94,22 @@ def attempt(case, folder, draw, how):
 
 def killed_training(case, kills, draw):
     """A training that is killed so often before it may end: what is written of it."""
-    told = []
+    told, minutes = [], draw.choice((0, 10))
     with tempfile.TemporaryDirectory() as folder:
         for index in range(kills):
             how = "in a write" if index % 3 == 0 else "at a moment"
-            if attempt(case, folder, draw, how) == 0:
+            if attempt(case, folder, minutes, draw, how) == 0:
                 break  # it had ended before
             last = Path(folder) / "last.pt"
-            told.append({"killed": how, "epoch": torch.load(last)["epoch"] if last.exists() else 0})
-        status = attempt(case, folder, draw, "end")
+            left = torch.load(last) if last.exists() else {"epoch": 0, "sums": None}
+            step = left["sums"]["steps"] if left["sums"] else 0
+            told.append({"killed": how, "epoch": left["epoch"], "step": step})
+        status = attempt(case, folder, minutes, draw, "end")
         final = torch.load(Path(folder) / "final.pt") if status == 0 else {}
     with tempfile.TemporaryDirectory() as folder:
         expected = training(case, folder)
     equal = final.keys() == expected.keys() and all(torch.equal(final[key], expected[key]) for key in expected)
-    return {"case": case, "kills": told, "status": status, "equal": equal}
+    return {"case": case, "minutes": minutes, "kills": told, "status": status, "equal": equal}
 
 
 def check(options):

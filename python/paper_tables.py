@@ -7,8 +7,8 @@ One block of tables for each group of runs whose settings agree in everything bu
 device; means and sample standard deviations are over the seeds. Of two runs of one seed the later line counts.
 
 --run trains by train_cifar.py and train_imagenet.py, and adds to FILE (default: benchmarks/results/paper.jsonl). What
-is there already is not run again, so the same command goes on where it stopped. A run that will not fit into the
-minutes left is skipped, one cut off by them is stopped and leaves no record. Learning rates are the programs' own.
+is there already is not run again, and a run that the minutes cut off leaves its checkpoint in FILE.partial: the same
+command goes on where it stopped, within an epoch too. Learning rates are the programs' own.
 
     CPU, an ImageFolder of CIFAR-10 images, every rule, d = 2, 4, 6 and K = 2, 4, 16 at d = 4:
         --run --data imagefolder:DATA --epochs 5 --batch-size 128 --depths 2 4 6 --modules 2 4 16 --minutes 120
@@ -17,7 +17,10 @@ minutes left is skipped, one cut off by them is stopped and leaves no record. Le
     then the cuts into K modules, or the other network: the same and --modules 2 3 4 8, or --networks resnet110
 """
 
+import contextlib
 import json
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -284,8 +287,10 @@ def markdown(rows):
 
 # ---- running what is missing --------------------------------------------------------------------------------------
 
-# Pixels along a side, classes: what a cut's arithmetic is planned with, where no run of it has told.
-DATASETS = {"cifar10": (32, 10), "svhn": (32, 10), "stl10": (96, 10), "imagenet": (224, 1000)}
+DATASETS = ("cifar10", "svhn", "stl10", "imagenet")
+
+GRACE = 120  # seconds that a training has to start and to stop in, beside those that are left
+_GOES_ON = "the same command goes on from here"
 
 # The most useful rows first.
 ORDER = [("bp", None), ("auglocal", 4), ("auglocal", 2), ("auglocal", 6), ("dgl", None), ("predsim", None)]
@@ -311,13 +316,20 @@ class Run:
         cut = f" K={self.modules}" if self.modules else ""
         return f"{self.model} {self.dataset} {_method(self.rule, self.depth)}{cut} seed {self.seed}"
 
-    def command(self, device, results):
+    @property
+    def slug(self):
+        """Of all its settings but where the images are: what its checkpoint is found by."""
+        values = (f"{name}-{value}" for name, value in asdict(self).items() if name != "data" and value is not None)
+        return re.sub(r"[^\w.-]", "_", "-".join(values))
+
+    def command(self, device, results, checkpoint, seconds):
         program = "train_imagenet.py" if self.dataset == "imagenet" else "train_cifar.py"
         command = [sys.executable, str(ROOT / "python" / program)]
         for name, value in asdict(self).items():
             if value is not None and not (name == "dataset" and value == "imagenet"):
                 command += ["--" + name.replace("_", "-"), str(value)]
-        return [*command, "--device", device, "--results", str(results), "--quiet"]
+        command += ["--device", device, "--results", str(results), "--checkpoint", str(checkpoint)]
+        return [*command, "--max-seconds", f"{max(seconds, 1):.0f}", "--quiet"]
 
 
 def wanted_runs(options):
@@ -342,7 +354,6 @@ class Runner:
         self.device, self.results, self.files = device, results, files
         self.machine = records.machine(device)["device"]
         self.until = time.perf_counter() + 60 * minutes
-        self.overhead = 0  # seconds of the last run that its record does not count: start, reading, tests
 
     def finished(self, **settings):
         """The records that have these settings and were made on this device, and whose cut is not special."""
@@ -369,53 +380,30 @@ class Runner:
     def _run(self, run):
         """(what came of it, what to show of the program's own output)"""
         left = self.until - time.perf_counter()
-        needed = self.estimate(run) if left > 0 else None
-        if left <= 0 or (needed is not None and needed > left):
-            about = "" if needed is None else f", needs about {needed:.0f} s"
-            return f"skipped: {max(left, 0):.0f} s left{about}", ""
-        started = time.perf_counter()
+        if left <= 0:
+            return "left out: the time is up", ""
+        checkpoint = self.results.parent / f"{self.results.name}.partial" / run.slug
+        command = run.command(self.device, self.results, checkpoint, left)
         try:
-            command = run.command(self.device, self.results)
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=self.until - started
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left + GRACE
             )
         except subprocess.TimeoutExpired:
-            return "stopped: the time is up, no record", ""
+            return f"stopped: it did not end by itself in {GRACE} s more; {_GOES_ON}", ""
         if done.returncode == 3:
             return "DIVERGED: no record", done.stdout
         if done.returncode:
             return f"FAILED ({done.returncode})", done.stdout
         found = self.finished(**asdict(run))
+        if not found and (checkpoint / "last.pt").exists():
+            return f"stopped: the time is up; {_GOES_ON}", ""
         if not found:
             return f"FAILED: no record of these settings in {self.results}", done.stdout
         made = found[-1]
-        self.overhead = time.perf_counter() - started - made["seconds"]
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are in it
+            checkpoint.parent.rmdir()
         return f"{made['accuracy']['last']:.2%}, {made['seconds']:.1f} s, {format_bytes(made['peak_bytes'])}", ""
-
-    def estimate(self, run):
-        """Seconds that a run will take: those of the finished one, else equal, that is nearest in arithmetic, in
-        proportion to it; None where nothing tells."""
-        settings = asdict(run)
-        same = self.finished(**{name: value for name, value in settings.items() if name != "seed"})
-        settings = {name: value for name, value in settings.items() if name not in (*CUT, "seed")}
-        others = self.finished(**settings)
-        macs = same[-1]["macs_per_bp"] if same else planned_macs(run) if others else None
-        if macs is None:
-            return None
-        nearest = min(same or others, key=lambda made: abs(made["macs_per_bp"] - macs))
-        return nearest["seconds"] * macs / nearest["macs_per_bp"] + self.overhead
-
-
-def planned_macs(run):
-    """Multiply-accumulates of a run's step against BP's; None for what cannot be planned: its program says why."""
-    side, classes = DATASETS[run.dataset]
-    try:
-        model = auglocal_ext.models.create(run.model, classes)
-        shape, cut = (run.batch_size, 3, side, side), {"rule": run.rule, "modules": run.modules}
-        plan = auglocal_ext.plan(model, shape, run.depth or 4, **cut)
-    except (ValueError, ImportError):
-        return None
-    return plan.macs / plan.bp_macs
 
 
 def parse(arguments=None):

@@ -4,62 +4,75 @@ import json
 from pathlib import Path
 
 import records
-import torch
 
-from auglocal_ext import rules
-from auglocal_ext.cli import errors
-from auglocal_ext.cli.checks import check_cut
-from auglocal_ext.cli.options import device, number, seed, whole
-from auglocal_ext.common.checks import PRECISIONS
+import auglocal_ext
+from auglocal_ext.cli import errors, job
+from auglocal_ext.cli.options import number, whole
+from auglocal_ext.cli.presets import defaults_of
+from auglocal_ext.cli.training_options import add_training, told
 from auglocal_ext.common.files import check_writable, save_model
 
+# What decides the outcome too; in a record where it is not as the recipe has it.
+MORE_SETTINGS = (
+    "optimizer",
+    "momentum",
+    "weight_decay",
+    "schedule",
+    "warmup",
+    "label_smoothing",
+    "weights",
+    "val_split",
+    "image_size",
+    "budget",
+    "recompute",
+    "patience",
+    "nonfinite",
+)
 
-def add_options(parser, batch_size_help, lr_help, **defaults):
-    """Adds the options of every recipe; defaults: of model, depth, epochs, and of others where they differ."""
+
+def add_options(parser, preset, data):
+    """Adds the options of every recipe; preset: whose values are the defaults; data: the help of --data."""
+    add_training(parser, depth=whole(2), lr=number(above=0), data=data, preset=preset)
     add = parser.add_argument
-    add(
-        "--model",
-        help="a CIFAR ResNet, resnet20 ... resnet110, or a classifier of torchvision's (default: %(default)s)",
-    )
-    add("--rule", choices=list(rules.RULES), default="auglocal", help="(default: %(default)s)")
-    add("--depth", type=whole(2), help="of AugLocal's aux nets, with their classifier (default: %(default)s)")
-    add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead of one per unit")
-    add("--batch-size", type=whole(2), help=batch_size_help)
-    add("--lr", type=number(above=0), help=lr_help)
-    epochs = whole(1, expected="a whole number of at least 1")
-    add("--epochs", type=epochs, help="times through the images (default: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=here, help="cpu, cuda or cuda:N (default here: %(default)s)")
-    add("--seed", type=seed, default=0, help="of weights, order and augmentation (default: %(default)s)")
     add("--save", type=Path, metavar="FILE", help="write the model's state_dict there after every epoch")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="go on from the checkpoint there, and keep one there")
     add("--results", type=Path, default=Path("results.jsonl"), help="where to add the record (default: %(default)s)")
-    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
-    parser.set_defaults(**defaults)
 
 
 def check(options):
     """Raises for what would else be found out after the reading or the training; returns the model, on the meta
     device."""
-    model = check_cut(options)
+    model = job.check(options)
     check_writable(options.results, "--results")
     if options.save:
         check_writable(options.save, "--save")
     return model
 
 
-def saver(options, model):
-    """The `on_epoch` that does what --save says; None without it."""
-    return (lambda entry: save_model(options.save, model)) if options.save else None
+def train(options, model, source):
+    """Trains as told, with what --save and --checkpoint say; returns the TrainResult, or None where --max-seconds
+    stopped it and --checkpoint lets it go on."""
+    on_epoch = (lambda entry: save_model(options.save, model)) if options.save else None
+    result = job.train_as_told(options, model, source, on_epoch=on_epoch, checkpoint=options.checkpoint)
+    return None if result.stopped == "max_seconds" and options.checkpoint else result
 
 
-def add_record(options, made):
-    """Adds the record to options.results; where that fails after all, prints it, so that it is not lost."""
+def add_record(options, made, model, source):
+    """Adds the record to options.results, and returns it; where that fails after all, prints it, so that it is not
+    lost. What the recipe has otherwise is added to its settings, and with --val-split the accuracy on the test images.
+    """
+    usual, given = defaults_of(options.preset), vars(options)
+    changed = {name: given[name] for name in MORE_SETTINGS if given[name] != usual[name]}
+    changed = {name: str(value) if isinstance(value, Path) else value for name, value in changed.items()}
+    made["settings"] = changed | made["settings"]
+    if options.val_split:
+        made["test_accuracy"] = auglocal_ext.evaluate(model, source.test, precision=options.precision)
     try:
         records.append(options.results, made)
     except OSError:
         print(json.dumps(made))
         raise
+    return made
 
 
 def main(program, parse, train, summary):
@@ -68,7 +81,7 @@ def main(program, parse, train, summary):
     Args:
         program: its name, for errors.
         parse: () -> options of the command line.
-        train: options -> record, which it has added to options.results.
+        train: options -> record, which it has added to options.results, or None: see `train`.
         summary: options, record -> a sentence.
 
     Returns:
@@ -77,7 +90,12 @@ def main(program, parse, train, summary):
 
     def command():
         options = parse()
+        if not options.quiet:
+            print(told(options))
         made = train(options)
+        if made is None:
+            print(f"stopped after --max-seconds, no record: the same command goes on, from {options.checkpoint}")
+            return 0
         print(f"{summary(options, made)}; record in {options.results}")
         return 0
 

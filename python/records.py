@@ -7,8 +7,10 @@ A record:
     local_modules, macs_per_bp    of the cut: number of modules, multiply-accumulates against backpropagation's
     accuracy    {"last", "best"}: of the last and of the best epoch on the test images, 0 to 1; top5 likewise where it
                 was measured
+    test_accuracy   of the last epoch on the test images, where accuracy is of validation images (--val-split)
     seconds     spent training, without the tests between epochs
     peak_bytes  the highest memory of a step, without images that loaders hold on its device
+    stopped     why there are fewer epochs than settings tell, see `auglocal_ext.TrainResult`; only where there are
     history     one dict per epoch, see `auglocal_ext.TrainResult`
 """
 
@@ -74,6 +76,8 @@ def record(settings, device, result, data_bytes=0):
         "peak_bytes": result.peak_bytes - data_bytes,
         "history": history,
     }
+    if result.stopped:
+        made["stopped"] = result.stopped
     top5 = [entry.get("val_top5_accuracy") for entry in history]
     return made | ({"top5": _last_and_best(top5)} if None not in top5 else {})
 

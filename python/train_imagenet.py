@@ -9,24 +9,20 @@ batch), cosine. The paper gives this for ResNet-34. What it leaves open is chose
 recipe (`auglocal_ext.optim.cosine`), and ResNet-101 and VGG13 trained as ResNet-34 is.
 """
 
-import os
 import sys
 from argparse import RawDescriptionHelpFormatter
-from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import recipes
 import records
 
-import auglocal_ext
-from auglocal_ext import data, models, rules
-from auglocal_ext.cli.options import Parser, size, whole
+from auglocal_ext import data
+from auglocal_ext.cli.job import make_model
+from auglocal_ext.cli.options import Parser
+from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
 from auglocal_ext.common.torchvision import import_torchvision
-from auglocal_ext.optim import sgd
 
 MOST_FAKE = 10_000_000  # they are made one by one, but their order is held in memory
 
@@ -50,28 +46,12 @@ def load(source, batch_size, workers):
 
 def train(options):
     """Trains as told; returns the record."""
-    lr = 0.4 * options.batch_size / 1024 if options.lr is None else options.lr
     recipes.check(options)
     source = load(options.data, options.batch_size, options.workers)
-    torch.manual_seed(options.seed)
-    model = models.create(options.model, source.num_classes)
-    result = auglocal_ext.train(
-        model,
-        source.train,
-        options.depth,
-        val_loader=source.test,
-        epochs=options.epochs,
-        rule=rules.for_images(options.rule, source.description["mean"], source.description["std"]),
-        modules=options.modules,
-        memory_budget=options.budget,
-        recompute=options.recompute,
-        optimizer=partial(sgd(options.batch_size), lr=lr),
-        precision=options.precision,
-        device=options.device,
-        seed=options.seed,
-        progress=not options.quiet,
-        on_epoch=recipes.saver(options, model),
-    )
+    model = make_model(options, source, options.weights)
+    result = recipes.train(options, model, source)
+    if result is None:
+        return None
     settings = {
         "dataset": "imagenet",
         "data": options.data,
@@ -83,7 +63,7 @@ def train(options):
         "recompute": options.recompute,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
-        "lr": lr,
+        "lr": options.lr,
         "precision": options.precision,
         "seed": options.seed,
         "train_images": len(source.train.dataset),
@@ -91,24 +71,26 @@ def train(options):
         "image_size": data.LARGE_SIDE,
     }
     made = records.record(settings, options.device, result)
-    recipes.add_record(options, made)
-    return made
+    return recipes.add_record(options, made, model, source)
 
 
 def parse(arguments=None):
     """The options of `train`."""
     parser = Parser("train_imagenet", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", required=True, help="ROOT with train/ and val/ or test/, a folder of images per class; or fake:N")
-    budget = "bytes a step may take, such as 6GB: cut where it fits at the least work"
-    add("--budget", type=size, metavar="SIZE", help=budget)
-    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
-    cores = len(os.sched_getaffinity(0))
-    workers = "processes that read images (default here: %(default)s)"
-    add("--workers", type=whole(0, 1024), default=cores, help=workers)
-    about = "(default: %(default)s)", "learning rate (default: 0.4 x batch size / 1024)"
-    recipes.add_options(parser, *about, batch_size=1024, model="resnet34", depth=5, epochs=200)
-    return parser.parse_args(arguments)
+    _add_options(parser)
+    given = vars(parser.parse_args(arguments))
+    if not given.keys() & {"data", "config"}:
+        parser.error("--data must be given: a folder with train/ and val/, or fake:N")
+    options = settled(given, _add_options, preset="imagenet")
+    for name in ("val_split", "image_size"):  # the images are of ROOT/train and ROOT/val, as the paper has them
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} is none of train_imagenet's: use auglocal train for it")
+    return options
+
+
+def _add_options(parser):
+    data = "ROOT with train/ and val/ or test/, a folder of images per class; or fake:N"
+    recipes.add_options(parser, "imagenet", data)
 
 
 def main(arguments=None):
@@ -118,7 +100,7 @@ def main(arguments=None):
         top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
         return (
             f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
-            f"{made['accuracy']['last']:.2%}{top5} after {options.epochs} epochs in {made['seconds']:.1f} s of "
+            f"{made['accuracy']['last']:.2%}{top5} after {len(made['history'])} epochs in {made['seconds']:.1f} s of "
             f"training, peak memory {format_bytes(made['peak_bytes'])}"
         )
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from auglocal_ext.optim import constant, cosine, sgd
+from auglocal_ext import train
+from auglocal_ext.optim import OPTIMIZERS, constant, cosine, exponential, named_optimizer, paper, sgd, step
 
 
 def test_sgd_is_the_papers():
@@ -27,3 +28,51 @@ def test_cosine_with_warm_up():
 
 def test_constant():
     assert constant(3, 5) == 1.0
+
+
+def test_warm_up_over_epochs_of_ones_own():
+    assert cosine(2, 100, warmup=4) == pytest.approx(0.25 * (1 + math.cos(math.pi * 0.02)) + 0.005)
+    assert cosine(0, 100, warmup=0) == 1 and constant(0, 100, warmup=2) == pytest.approx(0.01)
+    assert constant(1, 100, warmup=2) == pytest.approx(0.505) and constant(2, 100, warmup=2) == 1
+
+
+def test_step_and_exponential():
+    assert [step(epoch, 9) for epoch in (0, 2.9, 3, 5.9, 6, 9)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [exponential(epoch, 4) for epoch in (0, 2, 4)] == pytest.approx([1, 0.1, 0.01])
+    assert step(1, 9, warmup=2) == exponential(0, 9) * 0.5 + 0.005
+
+
+def test_the_papers_schedule():
+    factor = paper(0.8)
+
+    def lr(e, epochs=400):
+        assert factor(e - 1, epochs) == factor(e - 0.01, epochs)  # one learning rate an epoch
+        return 0.8 * factor(e - 1, epochs)
+
+    assert lr(1) == pytest.approx(0.01)
+    assert lr(2) == pytest.approx(0.4 * (1 + math.cos(math.pi / 200)) * 0.1 + 0.009)
+    assert lr(10) == pytest.approx(0.4 * (1 + math.cos(math.pi / 40)) * 0.9 + 0.001)
+    assert lr(11) == pytest.approx(0.4 * (1 + math.cos(math.pi * 11 / 400)))
+    assert lr(200) == pytest.approx(0.4) and lr(400) == pytest.approx(0)
+    assert lr(1, 20) == pytest.approx(0.01) and lr(2, 20) == pytest.approx(0.2 * (1 + math.cos(0.1 * math.pi)) + 0.005)
+    assert lr(3, 20) == pytest.approx(0.4 * (1 + math.cos(0.15 * math.pi)))  # two epochs of warm-up
+    assert lr(1, 5) == pytest.approx(0.4 * (1 + math.cos(math.pi / 5)))  # none
+
+
+def test_named_optimizers():
+    def group(*arguments):
+        optimizer = named_optimizer(*arguments)([torch.zeros(1, requires_grad=True)])
+        return type(optimizer), optimizer.param_groups[0]
+
+    kind, made = group("sgd", 0.3, 0, 0.5)
+    assert kind is torch.optim.SGD and (made["momentum"], made["nesterov"], made["weight_decay"]) == (0, False, 0.5)
+    kind, made = group("adamw", None)
+    assert kind is torch.optim.AdamW and (made["lr"], made["weight_decay"]) == (1e-3, 1e-2)
+    kind, made = group("rmsprop", 0.1, 0.5)
+    assert kind is torch.optim.RMSprop and (made["lr"], made["momentum"], made["weight_decay"]) == (0.1, 0.5, 0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_trains_local_modules_in_the_bytes_that_are_planned(name, tiny_model, batch):
+    result = train(tiny_model, [batch] * 2, 2, epochs=1, optimizer=named_optimizer(name, 1e-3), progress=False)
+    assert math.isfinite(result.history[0]["loss"]) and result.peak_bytes == result.plan.peak_bytes

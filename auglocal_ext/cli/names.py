@@ -3,8 +3,12 @@
 Nothing is imported here, so that no help waits for torch; a test compares these with what they name.
 """
 
-__all__ = ["FORMS", "PRECISIONS", "RULES"]
+__all__ = ["FORMS", "NONFINITE", "OPTIMIZERS", "PRECISIONS", "RULES", "SCHEDULES", "WITH_MOMENTUM"]
 
 RULES = ("auglocal", "dgl", "predsim", "infopro", "bp", "checkpoint")
 FORMS = ("cifar", "imagenet")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adagrad", "rmsprop")
+WITH_MOMENTUM = ("sgd", "rmsprop")
+SCHEDULES = ("cosine", "step", "exponential", "constant", "paper")
+NONFINITE = ("stop", "skip")

@@ -11,16 +11,18 @@ __all__ = ["Parser", "default_device", "device", "number", "seed", "size", "whol
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line; where: what they are in, "FILE: " for instance."""
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments, where="", **options):
         super().__init__(*arguments, **options)
+        self.where = where
         # What argparse takes for a value and not for an option: -5GB and -inf are values too.
         self._negative_number_matcher = re.compile(r"^-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def error(self, message):
-        message = re.sub(r"^argument (\S+): (must |'|\d)", r"\1 \2", message)  # of the kinds of values below
-        self.exit(2, f"{self.prog.split()[0]}: error: {message}\n")
+        # Of the kinds of values below; an option that has another name is called by its first one.
+        message = re.sub(r"^argument ([^\s/]+)\S*: (must |'|\d)", r"\1 \2", message)
+        self.exit(2, f"{self.prog.split()[0]}: error: {self.where}{message}\n")
 
 
 def whole(least, most=10**6, expected=None, words=()):
@@ -43,9 +45,11 @@ def whole(least, most=10**6, expected=None, words=()):
     return read
 
 
-def number(least=None, above=None):
-    """A finite number of at least `least`, or above `above`."""
+def number(least=None, above=None, below=None):
+    """A finite number of at least `least`, or above `above`, and below `below`."""
     expected = f"above {above}" if least is None else f"at least {least}"
+    if below is not None:
+        expected += f" and below {below}"
 
     def read(text):
         try:
@@ -54,7 +58,8 @@ def number(least=None, above=None):
             raise argparse.ArgumentTypeError(f"must be a number, given {text!r}") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, {expected}, given {value}")
-        if not (value >= least if above is None else value > above):
+        enough = value >= least if above is None else value > above
+        if not enough or (below is not None and value >= below):
             raise argparse.ArgumentTypeError(f"must be {expected}, given {value}")
         return value
 

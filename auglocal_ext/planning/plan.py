@@ -34,7 +34,7 @@ def plan(
     recompute: bool = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Plan:
     """Plans a training without running it; the model is not changed.
 
@@ -45,7 +45,7 @@ def plan(
             be "auto".
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
-        memory_format: of the images; on CUDA `auglocal_ext.train` makes them channels_last.
+        memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
 

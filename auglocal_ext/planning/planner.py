@@ -18,6 +18,7 @@ from ..engine.program import Program
 from ..engine.tensors import layout_of
 from ..engine.timeline import Timeline, fill, timeline
 from ..engine.trace import Reader
+from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
 from ..rules.cutting import Span, assert_apart, borders_of, local_heads
@@ -73,13 +74,13 @@ class Planner:
         precision="fp32",
         optimizer=None,
         recompute=False,
-        memory_format=torch.contiguous_format,
+        memory_format=torch.channels_last,
         backbone=None,
         criterion=None,
     ):
         check_precision(precision)
         self.criterion = as_criterion(criterion)
-        self.name, self.precision, self.recompute = type(model).__name__, precision, recompute
+        self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
         self.model, self.backbone = _meta_copies(model, backbone or as_backbone(model))
@@ -105,9 +106,9 @@ class Planner:
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""
         # Two images at least: a BatchNorm of a map of one pixel cannot be traced with one.
-        dtype, layout = (self.dtype, self.memory_format) if like is None else (like.dtype, layout_of(like))
+        dtype, given = (self.dtype, self.memory_format) if like is None else (like.dtype, layout_of(like))
         size = (max(shape[0], 2), *shape[1:])
-        images = torch.empty(size, dtype=dtype, device="meta", memory_format=layout)
+        images = torch.empty(size, dtype=dtype, device="meta", memory_format=given)
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
     def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):

@@ -76,10 +76,11 @@ class LossWatch:
         units = self.trainer.plan.modules[index].units
         of = units[0] if len(units) == 1 else f"{units[0]} .. {units[-1]}"
         last = [f"{loss:.4g}" for loss in self._last.tolist()]
+        before = f"its last finite one was {last[index]}" if last[index] != "nan" else "none of its losses was before"
         others = f" (of all modules: {', '.join(last)})" if 1 < len(last) <= 16 else ""
         raise NotFinite(
-            f"{title}, step {step}: the loss of local module {index} of {len(last)} ({of}) is not finite; its last "
-            f"finite one was {last[index]}{others}"
+            f"{title}, step {step}: the loss of local module {index} of {len(last)} ({of}) is not finite; "
+            f"{before}{others}"
         )
 
 

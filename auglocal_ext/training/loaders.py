@@ -54,9 +54,9 @@ def no_bar(progress):
 
 
 def move(batch, device):
-    """A batch on the model's device; images on CUDA in channels_last, which its convolutions are fastest in."""
+    """A batch on the model's device; images in channels_last, which convolutions are fastest in."""
     images, labels = batch
-    if device.type == "cuda" and images.dim() == 4:
+    if images.dim() == 4:
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     else:
         images = images.to(device, non_blocking=True)

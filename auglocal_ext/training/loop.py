@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from ..common import checks
 from ..common.device import usable_device
-from ..ops.batch_norm_act import memory_format
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
 from ..rules.rule import Rule
@@ -199,8 +198,7 @@ def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **
     images = first[0]
     options["optimizer"] = optimizer or sgd(images.shape[:1].numel())  # of what is no batch at all: refused below
     if memory_budget is not None or depth == "auto":
-        layout = torch.channels_last if next(model.parameters()).is_cuda else memory_format(images)
-        planned = plan(model, images.shape, depth, memory_budget=memory_budget, memory_format=layout, **options)
+        planned = plan(model, images.shape, depth, memory_budget=memory_budget, **options)
         if progress:
             tqdm.write(str(planned.choice))
         trainer = LocalTrainer(model, plan=planned)

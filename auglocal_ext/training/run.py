@@ -105,7 +105,6 @@ class Run:
             self.sums = Sums(trainer)
             if epoch:
                 set_epoch(self.loader, epoch)
-        self.watch = LossWatch(trainer)
         factor = factor_at(self.schedule, epoch, self.epochs, self.length)
         with self._bar() as bar:
             self._shown = time.perf_counter()

@@ -15,8 +15,8 @@ import torch
 
 import auglocal_ext
 from auglocal_ext import data, models
+from auglocal_ext.cli import job
 from auglocal_ext.cli import plan as cli_plan
-from auglocal_ext.cli import train as cli_train
 from auglocal_ext.cli.errors import run
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.cli.program import main
@@ -90,7 +90,7 @@ def test_mistakes_get_one_sentence(arguments, message, capsys, tmp_path, monkeyp
 
 
 def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
-    real = cli_train.train
+    real = job.train
 
     def interrupted(*args, on_epoch, **options):
         def stop_after_first(entry):
@@ -99,7 +99,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
 
         return real(*args, on_epoch=stop_after_first, **options)
 
-    monkeypatch.setattr(cli_train, "train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     arguments = ["train", "--data", "fake:64", "--epochs", "3", "--depth", "2", "--modules", "2", "--quiet"]
     assert main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == 130
     assert {file.name for file in (tmp_path / "x").iterdir()} == FILES
@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
 def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
     arguments = [*FAKE, "--data", "fake:64", "--epochs", "3", "--runs", str(tmp_path), "--name"]
     assert main([*arguments, "whole"]) == 0
-    real = cli_train.train
+    real = job.train
 
     def interrupted(*args, on_epoch, **options):
         def stop_after_second(entry):
@@ -120,7 +120,7 @@ def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
         return real(*args, on_epoch=stop_after_second, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_train, "train", interrupted)
+        patch.setattr(job, "train", interrupted)
         assert main([*arguments, "part"]) == 130
     assert main(["resume", str(tmp_path / "part"), "--quiet"]) == 0
     whole, part = (torch.load(tmp_path / name / "model.pt") for name in ("whole", "part"))
@@ -146,7 +146,7 @@ def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
     def stopped(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_train.data, "load", stopped)
+    monkeypatch.setattr(data, "load", stopped)
     assert main(["train", "--runs", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "\nauglocal: interrupted\n"
 
@@ -297,7 +297,7 @@ def nothing_long(monkeypatch, tmp_path):
         raise AssertionError("this is long work")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_train, "train", long)
+    monkeypatch.setattr(job, "train", long)
     monkeypatch.setattr(cli_plan, "plan", long)
     for name in ("_digits", "_fake", "_image_folder", "_downloaded"):
         monkeypatch.setattr(data.sources, name, long)
@@ -325,7 +325,7 @@ def test_images_too_small_for_the_model(name, side, torchvision, nothing_long, c
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg13_bn"])
 def test_data_whose_images_are_too_small_for_the_model(name, torchvision, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli_train, "train", None)
+    monkeypatch.setattr(job, "train", None)
     message = "images of 16x16 pixels do not go through this model: choose another --model, or larger images"
     one_sentence("auglocal", ["train", "--model", name, "--runs", str(tmp_path / "runs")], message, capsys)
     assert not list(tmp_path.iterdir())
@@ -346,7 +346,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     bugs = [lambda: torch.zeros(2) + torch.zeros(3), lambda: int("x"), lambda: [].index(1), lambda: {}["x"]]
     bugs += [lambda: list(zip([1], [], strict=True)), lambda: len(3)]
     for bug in bugs:
-        monkeypatch.setattr(cli_train, "check_cut", lambda options, bug=bug: bug())
+        monkeypatch.setattr(job, "check_cut", lambda options, bug=bug: bug())
         with pytest.raises((RuntimeError, ValueError, KeyError, TypeError)):
             main([*FAKE, "--runs", str(tmp_path)])
 
@@ -372,7 +372,7 @@ def test_what_the_users_machine_and_files_cause(error, message, monkeypatch, cap
     def failing(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli_train, "train", failing)
+    monkeypatch.setattr(job, "train", failing)
     one_sentence("auglocal", [*FAKE, "--runs", str(tmp_path / "runs")], message, capsys)
     assert not list(tmp_path.iterdir())
 
@@ -391,7 +391,7 @@ def test_kinds_of_numbers():
 @pytest.mark.parametrize("spoilt", [1, 2])
 def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeypatch):
     """Before the first result it leaves nothing; after one, what that one was."""
-    real = cli_train.train
+    real = job.train
 
     def train(model, loader, *arguments, on_epoch, **options):
         def spoil(parameters):
@@ -408,7 +408,7 @@ def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeyp
         options |= {"optimizer": spoil}
         return real(model, loader, *arguments, on_epoch=on_epoch, **options)
 
-    monkeypatch.setattr(cli_train, "train", train)
+    monkeypatch.setattr(job, "train", train)
     arguments = [*FAKE, "--data", "fake:40", "--batch-size", "20", "--epochs", "2", "--runs", str(tmp_path / "runs")]
     assert main([*arguments, "--name", "x"]) == 3
     captured = capsys.readouterr()

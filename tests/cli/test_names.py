@@ -1,12 +1,13 @@
 """The names that options are set to are those that there are, and no help waits for torch."""
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
-from auglocal_ext import rules
+from auglocal_ext import optim, rules
 from auglocal_ext.cli import names
 from auglocal_ext.common import checks
 
@@ -15,6 +16,10 @@ def test_they_are_those_that_there_are():
     assert tuple(rules.RULES) == names.RULES
     assert rules.FORMS == names.FORMS
     assert checks.PRECISIONS == names.PRECISIONS
+    assert tuple(optim.OPTIMIZERS) == names.OPTIMIZERS
+    assert (*optim.SCHEDULES, "paper") == names.SCHEDULES
+    takes = [name for name, kind in optim.OPTIMIZERS.items() if "momentum" in inspect.signature(kind).parameters]
+    assert tuple(takes) == names.WITH_MOMENTUM
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["resume", "--help"]])

@@ -11,7 +11,7 @@ def test_numbers_agree_with_the_trainer():
     model = models.resnet32()
     planned = plan(model, (8, 3, 32, 32), depth=4)
     trainer = LocalTrainer(model, depth=4)
-    result = trainer.step(torch.randn(8, 3, 32, 32), torch.arange(8))
+    result = trainer.step(torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(8))
     assert trainer.plan == planned
     assert planned.parameters == sum(p.numel() for p in model.parameters())
     assert planned.aux_parameters == sum(p.numel() for p in trainer.aux_nets.parameters())
@@ -35,12 +35,12 @@ def test_other_rules_are_planned_as_they_run(rule, words):
     model, shape = models.resnet20(), (8, 3, 32, 32)
     planned = plan(model, shape, rule=rule, modules=4)
     trainer = LocalTrainer(model, rule=rule, modules=4)
-    trainer.step(torch.rand(shape) / 4, torch.arange(8))
+    trainer.step(torch.rand(shape).contiguous(memory_format=torch.channels_last) / 4, torch.arange(8))
     assert trainer.plan == planned and (planned.rule, planned.depth) == (rule, None)
     assert planned.modules[2].aux_net == words
     aux = sum(p.numel() for module in trainer.local_modules[:-1] for p in module.head.parameters())
     assert planned.aux_parameters == aux > 0
-    assert str(planned).startswith(f"CifarResNet, rule {rule}: 4 local modules, input 8x3x32x32")
+    assert str(planned).startswith(f"resnet20, rule {rule}: 4 local modules, input 8x3x32x32")
     with pytest.raises(ValueError, match=f"memory_budget chooses the cut of .* with '{rule}' give modules"):
         plan(model, shape, rule=rule, memory_budget="1GB")
 
@@ -48,7 +48,7 @@ def test_other_rules_are_planned_as_they_run(rule, words):
 def test_table():
     text = str(plan(models.resnet20(), (128, 3, 32, 32), depth=2, modules=3))
     lines = text.splitlines()
-    assert lines[0] == "CifarResNet, rule auglocal, depth 2: 3 local modules, input 128x3x32x32"
+    assert lines[0] == "resnet20, rule auglocal, depth 2: 3 local modules, input 128x3x32x32"
     assert lines[3].split()[:4] == ["0", "stem", "..", "layer1.1"]
     assert "+ BatchNorm1d" in lines[3] and "16x32x32" in lines[3]
     assert "none: the classifier" in lines[5]
@@ -57,7 +57,7 @@ def test_table():
     peak = next(line for line in lines if line.startswith("a step's peak, "))
     assert "is in module 0: state " in peak
     assert lines[-5].startswith("this cut, 3 modules ") and lines[-2].startswith("eager BP ")
-    assert str(plan(models.resnet20(), (2, 3, 32, 32), rule="bp")).startswith("CifarResNet, rule bp: 1 local module,")
+    assert str(plan(models.resnet20(), (2, 3, 32, 32), rule="bp")).startswith("resnet20, rule bp: 1 local module,")
 
 
 def test_vgg13_at_full_size(torchvision):
@@ -168,3 +168,15 @@ def test_kinds_of_pictures(tiny_model, tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"
     plan(tiny_model, (2, 3, 16, 16), 2).save_picture(str(path))
     assert path.read_bytes().startswith(begin) and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_brief_table_is_narrow(torchvision):
+    with torch.device("meta"):
+        planned = plan(torchvision.models.vgg16(), (32, 3, 224, 224), 3)
+    title, header, *lines = planned.brief().splitlines()
+    assert title == "vgg16, rule auglocal, depth 3: 13 local modules, input 32x3x224x224"
+    assert header.split("  ")[0] == "module" and "parameters (+aux)" in header and header.endswith("MACs / BP")
+    assert max(map(len, (header, *lines))) <= 100 and len(lines) > 13 + 3
+    second = f"{planned.modules[1].parameters:,} (+{planned.modules[1].aux_parameters:,})"
+    assert second in lines[2] and "features.2 " in lines[2] and "64x112x112" in lines[2]
+    assert "\n".join(lines).endswith(str(planned.comparison))

@@ -2,13 +2,12 @@
 
 import importlib
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-import auglocal_ext
 
 SETTINGS = {
     "dataset": "cifar10",
@@ -183,9 +182,10 @@ def test_a_network_that_the_paper_has_not(tables, tmp_path, capsys):
 def programs(tables, monkeypatch):
     """Training programs that take no time of anyone's: a clock that they move, and the record that they would leave.
 
-    seconds, macs: of each (rule, depth, modules); fail: the rules whose program fails; ran: the commands.
+    seconds: of each; start: seconds before it looks at the time; fail: the rules whose program fails; ran: the
+    commands; left: checkpoint -> seconds that are left to do.
     """
-    state = SimpleNamespace(now=0.0, ran=[], fail=(), mute=(), seconds=10.0, start=0.0, macs=lambda rule, depth: 1.0)
+    state = SimpleNamespace(now=0.0, left={}, ran=[], fail=(), mute=(), seconds=10.0, start=0.0)
 
     def run(command, timeout, **options):
         given = dict(zip(command[2:-1:2], command[3:-1:2], strict=True))
@@ -193,16 +193,21 @@ def programs(tables, monkeypatch):
         rule, depth = given["--rule"], int(given["--depth"]) if "--depth" in given else None
         if rule in state.fail:
             return SimpleNamespace(returncode=2, stdout="train_cifar: error: no such rule\n")
-        macs = state.macs(rule, depth)
-        took = state.start + state.seconds * macs
-        state.now += min(took, timeout)
-        if took > timeout:
+        checkpoint, limit = Path(given["--checkpoint"]), float(given["--max-seconds"])
+        left = state.left.get(checkpoint, state.seconds)
+        state.now += state.start + min(left, limit)
+        if state.start + min(left, limit) > timeout:
             raise subprocess.TimeoutExpired(command, timeout)
+        if left > limit:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "last.pt").touch()
+            state.left[checkpoint] = left - limit
+            return SimpleNamespace(returncode=0, stdout="stopped after --max-seconds, no record")
         integers = {name: int(given["--" + name.replace("_", "-")]) for name in ("epochs", "batch_size", "seed")}
         modules = int(given["--modules"]) if "--modules" in given else None
         text = {name: given[f"--{name}"] for name in ("data", "model", "rule", "precision")}
         dataset = given.get("--dataset", "imagenet")
-        made = record(0.5, state.seconds * macs, macs, device=tables.records.machine("cpu")["device"])
+        made = record(0.5, state.seconds, device=tables.records.machine("cpu")["device"])
         made["settings"] |= {"dataset": dataset, "depth": depth, "modules": modules, **integers, **text}
         if rule not in state.mute:
             tables.records.append(given["--results"], made)
@@ -212,7 +217,6 @@ def programs(tables, monkeypatch):
     monkeypatch.setattr(tables.records, "machine", lambda device: machine)  # which runs git
     monkeypatch.setattr(tables.subprocess, "run", run)
     monkeypatch.setattr(tables.time, "perf_counter", lambda: state.now)
-    monkeypatch.setattr(tables, "planned_macs", lambda run: state.macs(run.rule, run.depth))
     return state
 
 
@@ -234,7 +238,8 @@ def test_the_most_useful_runs_come_first(tables, programs, tmp_path, capsys):
     command = programs.ran[1]
     assert command[1].endswith("python/train_cifar.py") and " ".join(command[2:]) == (
         "--dataset cifar10 --data imagefolder:DATA --model resnet32 --rule auglocal --depth 4 --epochs 5 --batch-size "
-        f"128 --precision fp32 --seed 0 --device cpu --results {path} --quiet"
+        f"128 --precision fp32 --seed 0 --device cpu --results {path} --checkpoint {path}.partial/dataset-cifar10-"
+        "model-resnet32-rule-auglocal-depth-4-epochs-5-batch_size-128-precision-fp32-seed-0 --max-seconds 590 --quiet"
     )
     printed = capsys.readouterr().out
     assert "24 runs, 0 of them there already" in printed
@@ -273,51 +278,32 @@ def test_imagenet_goes_to_its_own_program(tables, programs, tmp_path):
     assert second[1].endswith("python/train_cifar.py") and second[second.index("--dataset") + 1] == "svhn"
 
 
-def test_what_does_not_fit_into_the_time_is_skipped(tables, programs, tmp_path, capsys):
-    """60 s. BP: 12 s, 2 of them not training. d=4 would take 2 + 50 s: left out; d=2 fits, d=6 does not."""
+def test_a_run_that_the_time_cuts_off_goes_on_from_its_checkpoint(tables, programs, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    programs.start = 2.0
-    programs.macs = lambda rule, depth: {None: 1.0, 2: 2.0, 4: 5.0, 6: 6.0}[depth]
-    asked = [str(path), *RUN, "--rules", "bp", "auglocal", "dgl", "--depths", "2", "4", "6", "--minutes", "1"]
-    assert tables.main(asked) == 0  # nothing failed
-    assert cuts(programs.ran) == [("bp", None, None, "0"), ("auglocal", "2", None, "0"), ("dgl", None, None, "0")]
-    printed = capsys.readouterr().out
-    assert "AugLocal d=4 seed 0: skipped: 48 s left, needs about 52 s" in printed
-    assert "AugLocal d=6 seed 0: skipped: 26 s left, needs about 62 s" in printed
-
-
-def test_a_run_that_the_time_cuts_off_leaves_no_record(tables, programs, tmp_path, capsys):
-    path = tmp_path / "results.jsonl"
-    programs.seconds = 100.0  # which nothing tells beforehand
-    assert tables.main([str(path), *RUN, "--rules", "bp", "dgl", "--minutes", "1"]) == 1  # there is no table
+    programs.seconds = 100.0
+    asked = [str(path), *RUN, "--rules", "bp", "dgl", "--minutes", "1"]
+    assert tables.main(asked) == 1  # there is no table yet
     done = capsys.readouterr()
-    assert "BP seed 0: stopped: the time is up, no record" in done.out and "DGL seed 0: skipped: 0 s left" in done.out
-    assert len(programs.ran) == 1 and tables.records.read(path) == [] and "no records in" in done.err
+    assert "BP seed 0: stopped: the time is up; the same command goes on from here" in done.out
+    assert "DGL seed 0: left out: the time is up" in done.out and "no records in" in done.err
+    assert len(programs.ran) == 1 and tables.records.read(path) == []
+    (kept,) = (tmp_path / "results.jsonl.partial").iterdir()
+    settings = "dataset-cifar10-model-resnet32-rule-bp-epochs-5-batch_size-128-precision-fp32-seed-0"
+    assert kept.name == settings and os.listdir(kept) == ["last.pt"]
+    assert tables.main(asked) == 0  # 40 s are left to do, then 20 of another
+    first, again = (dict(zip(command[2:-1:2], command[3:-1:2], strict=True)) for command in programs.ran[:2])
+    assert first["--checkpoint"] == again["--checkpoint"] == str(kept)
+    assert [command[-2] for command in programs.ran] == ["60", "60", "20"]  # --max-seconds
+    assert [made["settings"]["rule"] for made in tables.records.read(path)] == ["bp"]
+    assert not kept.exists() and len(os.listdir(kept.parent)) == 1  # the other one's
+    assert tables.main([*asked[:-1], "2"]) == 0
+    assert not kept.parent.exists() and len(tables.records.read(path)) == 2
 
 
-def test_the_estimate_is_of_the_nearest_run(tables, programs, tmp_path):
-    path, device = tmp_path / "r.jsonl", tables.records.machine("cpu")["device"]
-    for made in (
-        record(0.5, 100.0, 1.0, device=device),
-        record(0.5, 500.0, 4.0, device=device, rule="auglocal", depth=4),
-        record(0.5, 9.0, 2.0, device=device, rule="auglocal", depth=2, batch_size=64),
-    ):
-        tables.records.append(path, made)
-    runner = tables.Runner("cpu", path, [path], 10)
-    fields = {name: SETTINGS[name] for name in tables.Run.__dataclass_fields__}
-    programs.macs = lambda rule, depth: {2: 2.0, 6: 6.0}[depth]
-    estimate = lambda **more: runner.estimate(tables.Run(**fields | {"rule": "auglocal"} | more))  # noqa: E731
-    assert estimate(depth=2) == 200 and estimate(depth=6) == 750
-    assert estimate(depth=4, seed=1) == 500  # known from its other seed
-    assert estimate(depth=6, epochs=6) is None
-
-
-def test_arithmetic_is_planned_where_no_run_tells(tables):
-    fields = {name: SETTINGS[name] for name in tables.Run.__dataclass_fields__} | {"model": "resnet20"}
-    cut = {"rule": "auglocal", "depth": 2, "modules": 2}
-    plan = auglocal_ext.plan(auglocal_ext.models.resnet20(), (128, 3, 32, 32), 2, modules=2)
-    assert tables.planned_macs(tables.Run(**fields | cut)) == plan.macs / plan.bp_macs > 1
-    assert tables.planned_macs(tables.Run(**fields | cut | {"modules": 99})) is None
+def test_a_program_that_does_not_end_by_itself_is_ended(tables, programs, tmp_path, capsys):
+    programs.start = 200.0  # before it looks at the time
+    assert tables.main([str(tmp_path / "r.jsonl"), *RUN, "--rules", "bp", "--minutes", "1"]) == 1
+    assert "BP seed 0: stopped: it did not end by itself in 120 s more; the same" in capsys.readouterr().out
 
 
 def test_failures_are_shown_and_the_rest_goes_on(tables, programs, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 
 import auglocal_ext
 from auglocal_ext import data, rules
+from auglocal_ext.cli import job
 
 SMALL = ["--data", "fake:40", "--epochs", "1", "--model", "resnet20", "--batch-size", "16", "--device", "cpu"]
 
@@ -20,23 +21,6 @@ def recipe(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
     monkeypatch.chdir(tmp_path)
     return importlib.import_module("train_cifar")
-
-
-def test_the_papers_schedule(recipe):
-    factor = recipe.schedule(0.8)
-
-    def lr(e, epochs=400):
-        assert factor(e - 1, epochs) == factor(e - 0.01, epochs)  # one learning rate an epoch
-        return 0.8 * factor(e - 1, epochs)
-
-    assert lr(1) == pytest.approx(0.01)
-    assert lr(2) == pytest.approx(0.4 * (1 + math.cos(math.pi / 200)) * 0.1 + 0.009)
-    assert lr(10) == pytest.approx(0.4 * (1 + math.cos(math.pi / 40)) * 0.9 + 0.001)
-    assert lr(11) == pytest.approx(0.4 * (1 + math.cos(math.pi * 11 / 400)))
-    assert lr(200) == pytest.approx(0.4) and lr(400) == pytest.approx(0)
-    assert lr(1, 20) == pytest.approx(0.01) and lr(2, 20) == pytest.approx(0.2 * (1 + math.cos(0.1 * math.pi)) + 0.005)
-    assert lr(3, 20) == pytest.approx(0.4 * (1 + math.cos(0.15 * math.pi)))  # two epochs of warm-up
-    assert lr(1, 5) == pytest.approx(0.4 * (1 + math.cos(math.pi / 5)))  # none
 
 
 def test_a_training_adds_its_record(recipe, capsys):
@@ -71,6 +55,14 @@ def test_a_training_adds_its_record(recipe, capsys):
     assert auglocal_ext.evaluate(model, images) == local["accuracy"]["last"]
 
 
+def test_what_the_recipe_has_otherwise_is_in_the_record(recipe):
+    other = ["--opt", "adamw", "--label-smoothing", "0.0", "--warmup", "0.5", "--schedule", "step", "--rule", "bp"]
+    assert recipe.main([*SMALL, "--quiet", *other]) == 0
+    (made,) = recipe.records.read("results.jsonl")
+    assert made["settings"].items() >= {"optimizer": "adamw", "lr": 1e-3, "schedule": "step", "warmup": 0.5}.items()
+    assert "label_smoothing" not in made["settings"] and "momentum" not in made["settings"]
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """What the data and the training were asked for; nothing is read or trained."""
@@ -86,7 +78,7 @@ def asked(monkeypatch):
 
     real = data.load
     monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(auglocal_ext, "train", train)
+    monkeypatch.setattr(job, "train", train)
     return asked
 
 
@@ -111,7 +103,6 @@ def test_the_papers_settings(recipe, asked, dataset, batch_size, lr, augmentatio
 
 
 def test_infopro_is_told_the_normalisation(recipe, asked, monkeypatch):
-    monkeypatch.setattr(rules, "RULES", ("infopro",))
     monkeypatch.setattr(rules.by_name, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
     assert recipe.main(["--rule", "infopro"]) == 130
     described = data.load("fake:40", 16).description
@@ -180,8 +171,8 @@ def test_mistakes_are_told_before_data_is_read(recipe, arguments, message, torch
 
 
 def diverging(spoilt):
-    """`auglocal_ext.train` whose model is spoilt after that many epochs."""
-    real = auglocal_ext.train
+    """`train` whose model is spoilt after that many epochs."""
+    real = job.train
 
     def train(model, *arguments, on_epoch, **options):
         def spoil(entry):
@@ -194,11 +185,23 @@ def diverging(spoilt):
     return train
 
 
+def test_it_goes_on_from_a_checkpoint(recipe, capsys):
+    asked = [*SMALL, "--epochs", "2", "--rule", "bp", "--checkpoint", "run"]
+    assert recipe.main([*SMALL, "--epochs", "2", "--rule", "bp", "--quiet", "--results", "whole.jsonl"]) == 0
+    assert recipe.main([*asked, "--max-seconds", "0.01", "--quiet"]) == 0
+    assert "stopped after --max-seconds, no record: the same command goes on, from run" in capsys.readouterr().out
+    assert Path("run/last.pt").exists() and not Path("results.jsonl").exists()
+    assert recipe.main([*asked, "--max-seconds", "600", "--quiet"]) == 0
+    (whole,), (part,) = (recipe.records.read(name) for name in ("whole.jsonl", "results.jsonl"))
+    assert part["settings"] == whole["settings"] and part["accuracy"] == whole["accuracy"]
+    assert [entry["loss"] for entry in part["history"]] == [entry["loss"] for entry in whole["history"]]
+
+
 def test_a_divergence_is_status_3_and_no_record(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(auglocal_ext, "train", diverging(1))
+    monkeypatch.setattr(job, "train", diverging(1))
     assert recipe.main([*SMALL, "--epochs", "2", "--rule", "bp", "--quiet", "--save", "m.pt"]) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("train_cifar: epoch 2/2: the loss of local module 0 is ")
+    assert captured.err.startswith("train_cifar: epoch 2/2, step 1: the loss of local module 0 of 1 (stem")
     assert "training diverged; lower the learning rate with --lr: no record\n" in captured.err
     assert not captured.out and not Path("results.jsonl").exists()
     assert all(value.isfinite().all() for value in torch.load("m.pt").values())  # the epoch before

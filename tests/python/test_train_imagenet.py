@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import auglocal_ext
+from auglocal_ext import rules
+from auglocal_ext.cli import job
 
 QUICK = ["--epochs", "1", "--batch-size", "8", "--depth", "2", "--device", "cpu", "--quiet"]
 
@@ -38,14 +40,14 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def trained(recipe, monkeypatch):
-    """The models that the program trains, and what it tells `auglocal_ext.train`."""
-    calls, real = [], auglocal_ext.train
+    """The models that the program trains, and what it tells `train`."""
+    calls, real = [], job.train
 
     def train(model, *arguments, **options):
         calls.append((model, options))
         return real(model, *arguments, **options)
 
-    monkeypatch.setattr(auglocal_ext, "train", train)
+    monkeypatch.setattr(job, "train", train)
     return calls
 
 
@@ -117,14 +119,14 @@ def test_generated_images_and_a_rule_without_depth(recipe, tmp_path, capsys):
 
 
 def test_top5_where_the_training_measures_it(recipe, tmp_path, capsys, monkeypatch):
-    real = auglocal_ext.train
+    real = job.train
 
     def train(*arguments, **options):
         result = real(*arguments, **options)
         result.history[0]["val_top5_accuracy"] = 0.5
         return result
 
-    monkeypatch.setattr(auglocal_ext, "train", train)
+    monkeypatch.setattr(job, "train", train)
     run = ["--data", "fake:10", "--model", "resnet20", "--rule", "bp", "--results", str(tmp_path / "r.jsonl")]
     assert recipe.main([*run, *QUICK, "--workers", "0"]) == 0
     (made,) = recipe.records.read(tmp_path / "r.jsonl")
@@ -143,9 +145,8 @@ def test_infopro_is_told_the_normalisation(recipe, monkeypatch, tmp_path):
         told["rule"] = rule
         raise Told
 
-    monkeypatch.setattr(recipe.rules, "RULES", ("auglocal", "infopro"))
-    monkeypatch.setattr(recipe.rules.by_name, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
-    monkeypatch.setattr(auglocal_ext, "train", train)
+    monkeypatch.setattr(rules.by_name, "InfoPro", lambda mean, std: ("infopro", mean, std), raising=False)
+    monkeypatch.setattr(job, "train", train)
     run = ["--data", "fake:10", "--model", "resnet18", "--rule", "infopro", "--results", str(tmp_path / "r.jsonl")]
     with pytest.raises(Told):
         recipe.main([*run, *QUICK])
@@ -176,11 +177,19 @@ def test_mistakes_get_one_sentence(recipe, arguments, message, tmp_path, monkeyp
     assert recipe.records.read(tmp_path / "results.jsonl") == []
 
 
+def test_what_is_not_for_it(recipe, capsys):
+    assert recipe.main(QUICK) == 2
+    message = "train_imagenet: error: --data must be given: a folder with train/ and val/, or fake:N\n"
+    assert capsys.readouterr().err == message
+    assert recipe.main([*QUICK, "--data", "fake:10", "--val-split", "0.1"]) == 2
+    assert "--val-split is none of train_imagenet's: use auglocal train for it" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_no_record(recipe, monkeypatch, tmp_path, capsys):
     def stopped(*arguments, **options):
         raise auglocal_ext.TrainingInterrupted(type("Result", (), {"history": [{}]}))
 
-    monkeypatch.setattr(auglocal_ext, "train", stopped)
+    monkeypatch.setattr(job, "train", stopped)
     results = tmp_path / "results.jsonl"
     assert recipe.main(["--data", "fake:10", "--model", "resnet18", "--results", str(results), *QUICK]) == 130
     assert recipe.records.read(results) == []
@@ -214,7 +223,7 @@ def test_a_divergence_is_status_3_and_no_record(recipe, monkeypatch, tmp_path, c
     def diverged(*arguments, **options):
         raise auglocal_ext.TrainingDiverged("epoch 1/1: training diverged; lower the learning rate", None)
 
-    monkeypatch.setattr(auglocal_ext, "train", diverged)
+    monkeypatch.setattr(job, "train", diverged)
     results = tmp_path / "results.jsonl"
     assert recipe.main(["--data", "fake:10", "--model", "resnet18", "--results", str(results), *QUICK]) == 3
     assert "diverged; lower the learning rate: no record" in capsys.readouterr().err and not results.exists()

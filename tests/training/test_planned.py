@@ -16,6 +16,12 @@ ADAM = partial(torch.optim.AdamW, lr=1e-3)
 
 
 @pytest.fixture
+def batch(batch):
+    """In the layout that a plan is for where none is named."""
+    return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
+
+
+@pytest.fixture
 def planned(tiny_model):
     return plan(tiny_model, SHAPE, 2, modules=2, memory_budget="5MB", optimizer=ADAM)
 
@@ -73,17 +79,18 @@ def test_a_model_in_eval_mode_runs_it_too(tiny_model, batch):
 def test_what_does_not_fit_is_planned_anew_and_keeps_the_choice(tiny_model, planned, batch):
     images, labels = batch
     trainer = LocalTrainer(tiny_model, plan=planned)
-    trainer.step(images.contiguous(memory_format=torch.channels_last), labels)
+    trainer.step(images.contiguous(), labels)
     assert trainer.plan is not planned and trainer.plan.choice is planned.choice
     with pytest.warns(UserWarning, match="planning again"):
-        trainer.step(torch.cat([images, images]).contiguous(memory_format=torch.channels_last), labels.repeat(2))
+        trainer.step(torch.cat([images, images]).contiguous(), labels.repeat(2))
     assert trainer.plan.input_shape[0] == 16 and trainer.plan.choice is planned.choice
 
 
-def test_channels_last_is_planned_where_it_is_asked_for(tiny_model, batch):
-    planned = plan(tiny_model, SHAPE, 2, memory_budget="2MB", memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_that_is_asked_for_is_planned(tiny_model, batch, layout):
+    planned = plan(tiny_model, SHAPE, 2, memory_budget="2MB", memory_format=layout)
     trainer = LocalTrainer(tiny_model, plan=planned)
-    images = batch[0].contiguous(memory_format=torch.channels_last)
+    images = batch[0].contiguous(memory_format=layout)
     trainer.step(images, batch[1])
     with LiveBytes([*trainer.tensors(), images, batch[1]]) as live:
         trainer.step(images, batch[1])
@@ -110,6 +117,26 @@ def test_a_training_under_a_budget_plans_once(batch, monkeypatch):
     monkeypatch.setattr(Planner, "__init__", lambda self, *a, **o: made.append(self) or real(self, *a, **o))
     result = train(models.CifarResNet(1), [batch], 2, memory_budget="1.7MB", epochs=2, progress=False)
     assert len(made) == 1 and result.plan.choice.point.bytes == result.plan.peak_bytes == result.peak_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"rule": "bp"}, {"memory_budget": "1GB"}])
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 1, 1, 1), (4, 3, 1, 1), (4, 3, 1, 5), (4, 3, 4, 1), (2, 1, 4, 4)])
+def test_a_training_holds_what_was_planned_where_strides_tell_no_layout(shape, options):
+    """Images of one channel, maps of one pixel, row or column are contiguous and channels_last at once."""
+    planned = plan(models.CifarResNet(1, in_channels=shape[1]), shape, 2, **options)
+    loader = [(torch.rand(shape), torch.arange(shape[0]))] * 2
+    result = train(models.CifarResNet(1, in_channels=shape[1]), loader, 2, epochs=1, progress=False, **options)
+    assert result.plan == planned and result.peak_bytes == planned.peak_bytes
+
+
+def test_a_training_runs_in_channels_last(batch):
+    seen, model = [], models.CifarResNet(1)
+    model.conv1.register_forward_pre_hook(lambda _, images: seen.append(images[0].stride()))
+    loader = [(batch[0].contiguous(), batch[1])]
+    planned = plan(model, SHAPE, 2, memory_format=torch.channels_last)
+    result = train(model, loader, 2, val_loader=loader, epochs=1, progress=False)
+    assert seen and set(seen) == {(3 * 16 * 16, 1, 3 * 16, 3)}
+    assert result.plan == planned and result.plan.origin.memory_format == torch.channels_last
 
 
 @pytest.mark.parametrize(

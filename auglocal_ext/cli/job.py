@@ -1,0 +1,92 @@
+"""A training made of options: its data, its model, and the call of `auglocal_ext.train`."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import data, models
+from ..optim import SCHEDULES, cosine, named_optimizer, paper
+from ..rules.by_name import for_images
+from ..training.loop import train
+from .checks import check_cut, check_image_size
+from .presets import DEFAULTS
+from .weights import load_weights
+
+__all__ = ["check", "make_model", "read_data", "schedule_of", "train_as_told"]
+
+
+def check(options):
+    """What can be told before data are read; returns the model on the meta device, for `read_data`."""
+    if options.weights and not Path(options.weights).is_file():
+        raise ValueError(f"--weights {options.weights} is no file: give a state_dict that torch.save wrote")
+    return check_cut(options)
+
+
+def read_data(options, cuttable):
+    """The Data that the options name, whose images go through the model."""
+    reading = _changed(options, "image_size", "val_split")
+    if options.val_split:
+        reading["seed"] = options.seed
+    if options.preset in data.AUGMENTATIONS:
+        reading["augmentation"] = data.AUGMENTATIONS[options.preset]
+    source = data.load(
+        options.data,
+        options.batch_size,
+        device=options.device,
+        workers=options.workers,
+        download=options.download,
+        progress=not options.quiet,
+        **reading,
+    )
+    check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
+    return source
+
+
+def make_model(options, source, weights=None):
+    """A new model for the data, by the options' seed; weights: a file with those that it begins with."""
+    torch.manual_seed(options.seed)
+    model = models.create(options.model, source.num_classes)
+    if weights:
+        load_weights(model, weights, f"{options.model} with {source.num_classes} classes")
+    return model
+
+
+def train_as_told(options, model, source, **more):
+    """Trains the model on the Data, as `auglocal_ext.train` with what the options say; more: what else it is given."""
+    if options.label_smoothing:
+        more["criterion"] = torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+    return train(
+        model,
+        source.train,
+        options.depth,
+        val_loader=source.val if options.val_split else source.test,
+        epochs=options.epochs,
+        rule=for_images(options.rule, source.description["mean"], source.description["std"]),
+        form=options.form,
+        modules=options.modules,
+        memory_budget=options.budget,
+        recompute=options.recompute,
+        optimizer=named_optimizer(options.optimizer, options.lr, options.momentum, options.weight_decay),
+        schedule=schedule_of(options),
+        precision=options.precision,
+        device=options.device,
+        seed=options.seed,
+        progress=not options.quiet,
+        **_changed(options, "max_seconds", "patience", "nonfinite"),
+        **more,
+    )
+
+
+def schedule_of(options):
+    """(epoch, epochs) -> factor. The paper's goes to 0 at the end of the last epoch but one, which a short training has
+    no epoch to spare for: under 100 epochs it is `cosine`."""
+    if options.schedule == "paper":
+        return paper(options.lr) if options.epochs >= 100 else cosine
+    schedule = SCHEDULES[options.schedule]
+    return schedule if options.warmup is None else partial(schedule, warmup=options.warmup)
+
+
+def _changed(options, *names):
+    """Those of the options that are not at their defaults, which are the library's own."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) != DEFAULTS[name]}

@@ -1,0 +1,195 @@
+"""The options of a training, one set for all programs: what they are, what goes together, and what stands above what.
+
+Default < preset < --config < what is typed.
+"""
+
+import argparse
+from pathlib import Path
+
+from .config import read_config
+from .names import FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, RULES, SCHEDULES, WITH_MOMENTUM
+from .options import default_device, device, number, seed, size, whole
+from .presets import DEFAULTS, LEARNING_RATES, PRESETS, defaults_of
+
+__all__ = ["add_cut", "add_run", "add_training", "default_learning_rate", "settled", "told"]
+
+_DEPTH, _LR = whole(2, words=("auto",)), number(0)
+_DATA = (
+    "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
+    "fake:N (default: {default})"
+)
+_CUT = ("model", "rule", "depth", "form", "modules", "precision", "recompute", "budget")
+
+
+def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
+    """Adds what every training has; only what is typed is in the parsed Namespace, see `settled`.
+
+    Args:
+        depth, lr: kinds of --depth and --lr, where a program takes less.
+        data: the help of --data.
+        preset: whose values the help tells as defaults.
+    """
+    add_cut(parser, depth=depth, preset=preset)
+    add = _adder(parser, defaults_of(preset))
+    add("--data", metavar="SOURCE", help=data)
+    add("--download", action="store_true", help="fetch the images if they are not at ROOT")
+    add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: {default})")
+    add("--image-size", type=whole(1, 10_000), help="pixels along a side (default: as the data has them)")
+    add("--val-split", type=number(0, below=1), help="share of the training images to validate on (default: {default})")
+    add("--weights", type=Path, metavar="FILE", help="begin with these: a state_dict (default: random ones)")
+    epochs = whole(1, expected="a whole number of at least 1")
+    add("--epochs", type=epochs, help="times through the training data (default: {default})")
+    add("--batch-size", "-b", type=whole(2), help="images in a step (default: {default})")
+    add("--optimizer", "--opt", choices=OPTIMIZERS, help="sgd: with Nesterov momentum (default: {default})")
+    rate = f"{LEARNING_RATES[preset]:g}"
+    add("--lr", type=lr, help=f"learning rate (default: {rate} x batch size / 128; of another optimizer, torch's)")
+    add("--momentum", type=number(0, below=1), help="of sgd and rmsprop (default: 0.9 of sgd)")
+    add("--weight-decay", "--wd", type=number(0), help="(default: 1e-4; of another optimizer than sgd, torch's)")
+    add(
+        "--schedule",
+        "--lr-scheduler",
+        choices=SCHEDULES,
+        help="of the learning rate; step: to a tenth after each third; exponential: to a hundredth at the end; paper: "
+        "the cosine of its code, from 100 epochs on (default: {default})",
+    )
+    add(
+        "--warmup",
+        "--lr-warmup-epochs",
+        type=number(0),
+        metavar="EPOCHS",
+        help="with a learning rate that rises (default: with cosine a tenth of them, at most 10; else 0)",
+    )
+    add("--label-smoothing", type=number(0, below=1), help="of the cross-entropy (default: {default})")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add("--seed", type=seed, help="of weights, order and augmentation (default: {default})")
+    add("--max-seconds", type=number(above=0), help="of training, then it stops")
+    add("--patience", type=whole(1), metavar="EPOCHS", help="stop after so many without a better validation accuracy")
+    add("--nonfinite", choices=NONFINITE, help="what a loss that is not finite does (default: {default})")
+    add("--config", type=Path, metavar="FILE", help="options as a JSON object, or a run's settings.json")
+    add("--quiet", action="store_true", help="no progress bar, no line per epoch")
+
+
+def add_run(parser):
+    """Adds what a training that leaves a run's folder has."""
+    add_training(parser)
+    add = _adder(parser, DEFAULTS)
+    add("--preset", choices=PRESETS, help="the paper's settings for these data; what else is given stands above them")
+    add("--name", help="of the run's folder (default: made of the settings and the time)")
+    add("--runs", type=Path, help="where runs' folders go (default: {default})")
+    add("--checkpoint-minutes", type=number(0), help="between checkpoints within an epoch (default: {default:g})")
+    add("--tensorboard", action="store_true", help="also write events for TensorBoard, in the run's folder")
+
+
+def add_cut(parser, *, depth=_DEPTH, preset=None):
+    """Adds what is trained, and how it is cut; returns what these options are where they are not typed."""
+    defaults = defaults_of(preset)
+    add = _adder(parser, defaults)
+    add(
+        "--model",
+        help="resnet20 ... resnet110, or a classifier of torchvision, see `auglocal models` (default: {default})",
+    )
+    add("--rule", choices=RULES, help="learning rule; bp: plain backpropagation (default: {default})")
+    add(
+        "--depth",
+        type=depth,
+        help="layers of an auxiliary net and its classifier; auto: what --budget allows (default: {default})",
+    )
+    add(
+        "--form",
+        choices=FORMS,
+        help="cifar: aux nets less deep toward the output, the last DEPTH units one module; imagenet: one module "
+        "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
+    )
+    add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
+    add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
+    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
+    add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
+        "least work")  # fmt: skip
+    return {name: defaults[name] for name in _CUT}
+
+
+def _adder(parser, defaults):
+    def add(*flags, help, **kind):
+        default = defaults.get(flags[0].removeprefix("--").replace("-", "_"))
+        parser.add_argument(*flags, default=argparse.SUPPRESS, help=help.format(default=default), **kind)
+
+    return add
+
+
+def settled(given, add_options, preset=None):
+    """Every option's value.
+
+    Args:
+        given: name -> value of those that were typed.
+        add_options: parser -> None, which adds those of the program.
+        preset: of a program that has no --preset.
+
+    Returns:
+        A Namespace of every option of `auglocal train`, and of what else is in given.
+
+    Raises:
+        ValueError: options that do not go together, or a --config that is none.
+    """
+    config = read_config(given["config"], add_options) if "config" in given else {}
+    preset = given.get("preset") or config.get("preset") or preset
+    options = defaults_of(preset) | config | given | {"preset": preset}
+    options.pop("config", None)
+    options = argparse.Namespace(**options)
+    if options.data is None:
+        raise ValueError(f"--data must be given with --preset {preset}, for instance --data imagefolder:ROOT")
+    _check_together(options)
+    options.device = options.device or default_device()
+    if options.lr is None:
+        options.lr = default_learning_rate(options)
+    return options
+
+
+def default_learning_rate(options):
+    """In proportion to the batch with SGD, torch's default of another optimizer."""
+    if options.optimizer == "sgd":
+        return LEARNING_RATES[options.preset] * options.batch_size / 128
+    from inspect import signature
+
+    from ..optim import OPTIMIZERS
+
+    return float(signature(OPTIMIZERS[options.optimizer]).parameters["lr"].default)
+
+
+def _check_together(options):
+    if options.momentum is not None and options.optimizer not in WITH_MOMENTUM:
+        raise ValueError(
+            f"--momentum goes with --optimizer {' or '.join(WITH_MOMENTUM)}, given --optimizer {options.optimizer}: "
+            f"leave it out"
+        )
+    if options.schedule == "paper" and options.warmup is not None:
+        raise ValueError(
+            f"--warmup does not go with --schedule paper, which has its own, given {options.warmup:g}: leave it out, "
+            f"or choose another --schedule"
+        )
+    if options.schedule == "paper" and options.lr == 0:
+        raise ValueError("--lr must be above 0 with --schedule paper, given 0: choose another --schedule")
+    if options.warmup is not None and options.warmup > options.epochs:
+        raise ValueError(f"--warmup must be at most --epochs, {options.epochs}, given {options.warmup:g}")
+
+
+def told(options):
+    """The settings in a few lines: the main ones, and what else is not as without options."""
+    cut = f", depth {options.depth}" if options.rule == "auglocal" else ""
+    cut += f", {options.modules} local modules" if options.modules else ""
+    lines = [
+        f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
+        f"{options.seed}",
+        f"{options.epochs} epochs in batches of {options.batch_size}, {options.optimizer} with lr {options.lr:g}, "
+        f"schedule {options.schedule}",
+    ]
+    main = {"model", "data", "rule", "depth", "modules", "precision", "device", "seed", "epochs", "batch_size"}
+    main |= {"optimizer", "lr", "schedule", "quiet", "name", "runs"}
+    values = vars(options)
+    other = [name for name in DEFAULTS if name not in main and values[name] != DEFAULTS[name]]
+    if other:
+        lines.append(", ".join(f"{name.replace('_', ' ')} {_shown(values[name])}" for name in other))
+    return "\n".join(lines)
+
+
+def _shown(value):
+    return "on" if value is True else f"{value:g}" if isinstance(value, float) else value
