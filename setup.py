@@ -132,6 +132,8 @@ setup(
     setup_requires=["cmake>=3.24", "ninja", "pybind11>=3"] + ([] if installed("torch") else ["torch>=2.11"]),
     install_requires=["torch>=2.11", torchvision_requirement(), "numpy", "tqdm", "scikit-learn", "matplotlib"],
     extras_require={
+        "tensorboard": ["tensorboard"],
+        "export": ["onnx", "onnxscript"],
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis"],
         # One release of each: another one lays out differently, or finds more.
         "lint": ["ruff==0.17.*", "clang-format==23.1.*", "mypy==2.4.*"],

@@ -22,6 +22,7 @@ __all__ = [
     "init_weights",
     "initialised",
     "name_of",
+    "names",
 ]
 
 
@@ -110,6 +111,14 @@ def resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
 
 
 _CIFAR = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110)}
+
+
+def names() -> list[str]:
+    """The names of all models that `create` makes: the CIFAR ResNets, then torchvision's classifiers."""
+    from .common.torchvision import import_torchvision
+
+    models = import_torchvision("a list of all models").models
+    return [*_CIFAR, *models.list_models(module=models)]
 
 
 def create(name: str, num_classes: int) -> nn.Module:

@@ -9,18 +9,22 @@ from ..planning.budget import candidates
 from ..rules.by_name import RULES, as_rule
 from ..rules.cutting import cut
 
-__all__ = ["check_cut", "check_image_size"]
+__all__ = ["check_cut", "check_image_size", "on_meta"]
+
+
+def on_meta(name, classes):
+    """A model by name, on the meta device."""
+    try:
+        with torch.device("meta"):
+            return models.create(name, classes)
+    except NotImplementedError:  # its constructor looks at values
+        return models.create(name, classes).to("meta")
 
 
 def check_cut(options):
     """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
     given = vars(options)
-    name, classes = options.model, given.get("num_classes") or 10
-    try:
-        with torch.device("meta"):
-            model = models.create(name, classes)
-    except NotImplementedError:  # its constructor looks at values
-        model = models.create(name, classes).to("meta")
+    model = on_meta(options.model, given.get("num_classes") or 10)
     backbone, budget = as_backbone(model), given.get("budget")
     if options.depth == "auto" and budget is None:
         raise ValueError(

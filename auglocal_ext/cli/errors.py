@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from ..common.messages import first_line
+
 __all__ = ["in_words_of_options", "run"]
 
 
@@ -28,7 +30,7 @@ def run(program, command, lost=""):
     except SystemExit as stopped:  # argparse has said why
         return stopped.code
     except KeyboardInterrupt as stopped:
-        print(f"\n{program}: {str(stopped) or 'interrupted'}{lost}", file=sys.stderr)
+        print(f"\n{program}: {in_words_of_options(stopped) if str(stopped) else 'interrupted'}{lost}", file=sys.stderr)
         return 130
     except Exception as error:
         if _is(error, f"{_PACKAGE.name}.training.divergence", "TrainingDiverged"):
@@ -55,13 +57,28 @@ _WORDS = [
     (r"\bauglocal_ext\.plan\b", "auglocal plan"),
 ]
 
+# RuntimeErrors of torch's that the machine is to blame for, and what they mean.
+_MACHINE = [
+    (r"can't allocate memory", "out of memory: give a smaller --batch-size, or a --budget"),
+    (r"CUDA error: out of memory", "out of memory on the GPU: give a smaller --batch-size, or a --budget"),
+    (
+        r"DataLoader worker .*(exited unexpectedly|killed by signal)",
+        "a process that reads images was ended from outside, as where memory runs out: give fewer --workers",
+    ),
+    (r"(shared memory|/torch_\d+)", "no shared memory is left for processes that read images: give fewer --workers"),
+]
+
 
 def in_words_of_options(error):
-    """An error's message in one line, as who typed the options knows things."""
+    """An error's message in one line, as who typed the options knows things, and its `remedy` if it has one."""
     message = " ".join(str(error).split("\n")) or type(error).__name__
+    for pattern, sentence in _MACHINE:
+        if isinstance(error, RuntimeError) and re.search(pattern, message):
+            message = f"{sentence} ({first_line(error).strip(' .')})"
     for pattern, option in _WORDS:
         message = re.sub(pattern, option, message)
-    return message
+    remedy = getattr(error, "remedy", None)
+    return f"{message}; {remedy}" if remedy else message
 
 
 def _is(error, module, name):
@@ -77,7 +94,7 @@ def _of_the_user(error, command):
     """
     if isinstance(error, (OSError, ImportError, MemoryError)) or _is(error, "torch", "OutOfMemoryError"):
         return True
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, on the CPU
+    if isinstance(error, RuntimeError) and any(re.search(pattern, str(error)) for pattern, _ in _MACHINE):
         return True
     if not isinstance(error, (ValueError, TypeError)):
         return False

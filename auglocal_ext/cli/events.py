@@ -1,6 +1,9 @@
-"""Events for TensorBoard, of every epoch's entry in the history."""
+"""The history of a training for other programs: as CSV, and as events for TensorBoard."""
 
-__all__ = ["event_writer"]
+import csv
+import io
+
+__all__ = ["as_csv", "event_writer"]
 
 _SCALARS = {
     "loss/train": "loss",
@@ -12,6 +15,21 @@ _SCALARS = {
     "images per second": "images_per_second",
     "peak bytes": "peak_bytes",
 }
+
+
+def as_csv(history):
+    """A line per epoch; what each local module has, in a column of its own, as module_losses.0."""
+    lines, rows = io.StringIO(), []
+    for entry in history:
+        row = {}
+        for name, value in entry.items():
+            several = isinstance(value, list)
+            row |= {f"{name}.{index}": one for index, one in enumerate(value)} if several else {name: value}
+        rows.append(row)
+    writer = csv.DictWriter(lines, list(rows[-1]), restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return lines.getvalue()
 
 
 def event_writer():

@@ -10,10 +10,9 @@ from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
 from .checks import check_cut, check_image_size
-from .presets import DEFAULTS
 from .weights import load_weights
 
-__all__ = ["check", "make_model", "read_data", "schedule_of", "train_as_told"]
+__all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
 
 
 def check(options):
@@ -25,22 +24,26 @@ def check(options):
 
 def read_data(options, cuttable):
     """The Data that the options name, whose images go through the model."""
-    reading = _changed(options, "image_size", "val_split")
-    if options.val_split:
-        reading["seed"] = options.seed
+    source = load_data(options, options.data)
+    check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
+    return source
+
+
+def load_data(options, where, **more):
+    """The Data at a source, as the options read data; more: what else `data.load` is given."""
     if options.preset in data.AUGMENTATIONS:
-        reading["augmentation"] = data.AUGMENTATIONS[options.preset]
-    source = data.load(
-        options.data,
+        more["augmentation"] = data.AUGMENTATIONS[options.preset]
+    return data.load(
+        where,
         options.batch_size,
         device=options.device,
         workers=options.workers,
         download=options.download,
         progress=not options.quiet,
-        **reading,
+        image_size=options.image_size,
+        val_split=options.val_split,
+        **more,
     )
-    check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
-    return source
 
 
 def make_model(options, source, weights=None):
@@ -73,7 +76,9 @@ def train_as_told(options, model, source, **more):
         device=options.device,
         seed=options.seed,
         progress=not options.quiet,
-        **_changed(options, "max_seconds", "patience", "nonfinite"),
+        max_seconds=options.max_seconds,
+        patience=options.patience,
+        nonfinite=options.nonfinite,
         **more,
     )
 
@@ -85,8 +90,3 @@ def schedule_of(options):
         return paper(options.lr) if options.epochs >= 100 else cosine
     schedule = SCHEDULES[options.schedule]
     return schedule if options.warmup is None else partial(schedule, warmup=options.warmup)
-
-
-def _changed(options, *names):
-    """Those of the options that are not at their defaults, which are the library's own."""
-    return {name: getattr(options, name) for name in names if getattr(options, name) != DEFAULTS[name]}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .. import __version__
 from .errors import run
-from .options import Parser, whole
+from .names import PRECISIONS
+from .options import Parser, device, whole
 from .training_options import add_cut, add_run
 
 __all__ = ["main"]
@@ -30,10 +31,13 @@ def main(arguments=None):
 def _parser():
     parser = Parser("auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
     parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|resume|plan")
+    commands = parser.add_subparsers(required=True, metavar="train|resume|evaluate|plan|models|export")
     _add_train(commands)
     _add_resume(commands)
+    _add_evaluate(commands)
     _add_plan(commands)
+    _add_models(commands)
+    _add_export(commands)
     return parser
 
 
@@ -55,6 +59,50 @@ def _add_resume(commands):
     resuming.set_defaults(run=(".train", "resume_command"))
     resuming.add_argument("run_folder", type=Path, metavar="RUN", help="its folder, runs/NAME")
     add_run(resuming)
+
+
+def _add_evaluate(commands):
+    evaluating = commands.add_parser(
+        "evaluate",
+        help="test a trained model",
+        description="Prints a trained model's loss and accuracies on test images, normalised as those that it was "
+        "trained on, and leaves evaluation.json and confusion_matrix.png in the run's folder.",
+    )
+    evaluating.set_defaults(run=(".evaluate", "evaluate_command"))
+    add = evaluating.add_argument
+    add("weights", type=Path, metavar="RUN", help="a run's folder, or a file with a state_dict, with --model")
+    add("--model", help="what a file of weights is of, as --model of auglocal train")
+    add("--data", metavar="SOURCE", help="as of auglocal train (default: what the run was trained on; else digits)")
+    add("--download", action="store_true", help="fetch the images if they are not at ROOT")
+    add("--batch-size", "-b", type=whole(1), help="images at a time (default: as in training)")
+    add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: as in training)")
+    add("--precision", choices=PRECISIONS, help="of the features (default: as in training)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add("--out", type=Path, metavar="FOLDER", help="where the files go (default: the run's; else here)")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_models(commands):
+    listing = commands.add_parser(
+        "models",
+        help="list the models that can be cut",
+        description="Lists the CIFAR ResNets and the classifiers of torchvision that can be cut, with their units (the "
+        "most local modules) and their parameters with 1,000 classes, of a CIFAR ResNet with 10.",
+    )
+    listing.set_defaults(run=(".models", "models_command"))
+    listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of names, as 'resnet*'")
+
+
+def _add_export(commands):
+    exporting = commands.add_parser(
+        "export",
+        help="write a trained model as ONNX",
+        description="Writes a run's model as ONNX, for batches of any size of images (N, 3, H, W), normalised by mean "
+        "and std of the run's settings.json.",
+    )
+    exporting.set_defaults(run=(".export", "export_command"))
+    exporting.add_argument("run_folder", type=Path, metavar="RUN", help="its folder, runs/NAME")
+    exporting.add_argument("--out", type=Path, metavar="FILE", help="(default: model.onnx in the run's folder)")
 
 
 def _add_plan(commands):

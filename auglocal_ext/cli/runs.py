@@ -13,7 +13,7 @@ from .config import checked
 from .presets import DEFAULTS
 from .training_options import add_run
 
-__all__ = ["new_folder", "options_of", "read_settings", "settings_of"]
+__all__ = ["can_go_on", "new_folder", "options_of", "read_settings", "settings_of"]
 
 
 def settings_of(options, source):
@@ -44,7 +44,7 @@ def options_of(folder, settings, leave_out=()):
 
 @contextlib.contextmanager
 def new_folder(options):
-    """Makes the run's folder, before anything is read; a run that did not get to a first result leaves nothing."""
+    """Makes the run's folder, before anything is read; a run that left nothing to go on from leaves nothing."""
     name = options.name
     if not name:
         cut = f"d{options.depth}" if options.rule == "auglocal" else options.rule
@@ -63,11 +63,16 @@ def new_folder(options):
     try:
         yield folder
     finally:
-        if not (folder / "history.json").exists():
+        if not (folder / "history.json").exists() and not can_go_on(folder):
             (folder / "settings.json").unlink(missing_ok=True)
             for path in (folder / "checkpoint", *created):
                 with contextlib.suppress(OSError):  # another run's folder lies in it by now
                     path.rmdir()
+
+
+def can_go_on(folder):
+    """Whether `auglocal resume` finds a checkpoint there."""
+    return (folder / "checkpoint" / "last.pt").exists()
 
 
 def _no_folder(folder, error):

@@ -6,16 +6,16 @@ import time
 from pathlib import Path
 
 from .. import report
-from ..common.files import save_model, write_json
-from ..common.memory import format_bytes
+from ..common.files import save_model, write_json, write_text
 from ..training.divergence import TrainingDiverged
 from ..training.evaluate import evaluation
+from ..training.lines import cost_lines
 from ..training.result import TrainingInterrupted
 from .errors import in_words_of_options
-from .events import event_writer
+from .events import as_csv, event_writer
 from .job import check, make_model, read_data, train_as_told
 from .options import default_device
-from .runs import new_folder, options_of, read_settings, settings_of
+from .runs import can_go_on, new_folder, options_of, read_settings, settings_of
 from .training_options import add_run, settled, told
 
 __all__ = ["resume_command", "train_command"]
@@ -38,6 +38,7 @@ def train_command(given):
         model = make_model(options, source, options.weights)
         if not options.quiet:
             print(told(options))
+        write_json(folder / "settings.json", settings_of(options, source))  # a stop in the first epoch is gone on from
         return _train_in(folder, options, source, model, write_events)
 
 
@@ -47,7 +48,7 @@ def resume_command(given):
 
 
 def _resume(folder, given):
-    """Goes on with a run, from its last whole epoch, by the settings that it was begun with."""
+    """Goes on with a run, from its last checkpoint, by the settings that it was begun with."""
     options = options_of(folder, read_settings(folder), leave_out=given.keys() & {"device"})
     options.quiet = False
     for name, value in given.items():
@@ -58,10 +59,20 @@ def _resume(folder, given):
                 f"begin a new run"
             )
         setattr(options, name, value)
+    done = len(_history(folder))
+    if options.epochs < done:
+        raise ValueError(
+            f"{folder} has a training of {done} epochs already, given --epochs {options.epochs}: give more"
+        )
     options.device = options.device or default_device()
     write_events = event_writer() if options.tensorboard else None
     source = read_data(options, check(options))
     return _train_in(folder, options, source, make_model(options, source), write_events)
+
+
+def _history(folder):
+    path = folder / "history.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _shown(value):
@@ -72,30 +83,32 @@ def _shown(value):
 
 def _train_in(folder, options, source, model, write_events):
     """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder."""
-    history = []
-    if (folder / "history.json").exists():
-        history = json.loads((folder / "history.json").read_text())
+    history = _history(folder)
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one. One may be told again.
         history[entry["epoch"] - 1 :] = [entry]
         write_json(folder / "settings.json", settings_of(options, source))
         write_json(folder / "history.json", history)
+        write_text(folder / "history.csv", as_csv(history))
         save_model(folder / "model.pt", model)
         if write_events:
             write_events(folder / "tensorboard", entry)
 
-    more = {"checkpoint": folder / "checkpoint", "on_epoch": save}
-    if options.checkpoint_minutes != 10:
-        more["checkpoint_minutes"] = options.checkpoint_minutes
+    keeping = {"checkpoint": folder / "checkpoint", "checkpoint_minutes": options.checkpoint_minutes}
     started, status = time.perf_counter(), 0
     try:
-        result = train_as_told(options, model, source, **more)
-    except (TrainingInterrupted, TrainingDiverged) as stop:
-        if not history:
+        result = train_as_told(options, model, source, on_epoch=save, **keeping)
+    except BaseException as stop:
+        if can_go_on(folder) and isinstance(stop, KeyboardInterrupt | OSError | MemoryError | RuntimeError):
+            stop.remedy = f"go on with `auglocal resume {folder}`"
+        if not history or not isinstance(stop, TrainingInterrupted | TrainingDiverged):
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
         print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
+    if not history:
+        print(f"stopped in the first epoch by --max-seconds: `auglocal resume {folder}` goes on")
+        return status
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if result.plan.depth:
         title += f", depth {result.plan.depth}"
@@ -109,10 +122,11 @@ def _train_in(folder, options, source, model, write_events):
     if options.val_split:
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}, test accuracy {tested.top1:.2%}"
+    stopped = f", stopped by --{result.stopped.replace('_', '-')}" if result.stopped else ""
     print(
-        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s, peak memory "
-        f"{format_bytes(result.peak_bytes)}\n"
-        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, learning_curve.png; "
-        f"`auglocal resume {folder} --epochs N` goes on"
+        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s{stopped}\n"
+        f"{cost_lines(result)}\n"
+        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "
+        f"learning_curve.png; `auglocal resume {folder} --epochs N` goes on"
     )
     return status

@@ -39,6 +39,7 @@ def eager_bytes(planner, shape, like=None):
 
 
 def _step(planner, parts, images, labels, checkpointed):
+    planner.progress.walked()
     *units, classifier = parts
     with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
         existing = live.now

@@ -67,12 +67,13 @@ def plan(
         rules = candidates(rule, depth, form, len(backbone.units))
     spans = cut(backbone, rules[0], modules)
     planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone, criterion)
-    if memory_budget is None:
-        return compared(planner, planner.plan(spans, shape, rules[0]))
-    check_device(planner.device, budget)
-    spans, heads, choice = choose(planner, shape, budget, rules, modules)
-    planned = planner.plan(spans, shape, choice.rule, heads)
-    return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
+    with planner.progress(f"planning batches of {shape[0]}"):
+        if memory_budget is None:
+            return compared(planner, planner.plan(spans, shape, rules[0]))
+        check_device(planner.device, budget)
+        spans, heads, choice = choose(planner, shape, budget, rules, modules)
+        planned = planner.plan(spans, shape, choice.rule, heads)
+        return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
 
 
 def check_shape(backbone, input_shape):

@@ -25,6 +25,7 @@ from ..rules.cutting import Span, assert_apart, borders_of, local_heads
 from .module_nodes import module_program
 from .optimizer_bytes import OptimizerBytes, frozen_state
 from .origin import Origin, fingerprint
+from .progress import Progress
 from .result import ModulePlan, Plan
 
 __all__ = ["Planner", "train_mode"]
@@ -66,6 +67,7 @@ class Planner:
     Attributes:
         options: how the programs are built; see `module_nodes.module_program`.
         optimizer_bytes: see `OptimizerBytes`.
+        progress: see `Progress`.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Planner:
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
-        self.reader, self._heads, self._same = Reader(), {}, set()
+        self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
@@ -132,7 +134,8 @@ class Planner:
         constant = batch_bytes + len(parts) * self.module_bytes
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
-        walks = self._filled(parts, images, labels)
+        with self.progress(f"planning batches of {shape[0]}"):
+            walks = self._filled(parts, images, labels)
         modules = tuple(
             self._module_plan(index, part, walk, constant, words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
@@ -165,6 +168,7 @@ class Planner:
             if known is not None and not kept:
                 walk = known[index]
             else:
+                self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
                 line, features = timeline(program, x, labels, part.existing, index > 0, images)
                 walk = _Walk(program, line, features, kept)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from ..common.memory import bytes_of, tensors_of
 from ..engine.nodes import Norm, PooledNorm
@@ -18,8 +17,8 @@ __all__ = ["Walker", "cut_table", "cut_tables", "with_heads"]
 
 
 def cut_tables(planner, shape, rules):
-    with tqdm(desc=f"planning batches of {shape[0]}", unit=" walks", delay=2, leave=False, disable=None) as bar:
-        walker = Walker(planner, shape, bar.update)
+    with planner.progress(f"planning batches of {shape[0]}"):
+        walker = Walker(planner, shape)
         return [cut_table(planner, shape, rule, walker) for rule in rules]
 
 
@@ -75,9 +74,8 @@ class Walker:
     """Walks modules of one to three units, for what their segments do; equal ones once. Only what heads do depends on
     the rule."""
 
-    def __init__(self, planner, shape, say=lambda: None):
-        """say: called at each walk."""
-        self.planner, self.units, self.say = planner, planner.backbone.units, say
+    def __init__(self, planner, shape):
+        self.planner, self.units = planner, planner.backbone.units
         images, self.labels = planner.batch(shape)
         shapes = planner.backbone.feature_shapes(shape[1:])[:-1]
         dtype = planner.autocast or planner.dtype
@@ -94,7 +92,7 @@ class Walker:
 
     def walk(self, first, last, head, pinned=()):
         """The Timeline of a module of units first..last, the outputs of units `pinned` never dropped."""
-        self.say()
+        self.planner.progress.walked()
         span, source = Span(first, last), self.names[first]
         names = {self.names[unit + 1] for unit in pinned}
         program = module_program(self.planner.backbone, span, head, source, pinned=names, **self.planner.options)

@@ -1,5 +1,6 @@
 """Pictures and tables of plain data. matplotlib is imported when the first picture is drawn."""
 
+from .confusion import confusion_picture
 from .curves import learning_curve
 from .figure import check_picture
 from .front import front_picture
@@ -9,6 +10,7 @@ from .tables import brief_table, cost_lines, plan_table
 __all__ = [
     "brief_table",
     "check_picture",
+    "confusion_picture",
     "cost_lines",
     "front_picture",
     "learning_curve",

@@ -1,8 +1,20 @@
 """What can be had for how much memory, drawn."""
 
-from .figure import check_picture, new_figure, save, scale_of
+from .figure import check_picture, label_where_free, new_figure, save, scale_of
 
 __all__ = ["front_picture"]
+
+
+_PLACES = (
+    ((-4, 2), "right", "center"),
+    ((0, -5), "center", "top"),
+    ((-4, -6), "right", "top"),
+    ((0, 5), "center", "bottom"),
+    ((5, 0), "left", "center"),
+    ((-12, 0), "right", "center"),
+    ((0, -12), "center", "top"),
+    ((12, 0), "left", "center"),
+)
 
 
 def front_picture(plan, path):
@@ -13,34 +25,34 @@ def front_picture(plan, path):
     axes = figure.subplots()
     scale, unit = scale_of(max(plan.comparison.eager.bytes, choice.budget))
     counts = sorted({point.modules for point in choice.front})
+    ends, lines = [], []
     for index, count in enumerate(counts):
         points = sorted((p.bytes / scale, p.macs / plan.bp_macs) for p in choice.front if p.modules == count)
         shade = str(0.75 * index / max(len(counts) - 1, 1))
         axes.plot(*zip(*points, strict=True), "-o", color=shade, ms=3, lw=0.8)
-        if index % max(1, len(counts) // 10) == 0:
-            axes.annotate(f"K={count}", points[0], xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8)
-    eager = {
-        "s": (plan.comparison.eager, "eager BP"),
-        "^": (plan.comparison.eager_checkpoint, "every unit checkpointed"),
-    }
-    for marker, (cost, label) in eager.items():
-        axes.plot(cost.bytes / scale, cost.macs, marker, ms=9, mfc="white", mec="k", label=label)
+        ends.append((f"K={count}", points[0]))
+        lines.append(points)
+    marks = []
+    for cost, marker, fill, label in (
+        (plan.comparison.bp, "s", "0.6", "BP on this engine"),
+        (plan.comparison.checkpoint, "^", "0.6", "every unit checkpointed, on this engine"),
+        (plan.comparison.eager, "s", "white", "eager BP"),
+        (plan.comparison.eager_checkpoint, "^", "white", "eager BP, every unit checkpointed"),
+    ):
+        marks.append((cost.bytes / scale, cost.macs))
+        axes.plot(*marks[-1], marker, ms=9, mfc=fill, mec="k", ls="", label=label)
     axes.axvline(choice.budget / scale, color="k", ls="--", lw=1, label="budget")
-    chosen = choice.point
-    axes.plot(
-        chosen.bytes / scale,
-        chosen.macs / plan.bp_macs,
-        "*",
-        ms=15,
-        mfc="white",
-        mec="k",
-        label=f"chosen: K={chosen.modules}",
-    )
+    marks.append((choice.point.bytes / scale, choice.point.macs / plan.bp_macs))
+    axes.plot(*marks[-1], "*", ms=18, mfc="none", mec="k", ls="", label=f"chosen: K={choice.point.modules}")
     axes.set(xscale="log", xlabel=f"peak bytes of a step, everything in it, {unit}", ylabel="multiply-accumulates / BP")
-    ticks = [t * 10**e for e in range(-3, 5) for t in (1, 1.5, 2, 3, 4, 6, 8)]
+    axes.margins(0.08)  # room for the labels
     low, high = axes.get_xlim()
-    axes.set_xticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+    steps = (1, 1.5, 2, 3, 4, 6, 8) if high > 4 * low else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)
+    ticks = [step * 10**e for e in range(-3, 5) for step in steps if low <= step * 10**e <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    lines.append([(choice.budget / scale, height) for height in axes.get_ylim()])
+    label_where_free(axes, ends, _PLACES, lines, marks, fontsize=8)
     save(figure, path)

@@ -1,6 +1,8 @@
 """The memory of one training step, drawn over its instructions."""
 
-from .figure import check_picture, new_figure, save, scale_of
+import itertools
+
+from .figure import check_picture, label_where_free, new_figure, save, scale_of
 
 __all__ = ["memory_picture"]
 
@@ -36,15 +38,11 @@ def memory_picture(plan, path):
 
     top = max(at, key=highs.__getitem__)
     ceiling = 1.3 * highs[top] / scale
-    borders, count = [0], len(plan.modules)
+    borders = [0]
     for module in plan.modules:
         borders.append(borders[-1] + len(module.timeline.moments))
-    every = -(-count // 18)  # as many labels as there is room for
-    for module, begin, end in zip(plan.modules, borders[:-1], borders[1:], strict=True):
-        if begin:
-            axes.axvline(begin - 0.5, color="k", lw=0.6, ls=":")
-        if module.index % every == 0:
-            axes.text((begin + end) / 2, 0.99 * ceiling, str(module.index), ha="center", va="top", fontsize=8)
+    for begin in borders[1:-1]:
+        axes.axvline(begin - 0.5, color="k", lw=0.6, ls=":")
     what, module = steps[top]
     parts = ", ".join(f"{kind} {stacked[kind][top] / scale:.3g}" for kind in _KINDS)
     axes.annotate(
@@ -60,6 +58,9 @@ def memory_picture(plan, path):
     axes.set(xlim=(0, max(len(highs) - 1, 1)), ylim=(0, ceiling), ylabel=f"live bytes, {unit}")
     axes.set_xlabel("instruction of the step; dotted: module borders, numbers on top: modules")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    middles = [((begin + end - 1) / 2, 0.99 * ceiling) for begin, end in itertools.pairwise(borders)]
+    numbers = [(str(module.index), middle) for module, middle in zip(plan.modules, middles, strict=True)]
+    label_where_free(axes, numbers, [((0, 0), "center", "top")], fontsize=8)
     save(figure, path)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ..common.memory import format_bytes
 
-__all__ = ["duration", "epoch_line", "first_lines", "memory_line"]
+__all__ = ["cost_lines", "duration", "epoch_line", "first_lines", "memory_line"]
 
 
 def first_lines(trainer, images):
@@ -42,6 +42,14 @@ def memory_line(plan, peak_bytes, process_bytes):
         f"a step's peak memory: {format_bytes(plan.peak_bytes)} planned, {format_bytes(peak_bytes)} measured; the "
         f"process held {format_bytes(process_bytes)}"
     )
+
+
+def cost_lines(result):
+    """What a step of a finished training took, beside what it costs otherwise."""
+    lines = [memory_line(result.plan, result.peak_bytes, result.process_bytes)]
+    if result.plan.comparison is not None:
+        lines.append(str(result.plan.comparison))
+    return "\n".join(lines)
 
 
 def duration(seconds):

@@ -39,6 +39,7 @@ def train(
     memory_budget: int | str | None = None,
     recompute: bool = False,
     optimizer: Callable | None = None,
+    criterion: nn.CrossEntropyLoss | None = None,
     schedule: Callable | None = cosine,
     precision: str = "fp32",
     device: str | torch.device | None = None,
@@ -74,6 +75,8 @@ def train(
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
+        criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
+            the classifier. The validation's loss is the plain cross-entropy.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
             loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`.
         precision: "fp32" or "bf16".
@@ -120,7 +123,7 @@ def train(
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     cutting = {"rule": rule, "form": form, "modules": modules, "memory_budget": memory_budget}
-    options = {"precision": precision, "recompute": recompute, "optimizer": optimizer}
+    options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     trainer.nonfinite = nonfinite
     validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..planning.result import Plan
-from .lines import memory_line
+from .lines import cost_lines
 
 __all__ = ["TrainResult", "TrainingInterrupted"]
 
@@ -49,10 +49,7 @@ class TrainResult:
         lines = [self.plan.title, self._time_line()]
         if self.history:
             lines += self._table()
-        lines.append(memory_line(self.plan, self.peak_bytes, self.process_bytes))
-        if self.plan.comparison is not None:
-            lines.append(str(self.plan.comparison))
-        return "\n".join(lines)
+        return "\n".join([*lines, cost_lines(self)])
 
     def _time_line(self):
         count, seconds = len(self.history), sum(entry["seconds"] for entry in self.history)

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import argparse
+import csv
 import errno
 import json
 import math
@@ -20,8 +21,9 @@ from auglocal_ext.cli import plan as cli_plan
 from auglocal_ext.cli.errors import run
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.cli.program import main
+from auglocal_ext.training.epoch import Sums
 
-FILES = {"model.pt", "settings.json", "history.json", "learning_curve.png", "checkpoint"}
+FILES = {"model.pt", "settings.json", "history.json", "history.csv", "learning_curve.png", "checkpoint"}
 
 
 def test_train_writes_what_it_says(tmp_path, capsys):
@@ -31,6 +33,11 @@ def test_train_writes_what_it_says(tmp_path, capsys):
     assert {file.name for file in folder.iterdir()} == FILES
     history = json.loads((folder / "history.json").read_text())
     assert len(history) == 2 and len(history[0]["module_losses"]) == 3
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [float(rows[1][f"module_losses.{index}"]) for index in range(3)] == history[1]["module_losses"]
+    assert float(rows[1]["val_accuracy"]) == history[1]["val_accuracy"]
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["options"]["modules"] == 3 and settings["num_classes"] == 10 and len(settings["classes"]) == 10
     assert len(settings["mean"]) == len(settings["std"]) == 3 and settings["versions"]["torch"] == torch.__version__
@@ -140,6 +147,20 @@ def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
     one_sentence(
         "auglocal", ["resume", str(tmp_path)], ".* is no run of auglocal train, expected a folder with", capsys
     )
+
+
+def test_a_stop_within_the_first_epoch_is_gone_on_from(tmp_path, capsys):
+    arguments = ["--data", "fake:64", "--batch-size", "16", "--quiet", "--runs", str(tmp_path), "--name", "x"]
+    assert main([*FAKE, *arguments, "--max-seconds", "0.001"]) == 0
+    folder = tmp_path / "x"
+    assert capsys.readouterr().out == (
+        f"stopped in the first epoch by --max-seconds: `auglocal resume {folder}` goes on\n"
+    )
+    assert {file.name for file in folder.iterdir()} == {"settings.json", "checkpoint"}
+    assert main(["resume", str(folder), "--quiet", "--max-seconds", "600"]) == 0
+    assert main([*FAKE, *arguments, "--name", "whole"]) == 0
+    whole, part = (torch.load(tmp_path / name / "model.pt") for name in ("whole", "x"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
 
 
 def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
@@ -299,7 +320,7 @@ def nothing_long(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "train", long)
     monkeypatch.setattr(cli_plan, "plan", long)
-    for name in ("_digits", "_fake", "_image_folder", "_downloaded"):
+    for name in ("_digits", "_fake", "image_folders", "_downloaded"):
         monkeypatch.setattr(data.sources, name, long)
 
 
@@ -361,7 +382,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
             torch.OutOfMemoryError("no memory\nmemory_budget='5MB' chooses a cut"),
             "no memory --budget 5MB chooses a cut",
         ),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator: can't allocate"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            r"out of memory: give a smaller --batch-size, or a --budget \(DefaultCPUAllocator: can't allocate",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            r"a process that reads images was ended from outside, .*: give fewer --workers \(DataLoader worker",
+        ),
+        (
+            RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)"),
+            "no shared memory is left for processes that read images: give fewer --workers",
+        ),
         (MemoryError(), "MemoryError"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), ".*No space left on device: 'x'"),
         (ImportError("no torchvision"), "no torchvision"),
@@ -427,13 +459,8 @@ def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeyp
 
 
 def test_a_training_that_ends_far_worse_is_status_3(tmp_path, capsys, monkeypatch):
-    losses, real = iter([2.0, 9.0]), auglocal_ext.training.loop.train_epoch
-
-    def told(*arguments):
-        entry, steps = real(*arguments)
-        return entry | {"loss": next(losses)}, steps
-
-    monkeypatch.setattr(auglocal_ext.training.loop, "train_epoch", told)
+    losses, real = iter([2.0, 9.0]), Sums.entry
+    monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"loss": next(losses)})
     assert main([*FAKE, "--epochs", "2", "--runs", str(tmp_path), "--name", "x"]) == 3
     captured = capsys.readouterr()
     assert "cross-entropy was 9 in the last epoch, after 2 in the first one" in captured.err and not captured.out
@@ -448,14 +475,16 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_epoch_before(tmp_path, capsys,
     real, saves = torch.save, []
 
     def save(*arguments):
-        saves.append(arguments)
-        if len(saves) == 4:  # each epoch the model, the last and the best checkpoint
+        saves.extend(["a model"] * ("fc.weight" in arguments[0]))
+        if len(saves) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 
     monkeypatch.setattr(torch, "save", save)
     path = tmp_path / "x" / "model.pt"
-    message = f"{path} cannot be written: No space left on device; free some space there"
+    message = (
+        f"{path} cannot be written: No space left on device; free some space there, .*; go on with `auglocal resume "
+    )
     one_sentence("auglocal", [*FAKE, "--epochs", "2", "--runs", str(tmp_path), "--name", "x"], message, capsys)
     assert torch.load(path) and {file.name for file in path.parent.iterdir()} == FILES - {"learning_curve.png"}
 

@@ -154,7 +154,7 @@ def asked(monkeypatch):
     def load(source, batch_size, **options):
         asked.source, asked.batch_size, asked.reading = source, batch_size, options
         made = real("fake:20", 16)
-        return SimpleNamespace(**vars(made), val="the validation images") if "val_split" in options else made
+        return SimpleNamespace(**vars(made) | {"val": "the validation images"}) if options["val_split"] else made
 
     def train(model, loader, depth, **options):
         asked.model, asked.training = model, options
@@ -177,7 +177,7 @@ def test_what_the_library_is_asked_for(asked, tmp_path):
     assert asking["schedule"](1, 9) == step(1, 9, 2) and asking["criterion"].label_smoothing == 0.1
     wanted = {"max_seconds": 60, "patience": 3, "nonfinite": "skip", "checkpoint_minutes": 5, "epochs": 400}
     assert {name: asking[name] for name in wanted} == wanted and asking["val_loader"] == "the validation images"
-    reading = {"image_size": 48, "val_split": 0.2, "seed": 7, "augmentation": data.AUGMENTATIONS["svhn"]}
+    reading = {"image_size": 48, "val_split": 0.2, "augmentation": data.AUGMENTATIONS["svhn"]}
     assert {name: asked.reading[name] for name in reading} == reading and asked.source == "svhn:data"
 
 

@@ -1,0 +1,119 @@
+"""What the pictures show: lines, marks and texts, as matplotlib was given them."""
+
+import numpy
+import pytest
+import torch
+
+from auglocal_ext import models, plan, report
+from auglocal_ext.report import figure as figure_module
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, which is done too."""
+    figures, real = [], figure_module.save
+    for module in ("curves", "confusion", "front", "step_memory"):
+        monkeypatch.setattr(f"auglocal_ext.report.{module}.save", lambda f, path: figures.append(f) or real(f, path))
+    return figures
+
+
+def history(epochs, modules, **more):
+    """Validation is best in the epoch before the last."""
+    return [
+        {
+            "epoch": epoch,
+            "module_losses": [3.0 - index / modules - epoch / epochs for index in range(modules)],
+            "train_accuracy": epoch / epochs / 2,
+            "val_accuracy": 0.9 if epoch == epochs - 1 else 0.1,
+            **more,
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_the_curve_marks_the_best_epoch_and_has_the_loss_of_validation(drawn, tmp_path):
+    report.learning_curve(history(8, 3, val_loss=1.5), tmp_path / "curve.png", "mine")
+    accuracy, loss, bar = drawn[0].axes
+    lines = lines_of(accuracy)
+    assert list(lines["training"].get_ydata()) == [100 * epoch / 16 for epoch in range(1, 9)]
+    best = lines["best: 90.00% in epoch 7"]
+    assert (*best.get_xdata(), *best.get_ydata()) == (7, 90)
+    assert all(line.get_marker() not in ("", "None", None) for line in (*lines.values(), *loss.get_lines()))
+    lines = lines_of(loss)
+    assert set(lines["validation"].get_ydata()) == {1.5} and len(loss.get_lines()) == 4
+    assert lines["training, classifier (module 2)"].get_color() == "black"
+    first, second = (line.get_color() for line in loss.get_lines()[:2])
+    weights = (0.3, 0.6, 0.1)  # of red, green and blue in a grey
+    assert numpy.dot(first[:3], weights) > numpy.dot(second[:3], weights) + 0.3
+    assert bar.get_ylabel() == "training, aux net of local module"
+    assert all(tick == int(tick) for tick in accuracy.get_xticks())
+
+
+def test_a_curve_of_one_epoch_of_one_module_without_validation(drawn, tmp_path):
+    one = [history(1, 1, val_loss=None)[0] | {"val_accuracy": None}]
+    report.learning_curve(one, tmp_path / "curve.png", "mine")
+    accuracy, loss = drawn[0].axes
+    assert set(lines_of(accuracy)) == {"training", "best: 50.00% in epoch 1"} and set(lines_of(loss)) == {"training"}
+    assert accuracy.get_xlim() == (0, 2)
+
+
+def test_many_epochs_have_few_markers(drawn, tmp_path):
+    report.learning_curve(history(400, 2), tmp_path / "curve.png", "mine")
+    assert lines_of(drawn[0].axes[0])["training"].get_markevery() == 20
+
+
+def test_confusion_in_shares_of_rows_with_counts_and_names(drawn, tmp_path):
+    counts = torch.tensor([[3, 1], [0, 0]])
+    report.confusion_picture(counts, ["cat", "a dog of a very long name"], tmp_path / "x.png", "mine")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert [text.get_text() for text in axes.texts] == ["3", "1", "0", "0"]
+    assert [text.get_color() for text in axes.texts] == ["white", "black", "black", "black"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "a dog of a very l…"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_confusion_of_many_classes_has_names_but_no_counts(drawn, tmp_path):
+    names = [f"class {index}" for index in range(100)]
+    report.confusion_picture(numpy.eye(100, dtype=int), names, tmp_path / "x.png", "mine")
+    axes = drawn[0].axes[0]
+    assert not axes.texts and [label.get_text() for label in axes.get_xticklabels()] == names
+    drawn[0].draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert not any(one.overlaps(other) for one, other in zip(boxes[:-1], boxes[1:], strict=True))
+
+
+def test_numbers_of_many_modules_do_not_overlap(drawn, tmp_path):
+    with torch.device("meta"):
+        planned = plan(models.resnet44(), (2, 3, 16, 16), rule="predsim")
+    planned.save_picture(tmp_path / "x.png")
+    numbers = [text for text in drawn[0].axes[0].texts if text.get_text().isdigit()]
+    assert 10 < len(numbers) <= len(planned.modules) == 22 and numbers[0].get_text() == "0"
+    boxes = [text.get_window_extent() for text in numbers]
+    assert all(one.x1 < other.x0 for one, other in zip(boxes[:-1], boxes[1:], strict=True))
+    assert drawn[0].get_suptitle().startswith("resnet44, rule predsim: 22 local modules")
+
+
+def test_the_front_shows_both_engines_and_labels_that_cover_nothing(drawn, tmp_path):
+    with torch.device("meta"):
+        planned = plan(models.CifarResNet(2), (64, 3, 16, 16), 2, memory_budget="11.3MB")
+    planned.save_front(tmp_path / "x.png")
+    axes, comparison = drawn[0].axes[0], planned.comparison
+    lines = lines_of(axes)
+    for label, cost in {
+        "BP on this engine": comparison.bp,
+        "every unit checkpointed, on this engine": comparison.checkpoint,
+        "eager BP": comparison.eager,
+        "eager BP, every unit checkpointed": comparison.eager_checkpoint,
+    }.items():
+        assert (*lines[label].get_xdata(), *lines[label].get_ydata()) == (cost.bytes / 1e6, cost.macs)
+    assert f"chosen: K={len(planned.modules)}" in lines
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 3
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
+    points = numpy.concatenate([axes.transData.transform(line.get_xydata()) for line in axes.get_lines()])
+    assert not any(box.contains(*point) for box in boxes for point in points)
