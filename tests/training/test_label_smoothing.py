@@ -53,7 +53,7 @@ def test_a_step_is_that_of_autograd_on_each_module(batch, fused, options):
 @pytest.mark.parametrize("options", [{"depth": 2}, {"rule": "bp"}, {"rule": "dgl"}], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
 def test_planned_bytes_are_those_that_are_measured(batch, fused, options):
-    model = net(fused)
+    model, batch = net(fused), (batch[0].contiguous(memory_format=torch.channels_last), batch[1])
     planned = plan(model, batch[0].shape, **options, criterion=SMOOTHED)
     trainer = LocalTrainer(model, plan=planned)
     trainer.step(*batch)
