@@ -4,6 +4,7 @@ Three stages of 16, 32 and 64 channels; a shape change has a 1x1 convolution and
 shortcut, as in the AugLocal authors' code. state_dict keys: conv1 bn1 layer1..3 fc.
 """
 
+import inspect
 import math
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
+    "class_of",
     "create",
     "init_weights",
     "initialised",
@@ -119,6 +121,16 @@ def names() -> list[str]:
 
     models = import_torchvision("a list of all models").models
     return [*_CIFAR, *models.list_models(module=models)]
+
+
+def class_of(name: str) -> type:
+    """The class that the model of one of `names` has, without making one."""
+    if name in _CIFAR:
+        return CifarResNet
+    from .common.torchvision import import_torchvision
+
+    builder = import_torchvision(f"the model {name!r}").models.get_model_builder(name)
+    return inspect.signature(builder).return_annotation
 
 
 def create(name: str, num_classes: int) -> nn.Module:

@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import models
 from ..common.meta import meta_copy, replaced_methods
+from ..common.torchvision import import_torchvision
 from .units import Backbone, Shapes, Unit
 
-__all__ = ["as_backbone"]
+__all__ = ["as_backbone", "families"]
 
 
 def as_backbone(model):
@@ -64,6 +65,12 @@ def _read(model):
         f"cannot cut {type(model).__name__} into units: its part {first!r}{kind} is not understood; expected a "
         f"ResNet or VGG of torchvision.models, or a ResNet of auglocal_ext.models"
     )
+
+
+def families():
+    """The classes whose models are read."""
+    torchvision = import_torchvision("a list of what can be cut").models
+    return models.CifarResNet, torchvision.ResNet, torchvision.VGG
 
 
 def _imported(family):

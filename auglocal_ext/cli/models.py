@@ -6,7 +6,7 @@ import warnings
 from tqdm import tqdm
 
 from .. import models
-from ..backbone.families import as_backbone
+from ..backbone.families import as_backbone, families
 from .checks import on_meta
 
 __all__ = ["models_command"]
@@ -15,21 +15,19 @@ __all__ = ["models_command"]
 def models_command(options):
     """Prints a line for each model of a matching name that can be cut."""
     names = [name for name in models.names() if fnmatch.fnmatchcase(name, options.pattern)]
+    names = [name for name in names if issubclass(models.class_of(name), families())]
     found = []
     for name in tqdm(names, unit="model", leave=False, disable=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's, of initial weights
             model = on_meta(name, 10 if hasattr(models, name) else 1000)
-        try:
-            units = len(as_backbone(model).units)
-        except ValueError:  # it cannot be cut
-            continue
+        units = len(as_backbone(model).units)
         found.append((name, units, sum(parameter.numel() for parameter in model.parameters())))
     if not found:
         raise ValueError(
             f"no model that can be cut has a name like {options.pattern!r}: `auglocal models` lists all of them"
         )
-    print(f"{'model':<18}  units  parameters")
+    print(f"{'model':<18}  units   parameters")
     for name, units, parameters in found:
-        print(f"{name:<18}  {units:>5}  {parameters:>10,}")
+        print(f"{name:<18}  {units:>5}  {parameters:>11,}")
     return 0

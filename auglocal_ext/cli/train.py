@@ -122,9 +122,9 @@ def _train_in(folder, options, source, model, write_events):
     if options.val_split:
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}, test accuracy {tested.top1:.2%}"
-    stopped = f", stopped by --{result.stopped.replace('_', '-')}" if result.stopped else ""
+    why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     print(
-        f"{title}: {accuracy} after {len(history)} epochs in {time.perf_counter() - started:.1f} s{stopped}\n"
+        f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "
         f"learning_curve.png; `auglocal resume {folder} --epochs N` goes on"
