@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import recipes
 import records
 
 import auglocal_ext
@@ -89,6 +90,7 @@ MEMORY = {
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
+UNUSUAL = set(recipes.MORE_SETTINGS) - {"budget", "recompute", "image_size"}  # in a record where no recipe has it so
 CUT = ("rule", "depth", "modules", "form", "budget", "recompute")  # the settings that differ within a group
 
 
@@ -362,6 +364,7 @@ class Runner:
             for made in records.read(*self.files)
             if made["machine"]["device"] == self.machine
             and cut_of(made)[3:] == (None, None, None)
+            and not UNUSUAL & made["settings"].keys()
             and all(made["settings"].get(name) == value for name, value in settings.items())
         ]
 

@@ -27,13 +27,13 @@ from auglocal_ext.common.torchvision import import_torchvision
 MOST_FAKE = 10_000_000  # they are made one by one, but their order is held in memory
 
 
-def load(source, batch_size, workers):
+def load(source, batch_size, **options):
     """Data of ROOT, which has train/ and val/ (or test/) with a folder of images per class, or of fake:N: N training
-    images of noise, 224x224 in 1,000 classes, and a fifth as many for testing."""
+    images of noise, 224x224 in 1,000 classes, and a fifth as many for testing. options: see `data.large_images`."""
     kind, _, count = source.partition(":")
     if kind != "fake":
         folders = data.image_folders(source)
-        return data.large_images(*folders, batch_size, folders[0].classes, workers=workers)
+        return data.large_images(*folders, batch_size, folders[0].classes, **options)
     if not count.isdecimal() or (len(count) < 20 and int(count) < 10):
         raise ValueError(f"--data must be a folder or fake:N (N at least 10), given {source!r}")
     if len(count) > 8 or int(count) > MOST_FAKE:
@@ -41,13 +41,15 @@ def load(source, batch_size, workers):
     fake, total = import_torchvision("data 'fake:N'").datasets.FakeData, int(count)
     image = {"image_size": (3, data.LARGE_SIDE, data.LARGE_SIDE), "num_classes": 1000}
     parts = fake(total, **image), fake(total // 5, **image, random_offset=total)
-    return data.large_images(*parts, batch_size, [str(label) for label in range(1000)], workers=workers)
+    return data.large_images(*parts, batch_size, [str(label) for label in range(1000)], **options)
 
 
 def train(options):
     """Trains as told; returns the record."""
     recipes.check(options)
-    source = load(options.data, options.batch_size, options.workers)
+    side = options.image_size or data.LARGE_SIDE
+    more = {"workers": options.workers, "image_size": side, "val_split": options.val_split}
+    source = load(options.data, options.batch_size, **more)
     model = make_model(options, source, options.weights)
     result = recipes.train(options, model, source)
     if result is None:
@@ -68,7 +70,7 @@ def train(options):
         "seed": options.seed,
         "train_images": len(source.train.dataset),
         "test_images": len(source.test.dataset),
-        "image_size": data.LARGE_SIDE,
+        "image_size": side,
     }
     made = records.record(settings, options.device, result)
     return recipes.add_record(options, made, model, source)
@@ -81,11 +83,7 @@ def parse(arguments=None):
     given = vars(parser.parse_args(arguments))
     if not given.keys() & {"data", "config"}:
         parser.error("--data must be given: a folder with train/ and val/, or fake:N")
-    options = settled(given, _add_options, preset="imagenet")
-    for name in ("val_split", "image_size"):  # the images are of ROOT/train and ROOT/val, as the paper has them
-        if getattr(options, name):
-            raise ValueError(f"--{name.replace('_', '-')} is none of train_imagenet's: use auglocal train for it")
-    return options
+    return settled(given, _add_options, preset="imagenet")
 
 
 def _add_options(parser):

@@ -28,7 +28,7 @@ def epoch_line(entry, epochs, seconds_left):
     """entry: of the history; seconds_left: of the training, None: not known."""
     val = ""
     if entry["val_accuracy"] is not None:
-        val = f"  test {entry['val_accuracy']:.2%} (loss {entry['val_loss']:.3f})"
+        val = f"  val {entry['val_accuracy']:.2%} (loss {entry['val_loss']:.3f})"
     left = f"  {duration(seconds_left)} left" if entry["epoch"] < epochs and seconds_left is not None else ""
     return (
         f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}{val}  "

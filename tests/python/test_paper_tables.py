@@ -264,7 +264,8 @@ def test_only_what_is_asked_for_and_missing_is_run(tables, programs, tmp_path, c
 def test_another_devices_runs_and_other_cuts_do_not_count(tables, programs, tmp_path):
     path = tmp_path / "results.jsonl"
     here = tables.records.machine("cpu")["device"]
-    for made in (record(0.5, device="a GPU"), record(0.5, device=here, recompute=True)):
+    smoothed = record(0.5, device=here, label_smoothing=0.1)
+    for made in (record(0.5, device="a GPU"), record(0.5, device=here, recompute=True), smoothed):
         tables.records.append(path, made)
     assert tables.main([str(path), *RUN, "--rules", "bp"]) == 0
     assert cuts(programs.ran) == [("bp", None, None, "0")]

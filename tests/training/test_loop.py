@@ -383,7 +383,7 @@ def test_progress_goes_to_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     train(small(), toy(), depth=2, val_loader=toy(), epochs=1)
     captured = capsys.readouterr()
-    assert "epoch 1/1  loss " in captured.out and "test " in captured.out
+    assert "epoch 1/1  loss " in captured.out and "val " in captured.out
     assert "a step's peak memory: " in captured.out
     assert "batch" in captured.err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
