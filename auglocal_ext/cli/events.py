@@ -46,12 +46,18 @@ def event_writer():
             f"install tensorboard, or leave --tensorboard out"
         ) from None
 
+    writers = {}  # one a folder, as each makes a file of its own
+
     def write(folder, entry):
-        with SummaryWriter(str(folder)) as writer:
-            for tag, name in _SCALARS.items():
-                if entry[name] is not None:
-                    writer.add_scalar(tag, entry[name], entry["epoch"])
-            for index, loss in enumerate(entry["module_losses"]):
-                writer.add_scalar(f"module loss/{index}", loss, entry["epoch"])
+        if folder not in writers:
+            writers[folder] = SummaryWriter(str(folder))
+        writer = writers[folder]
+        for tag, name in _SCALARS.items():
+            if entry[name] is not None:
+                writer.add_scalar(tag, entry[name], entry["epoch"])
+        for tag, name in (("module loss", "module_losses"), ("module accuracy", "module_accuracies")):
+            for index, value in enumerate(entry[name]):
+                writer.add_scalar(f"{tag}/{index}", value, entry["epoch"])
+        writer.flush()
 
     return write

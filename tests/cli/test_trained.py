@@ -144,11 +144,8 @@ class Writer:
     def __init__(self, folder):
         self.folder = folder
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *given):
-        pass
+    def flush(self):
+        self.told.append("flushed")
 
     def add_scalar(self, tag, value, step):
         self.told.append((self.folder, tag, value, step))
@@ -167,3 +164,5 @@ def test_events_for_tensorboard(tmp_path, monkeypatch, capsys):
     for tag, name in (("loss/train", "loss"), ("loss/validation", "val_loss"), ("learning rate", "lr")):
         assert (folder, tag, entry[name], 1) in Writer.told
     assert (folder, "module loss/0", entry["module_losses"][0], 1) in Writer.told
+    assert (folder, "module accuracy/0", entry["module_accuracies"][0], 1) in Writer.told
+    assert Writer.told[-1] == "flushed" and Writer.told.count("flushed") == 1

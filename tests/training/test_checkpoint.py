@@ -178,7 +178,15 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("options", [{"depth": 2}, {"depth": 2, "modules": 2}, {"rule": "checkpoint"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 2},
+        {"depth": 2, "modules": 2, "checkpoint_minutes": 0},
+        {"rule": "checkpoint", "checkpoint_minutes": 0},
+    ],
+    ids=str,
+)
 def test_killed_at_any_moment_it_ends_as_one_that_was_not(tmp_path, options):
     """A real process and a real SIGKILL, at a moment drawn within the training."""
     expected, draw = model(), random.Random(str(options))
