@@ -51,10 +51,10 @@ def check(options):
 
 def train(options, model, source):
     """Trains as told, with what --save and --checkpoint say; returns the TrainResult, or None where --max-seconds
-    stopped it and --checkpoint lets it go on."""
+    stopped it: what is not whole is no record."""
     on_epoch = (lambda entry: save_model(options.save, model)) if options.save else None
     result = job.train_as_told(options, model, source, on_epoch=on_epoch, checkpoint=options.checkpoint)
-    return None if result.stopped == "max_seconds" and options.checkpoint else result
+    return None if result.stopped == "max_seconds" else result
 
 
 def add_record(options, made, model, source):
@@ -94,7 +94,9 @@ def main(program, parse, train, summary):
             print(told(options))
         made = train(options)
         if made is None:
-            print(f"stopped after --max-seconds, no record: the same command goes on, from {options.checkpoint}")
+            goes_on = f"the same command goes on, from {options.checkpoint}"
+            remedy = goes_on if options.checkpoint else "with --checkpoint FOLDER it could be gone on with"
+            print(f"stopped after --max-seconds, no record: {remedy}")
             return 0
         print(f"{summary(options, made)}; record in {options.results}")
         return 0

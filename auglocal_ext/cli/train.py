@@ -120,8 +120,10 @@ def _train_in(folder, options, source, model, write_events):
         return status
     accuracy = f"test accuracy {history[-1]['val_accuracy']:.2%}"
     if options.val_split:
+        accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}"
+    if options.val_split and result.stopped != "max_seconds":  # then the model may be further than the history
         tested = evaluation(model, source.test, precision=options.precision)
-        accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}, test accuracy {tested.top1:.2%}"
+        accuracy += f", test accuracy {tested.top1:.2%}"
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     print(
         f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s\n"

@@ -1,17 +1,19 @@
 """Checkpoints of a training: a folder with the last one and the best epoch's, each there whole or not at all."""
 
-import shutil
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 
 from ..common.checks import whole_number
 from ..common.files import check_writable, write_whole
 from ..common.messages import first_line
+from .loaders import set_epoch
 from .result import accuracy_of
-from .state import set_random_state
+from .state import check_state, random_state, set_random_state
 
 __all__ = ["Checkpoints", "Resumed", "is_resumable"]
 
@@ -46,7 +48,6 @@ class Checkpoints:
     Args:
         folder: made where there is none; what is in it already is gone on from.
         loader: whose place is kept too, where it has a `state_dict`.
-        device: of the model.
         minutes: after which one is due within an epoch, where the loader can go on there.
 
     Raises:
@@ -54,17 +55,17 @@ class Checkpoints:
         OSError: nothing can be written there.
     """
 
-    def __init__(self, folder, loader, device, minutes):
+    def __init__(self, folder, loader, minutes):
         self.folder, self.loader, self.minutes = Path(folder), loader, minutes
         self.within_epochs = is_resumable(loader)
         check_writable(self.folder / "last.pt", "checkpoint")
-        self.saved = self._read(device) if (self.folder / "last.pt").exists() else None
-        self._written = time.monotonic()
+        self.saved = self._read() if (self.folder / "last.pt").exists() else None
+        self._written, self._ended, self._checked = time.monotonic(), {}, False
 
-    def _read(self, device):
+    def _read(self):
         path = self.folder / "last.pt"
         try:
-            saved = torch.load(path, map_location=device, weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             whole_number(saved["epoch"], "epoch must be a whole number", 0)
             return {name: saved[name] for name in ("trainer", "epoch", "history", "sums", "peak", "length", "loader")}
         except Exception as error:
@@ -89,8 +90,11 @@ class Checkpoints:
                 f"{self.folder} was left within epoch {saved['epoch'] + 1} by a loader with a state_dict, this one has "
                 f"none: give the same kind of loader, or another folder"
             )
+        check_state(trainer, saved["trainer"])
+        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder)
         if saved["loader"] is not None and self.within_epochs:
             self.loader.load_state_dict(saved["loader"])
+        set_epoch(self.loader, saved["epoch"])
         trainer.load_state_dict(saved["trainer"])
         batches = self.loader
         if saved["sums"]:
@@ -98,6 +102,14 @@ class Checkpoints:
             batches = () if saved["sums"]["over"] else iter(self.loader)
             set_random_state(saved["trainer"]["random"], trainer.device)
         return Resumed(saved["history"], saved["sums"], batches, saved["peak"], saved["length"])
+
+    def at_the_end(self, trainer):
+        """To be called when an epoch's batches are all trained on: a checkpoint during the validation behind it goes on
+        from here, whatever the validation draws or its loader is."""
+        self._ended = {"random": random_state(trainer.device), "loader": self._place()}
+
+    def _place(self):
+        return self.loader.state_dict() if self.within_epochs else None
 
     def due(self):
         return self.within_epochs and time.monotonic() - self._written >= 60 * self.minutes
@@ -111,11 +123,53 @@ class Checkpoints:
             "sums": sums and sums.state_dict(),
             "peak": peak,
             "length": length,
-            "loader": self.loader.state_dict() if self.within_epochs else None,
+            "loader": self._place(),
         }
-        last = self.folder / "last.pt"
-        write_whole(last, lambda file: torch.save(state, file))
-        if sums is None and accuracy_of(history[-1]) >= max(map(accuracy_of, history)):
-            with last.open("rb") as written:
-                write_whole(self.folder / "best.pt", lambda file: shutil.copyfileobj(written, file))
+        if sums and sums.over:
+            state["trainer"]["random"], state["loader"] = self._ended["random"], self._ended["loader"]
+        written = self._as_bytes(_plain(state))
+        accuracies = [accuracy_of(entry) for entry in history]
+        # Before last.pt: a kill between them costs nothing, as the epoch is done again.
+        if sums is None and accuracies[-1] > max(accuracies[:-1], default=-1):
+            write_whole(self.folder / "best.pt", lambda file: file.write(written))
+        write_whole(self.folder / "last.pt", lambda file: file.write(written))
         self._written = time.monotonic()
+
+    def _as_bytes(self, state):
+        """The checkpoint; the first one of a process is read back, so that none is written that cannot be."""
+        file = io.BytesIO()
+        torch.save(state, file)
+        if not self._checked:
+            try:
+                torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise ValueError(
+                    f"no checkpoint can be written: the optimizer's, the loader's or a layer's state has more than "
+                    f"tensors, numbers and text in it, which torch.load(weights_only=True) does not read "
+                    f"({first_line(error)}); give train() no checkpoint, or keep plain values there"
+                ) from error
+            self._checked = True
+        return file.getbuffer()
+
+
+def _plain(value):
+    """Numbers of NumPy's as Python's, in whatever they are."""
+    if isinstance(value, dict):
+        return type(value)((key, _plain(one)) for key, one in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_plain(one) for one in value)
+    return value.item() if isinstance(value, numpy.generic) else value
+
+
+def _check_settings(trainer, optimizers, folder):
+    """ValueError where an optimizer was given with other settings than the checkpoint's, which would have no effect."""
+    for optimizer, saved in zip(trainer.optimizers, optimizers, strict=True):
+        for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            ours = ours | {"lr": ours.get("initial_lr", ours["lr"])}
+            theirs = theirs | {"lr": theirs.get("initial_lr", theirs["lr"])}
+            for name in ours.keys() & theirs.keys() - {"params", "initial_lr"}:
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"{folder} has a training by an optimizer with {name} {theirs[name]}, given one with "
+                        f"{ours[name]}: give the same optimizer=, or another folder"
+                    )

@@ -61,6 +61,10 @@ class LossWatch:
         self._last = torch.full((modules,), torch.nan, dtype=trainer.dtype, device=trainer.device)
         self._first = torch.full((modules,), -1, dtype=torch.int64, device=trainer.device)
 
+    def begin_with(self, losses):
+        """Of each module, from an earlier process."""
+        self._last = torch.as_tensor(losses, dtype=self._last.dtype, device=self._last.device)
+
     def note(self, step, losses):
         """step: from 1."""
         finite = losses.isfinite()

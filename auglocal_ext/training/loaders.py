@@ -100,7 +100,8 @@ def until(stop, batches):
             raise
         if batch is end:
             break
-        yield batch
+        held = [batch]
         del batch
+        yield held.pop()  # no name here keeps a batch past its step
     if stop.is_set():
         raise StoppedBetweenSteps

@@ -138,7 +138,7 @@ def train(
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
         del first, images  # which would live through the whole training
         if checkpoint is not None:
-            checkpoints = Checkpoints(checkpoint, loader, trainer.device, checkpoint_minutes)
+            checkpoints = Checkpoints(checkpoint, loader, checkpoint_minutes)
         run = Run(
             trainer,
             loader,
@@ -155,12 +155,16 @@ def train(
             checkpoints=checkpoints,
         )
         del batches
+        ended: Exception | KeyboardInterrupt | None = None
         try:
             run.go()
         except NotFinite as error:
-            raise TrainingDiverged(f"{error}: training diverged; {REMEDY}", run.result()) from None
+            remedy = REMEDY if checkpoints is None else f"{REMEDY}, and another checkpoint folder"
+            ended = TrainingDiverged(f"{error}: training diverged; {remedy}", run.result())
         except KeyboardInterrupt as stopped:
-            raise TrainingInterrupted(run.result(), str(stopped)) from None
+            ended = TrainingInterrupted(run.result(), str(stopped))
+        if ended is not None:
+            raise ended  # outside: else its context would keep the trainer alive
         return run.result()
     finally:
         restore(modes)
@@ -223,9 +227,10 @@ def _validation(trainer, val_loader, epochs, progress):
     peeked = Validation(trainer.model, prefix="val_loader's ", **options)
     peeked.check(first)
     peeked.raise_faults()
-    if epochs > 1:
-        if isinstance(val_loader, Iterator):
-            raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
+    once = isinstance(val_loader, Iterator)
+    if once and epochs > 1:
+        raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
+    if not once:
         batches = val_loader
 
     def validate(epoch, stop):

@@ -46,10 +46,10 @@ class TrainResult:
         return max(self.history, key=accuracy_of) if self.history else None
 
     def __str__(self):
-        lines = [self.plan.title, self._time_line()]
+        lines = [self.plan.title if self.plan else "no step was planned", self._time_line()]
         if self.history:
             lines += self._table()
-        return "\n".join([*lines, cost_lines(self)])
+        return "\n".join([*lines, *([cost_lines(self)] if self.plan else [])])
 
     def _time_line(self):
         count, seconds = len(self.history), sum(entry["seconds"] for entry in self.history)
@@ -81,7 +81,8 @@ _ROWS = [
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during `train`, raised between two steps. `result`: the TrainResult of the finished epochs."""
+    """Ctrl-C during `train`, raised between two steps; a second one, at once. `result`: the TrainResult of the finished
+    epochs."""
 
     def __init__(self, result, note=""):
         super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))

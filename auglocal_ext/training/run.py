@@ -51,6 +51,7 @@ class Run:
         self.odd, self.watch = names_not_finite(self.trainer), LossWatch(self.trainer)
         self.history, self.sums, self.stopped = [], None, None
         self.length = length_of(self.loader)
+        self._memory_is_told = False
         self._steps_done = 0  # by this process, for the time that is left
         if self.checkpoints is not None:
             self._resume()
@@ -62,6 +63,8 @@ class Run:
                 tqdm.write("checkpoints are written at the ends of epochs only: the loader has no state_dict")
             return
         self.history, self.batches, self.length = found.history, found.batches, found.length
+        if self.history:
+            self.watch.begin_with(self.history[-1]["module_losses"])
         self.meter.peak = found.peak
         where = f"behind epoch {len(self.history)}/{self.epochs}"
         if found.sums:
@@ -94,8 +97,9 @@ class Run:
             self._save_within()
             raise
         except _OutOfTime:
-            self.stopped = "max_seconds"
+            self._check_within()
             self._save_within()
+            self.stopped = "max_seconds"
         if self.history and not self.stopped:
             check_learnt(self.history, self.trainer)
 
@@ -113,20 +117,22 @@ class Run:
                 lambda result: self._after_step(result, bar),
             )  # fmt: skip
         self._check_values()
+        if self.checkpoints is not None:
+            self.checkpoints.at_the_end(trainer)
         self.batches, self.length = self.loader, self.sums.steps
         entry = self.sums.entry(epoch + 1, self.meter.peak)
         if self.validate is not None:
             found = self.validate(epoch, self.stop)
             entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
-        first = self._steps_done == self.sums.steps  # of this process
         self.history.append(entry)
         self.sums = None
         if self.progress:
             tqdm.write(epoch_line(entry, self.epochs, self._seconds_left()))
-        if self.progress and first:
+        if self.progress and not self._memory_is_told:
+            self._memory_is_told = True
             tqdm.write(memory_line(self.trainer.plan, self.meter.peak, process_bytes(trainer.device)))
         if self.on_epoch is not None:
-            self.on_epoch(entry)
+            self.on_epoch(dict(entry))
         if self.checkpoints is not None:
             self._save(None)
         self._stop_if_patience_is_over()
@@ -162,16 +168,19 @@ class Run:
         """A checkpoint within the epoch, where there is anything to go on from."""
         if self.checkpoints is None or not self.checkpoints.within_epochs or not self.sums or not self.sums.steps:
             return
+        self._check_within()
+        self._save(self.sums)
+
+    def _check_within(self):
         self.trainer.check()
         self.watch.check(self._title())
         check_finite(self.trainer, self.odd, self._title())
-        self._save(self.sums)
 
     def _save(self, sums):
         self.checkpoints.save(self.trainer, self.history, sums, self.meter.peak, self.length)
 
     def _stop_if_patience_is_over(self):
-        if self.patience is None or not self.history:
+        if self.patience is None or not 0 < len(self.history) < self.epochs:
             return
         accuracies = [accuracy_of(entry) for entry in self.history]
         if len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self.patience:

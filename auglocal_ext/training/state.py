@@ -4,10 +4,11 @@ import random
 
 import numpy
 import torch
+from torch import nn
 
-__all__ = ["load_state", "set_random_state", "state_of"]
+__all__ = ["check_state", "load_state", "random_state", "set_random_state", "state_of"]
 
-VERSION = 1
+VERSION = 2
 
 
 def state_of(trainer):
@@ -18,16 +19,19 @@ def state_of(trainer):
         "model": trainer.model.state_dict(),
         "aux_nets": trainer.aux_nets.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "random": _random_state(trainer.device),
+        "frozen": [name for name, parameter in _both(trainer).named_parameters() if not parameter.requires_grad],
+        "evaluating": [name for name, module in _both(trainer).named_modules() if not module.training],
+        "random": random_state(trainer.device),
     }
 
 
-def load_state(trainer, state):
-    """Puts a trainer and the random number generators where `state_of` found them.
+def _both(trainer):
+    """What may be frozen, or switched to eval mode, between steps."""
+    return nn.ModuleDict({"model": trainer.model, "aux_nets": trainer.aux_nets})
 
-    Raises:
-        ValueError: the state is of another version, model, rule or cut; says which. Nothing has changed then.
-    """
+
+def check_state(trainer, state):
+    """ValueError unless the state is of this version, and of such a model, rule and cut; says what differs."""
     if not isinstance(state, dict) or "made_of" not in state:
         raise ValueError("this is no state of a LocalTrainer: expected what its state_dict() returned")
     if state["version"] != VERSION:
@@ -47,6 +51,17 @@ def load_state(trainer, state):
                 f"the state's optimizers have groups of {theirs} parameters, this trainer's of {ours}: give the same "
                 f"optimizer="
             )
+
+
+def load_state(trainer, state):
+    """Puts a trainer and the random number generators where `state_of` found them; ValueError, with nothing changed, as
+    `check_state`."""
+    check_state(trainer, state)
+    both = _both(trainer)
+    for name, parameter in both.named_parameters():
+        parameter.requires_grad_(name not in state["frozen"])
+    for name, module in both.named_modules():
+        module.training = name not in state["evaluating"]
     trainer.model.load_state_dict(state["model"])
     trainer.aux_nets.load_state_dict(state["aux_nets"])
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
@@ -83,7 +98,7 @@ def _group_sizes(groups):
     return [len(group["params"]) for group in groups]
 
 
-def _random_state(device):
+def random_state(device):
     """Of the generators that training draws from: torch's of the CPU and of the device, Python's, NumPy's."""
     kind, keys, *rest = numpy.random.get_state()
     found = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}

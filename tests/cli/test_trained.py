@@ -101,7 +101,7 @@ def test_models_that_can_be_cut(torchvision, capsys):
     assert main(["models", "resnet[123][82]*"]) == 0
     parameters = sum(parameter.numel() for parameter in models.resnet32().parameters())
     assert capsys.readouterr().out.splitlines() == [
-        "model               units  parameters",
+        "model               units   parameters",
         f"resnet32               16  {parameters:>10,}",
         "resnet18                9  11,689,512",
     ]

@@ -203,3 +203,79 @@ def test_killed_at_any_moment_it_ends_as_one_that_was_not(tmp_path, options):
     process.communicate()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert same(expected.state_dict(), torch.load(tmp_path / "final.pt", weights_only=True))
+
+
+# ---- what a checkpoint must not do, or be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["optimizer", "history"])
+def test_numpys_numbers_can_be_read_back(tmp_path, where):
+    optimizer = partial(torch.optim.SGD, lr=numpy.float64(0.05)) if where == "optimizer" else SGD
+    told = {"on_epoch": lambda entry: entry.update(when=numpy.float64(1))}
+    given = {"epochs": 1, "progress": False, "checkpoint": tmp_path, "optimizer": optimizer} | told
+    train(model(), loader("DeviceLoader"), 2, **given)
+    assert len(train(model(), loader("DeviceLoader"), 2, **given | {"epochs": 2}).history) == 2
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    class Odd(DeviceLoader):
+        def state_dict(self):
+            return super().state_dict() | {"more": Path("x")}
+
+    images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    batches = Odd(images, torch.arange(40) % 10, 16, *mean_and_std(images), augment=True)
+    with pytest.raises(ValueError, match="no checkpoint can be written: the optimizer's, the loader's"):
+        train(model(), batches, 2, epochs=2, progress=False, checkpoint=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_with_other_settings_is_refused(tmp_path):
+    given = {"epochs": 1, "progress": False, "checkpoint": tmp_path}
+    train(model(), loader("DeviceLoader"), 2, optimizer=SGD, **given)
+    for other, message in (
+        (partial(SGD, lr=0.001), "an optimizer with lr 0.05, given one with 0.001: give the same optimizer="),
+        (partial(SGD, weight_decay=0.1), "an optimizer with weight_decay 0, given one with 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model(), loader("DeviceLoader"), 2, optimizer=other, **given | {"epochs": 2})
+
+
+def test_the_best_is_written_before_the_last(tmp_path, monkeypatch):
+    from auglocal_ext.training import checkpoint
+
+    written = []
+    monkeypatch.setattr(checkpoint, "write_whole", lambda path, write: written.append(path.name))
+    train(model(), loader("DeviceLoader"), 2, epochs=1, progress=False, checkpoint=tmp_path)
+    assert written == ["best.pt", "last.pt"]
+
+
+def test_a_refused_checkpoint_leaves_the_loader_as_it_was(tmp_path):
+    batches = loader("DeviceLoader")
+    given = {"epochs": 1, "depth": 2, "progress": False, "seed": 3}
+    train(model(), batches, checkpoint=tmp_path, max_seconds=0, **given)
+    with pytest.raises(ValueError, match="borders"):
+        train(model(), batches, checkpoint=tmp_path, modules=2, **given)
+    steps = []
+    train(model(), batches, on_step=lambda *at: steps.append(at), **given)
+    assert len(steps) == 3
+
+
+def test_what_was_frozen_stays_frozen(tmp_path):
+    def trained(folder, **more):
+        net = model()
+
+        def freeze(entry):
+            net.layer1.requires_grad_(False)
+            net.layer1[0].bn1.eval()
+
+        given = {"epochs": 3, "depth": 2, "progress": False, "seed": 3, "checkpoint": folder, "on_epoch": freeze}
+        train(net, loader("DeviceLoader"), **given | more)
+        return net.state_dict()
+
+    def stop(epoch, step, result):
+        if (epoch, step) == (2, 2):
+            raise Stop
+
+    with pytest.raises(Stop):
+        trained(tmp_path / "part", on_step=stop, checkpoint_minutes=0)
+    assert same(trained(tmp_path / "part"), trained(tmp_path / "whole"))

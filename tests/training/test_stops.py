@@ -1,14 +1,17 @@
 """Trainings that stop in the middle of an epoch, by themselves or not, and go on there."""
 
+import gc
 import os
 import signal
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from test_checkpoint import SGD, Stop, loader, model, same, without_times
 from torch.utils.data import DataLoader, TensorDataset
 
-from auglocal_ext import StepResult, TrainingInterrupted, train
+from auglocal_ext import LocalTrainer, StepResult, TrainingDiverged, TrainingInterrupted, train
 from auglocal_ext.backbone import as_backbone
 from auglocal_ext.training.epoch import Sums
 
@@ -205,3 +208,162 @@ def test_limits_that_are_none(option, value, message):
     with pytest.raises(ValueError, match=message):
         train(net, loader("DeviceLoader"), **OPTIONS | {option: value})
     assert same(before, net.state_dict())
+
+
+class Pressed(list):
+    """Batches that press Ctrl-C in the first pass behind their `when`, at the second batch."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.passes, self.when = 0, None
+
+    def __iter__(self):
+        self.passes += 1
+        for index, batch in enumerate(super().__iter__()):
+            torch.rand(1)  # as a DataLoader draws a seed
+            if self.passes == self.when and index == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+
+def with_dropout():
+    net = model()
+    net.fc = torch.nn.Sequential(torch.nn.Dropout(0.5), net.fc)
+    return net
+
+
+def test_a_validation_that_draws_changes_nothing_where_it_is_broken_off(tmp_path):
+    def trained(when, folder):
+        net, batches = with_dropout(), Pressed(loader("DeviceLoader"))
+        batches.when = when
+        given = OPTIONS | {"val_loader": batches, "epochs": 2, "checkpoint": folder}
+        return net, lambda: train(net, loader("DeviceLoader"), **given)
+
+    expected, run = trained(None, tmp_path / "whole")
+    run()
+    _, run = trained(2, tmp_path / "part")  # the first pass is a look at the first batch
+    with pytest.raises(TrainingInterrupted):
+        run()
+    assert torch.load(tmp_path / "part" / "last.pt", weights_only=True)["sums"]["over"]
+    net, run = trained(None, tmp_path / "part")
+    run()
+    assert same(expected.state_dict(), net.state_dict())
+
+
+def test_one_loader_for_training_and_validation_that_is_broken_off(tmp_path):
+    both, calls = loader("DeviceLoader"), []
+    expected = train(model(), both, epochs=2, val_loader=both, **OPTIONS).history
+    real = type(both)._batch_of
+
+    def press(self, images, place):
+        calls.append(place)
+        if len(calls) == 1 + 1 + 3 + 2:  # looks at the first batch, an epoch, the validation's second
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, images, place)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingInterrupted):
+        patch.setattr(type(both), "_batch_of", press)
+        train(model(), both, epochs=2, val_loader=both, checkpoint=tmp_path, **OPTIONS)
+    again = loader("DeviceLoader")
+    found = train(model(), again, epochs=2, val_loader=again, checkpoint=tmp_path, **OPTIONS).history
+    assert without_times(found) == without_times(expected)
+
+
+def test_a_sampler_that_wants_the_epoch_is_told_it_where_a_training_goes_on(tmp_path):
+    class Sampled:
+        """A loader with a state, whose order is its sampler's: as StatefulDataLoader with a DistributedSampler."""
+
+        def __init__(self):
+            self.batches, self.sampler, self.epoch, self.given = list(loader("DeviceLoader")), self, 0, 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def state_dict(self):
+            return {"given": self.given}
+
+        def load_state_dict(self, state):
+            self.given = state["given"]
+
+        def __iter__(self):
+            order = torch.randperm(3, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+            for index in order[self.given % 3 :]:
+                self.given = self.given % 3 + 1
+                yield self.batches[index]
+
+        def __len__(self):
+            return 3
+
+    torch.manual_seed(0)
+    expected, net = model(), model()
+    batches = Sampled()
+    train(expected, batches, epochs=3, **OPTIONS)
+    again = Sampled()
+    again.batches = batches.batches
+    with pytest.raises(Stop):
+        train(model(), again, epochs=3, checkpoint=tmp_path, checkpoint_minutes=0, on_step=stop_at(2, 3), **OPTIONS)
+    last = Sampled()
+    last.batches = batches.batches
+    train(net, last, epochs=3, checkpoint=tmp_path, **OPTIONS)
+    assert same(expected.state_dict(), net.state_dict())
+
+
+def test_time_that_is_over_hides_no_spoilt_model():
+    net = model()
+
+    def spoil(epoch, step, result):
+        net.fc.weight.data.fill_(torch.nan)
+
+    with pytest.raises(TrainingDiverged, match="epoch 1/2: fc.weight has values that are NaN or infinite") as error:
+        train(net, loader("DeviceLoader"), epochs=2, max_seconds=0, on_step=spoil, **OPTIONS)
+    assert error.value.result.stopped is None
+
+
+def test_patience_that_is_over_with_the_last_epoch_stops_nothing(monkeypatch):
+    real, accuracies = Sums.entry, iter([0.5, 0.4, 0.3])
+    monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"train_accuracy": next(accuracies)})
+    assert train(model(), loader("DeviceLoader"), epochs=3, patience=2, **OPTIONS).stopped is None
+
+
+def test_one_epoch_more_is_as_if_there_had_been_two(tmp_path):
+    """Whatever a validation draws."""
+    data = TensorDataset(torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10)
+    batches = DataLoader(data, batch_size=20, shuffle=True)
+    given = OPTIONS | {"val_loader": batches, "schedule": None}
+    expected, net = model(), model()
+    train(expected, batches, epochs=2, **given)
+    train(model(), batches, epochs=1, checkpoint=tmp_path, **given)
+    train(net, batches, epochs=2, checkpoint=tmp_path, **given)
+    assert same(expected.state_dict(), net.state_dict())
+
+
+def test_no_name_keeps_a_batch_through_its_step():
+    kept = []
+
+    class Watched:
+        def __iter__(self):
+            for _ in range(3):
+                held = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 10)]  # contiguous: a step has them otherwise
+                kept.append(weakref.ref(held[0][0]))
+                yield held.pop()
+
+    alive = []
+    told = {"on_step": lambda *at: alive.append(kept[-1]() is not None)}
+    train(model(), Watched(), epochs=2, **OPTIONS, **told)
+    assert alive == [False] * 6
+
+
+def test_a_divergence_that_is_held_keeps_no_trainer(monkeypatch):
+    trainers, real = [], LocalTrainer.__init__
+
+    def made(self, *given, **more):
+        trainers.append(weakref.ref(self))
+        real(self, *given, **more)
+
+    monkeypatch.setattr(LocalTrainer, "__init__", made)
+    with pytest.raises(TrainingDiverged) as error:
+        train(model(), loader("DeviceLoader"), epochs=2, **OPTIONS | {"optimizer": partial(torch.optim.SGD, lr=1e30)})
+    held = error.value
+    del error
+    gc.collect()
+    assert held.result.history == [] and trainers[0]() is None
