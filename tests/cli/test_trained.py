@@ -102,8 +102,8 @@ def test_models_that_can_be_cut(torchvision, capsys):
     parameters = sum(parameter.numel() for parameter in models.resnet32().parameters())
     assert capsys.readouterr().out.splitlines() == [
         "model               units   parameters",
-        f"resnet32               16  {parameters:>10,}",
-        "resnet18                9  11,689,512",
+        f"resnet32               16  {parameters:>11,}",
+        "resnet18                9   11,689,512",
     ]
     refused(["models", "squeezenet*"], "no model that can be cut has a name like 'squeezenet\\*'", capsys)
 
