@@ -54,6 +54,7 @@ _WORDS = [
     (r"^(max|val|image|label|checkpoint)_(seconds|split|size|smoothing|minutes) ", r"--\1-\2 "),
     (r"\b(leave|give) (modules|form)\b", r"\1 --\2"),
     (r"\bbatch_size\b", "--batch-size"),
+    (r"\bgive image_size\b", "give --image-size"),
     (r"\bauglocal_ext\.plan\b", "auglocal plan"),
 ]
 

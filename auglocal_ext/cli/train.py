@@ -106,6 +106,8 @@ def _train_in(folder, options, source, model, write_events):
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
         print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
+    if history and not (folder / "model.pt").exists():  # lost, of a run that had ended
+        save_model(folder / "model.pt", model)
     if not history:
         print(f"stopped in the first epoch by --max-seconds: `auglocal resume {folder}` goes on")
         return status

@@ -44,7 +44,7 @@ def images_in_memory(dataset, progress=False, image_size=None):
         raise ValueError("the dataset is empty: it must have at least one image")
     images, labels = None, torch.empty(len(dataset), dtype=torch.int64)
     title = f"reading {getattr(dataset, 'root', type(dataset).__name__)}"
-    for index in tqdm(range(len(dataset)), title, unit="image", leave=False, disable=not progress):
+    for index in tqdm(range(len(dataset)), title, unit="image", leave=False, disable=None if progress else True):
         try:
             image, label = dataset[index]
         except image_errors() as error:

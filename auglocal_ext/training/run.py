@@ -128,7 +128,7 @@ class Run:
         self.sums = None
         if self.progress:
             tqdm.write(epoch_line(entry, self.epochs, self._seconds_left()))
-        if self.progress and not self._memory_is_told:
+        if self.progress and not self._memory_is_told and self._steps_done > 1:  # the first has no optimizer state yet
             self._memory_is_told = True
             tqdm.write(memory_line(self.trainer.plan, self.meter.peak, process_bytes(trainer.device)))
         if self.on_epoch is not None:

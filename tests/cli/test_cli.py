@@ -138,6 +138,11 @@ def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
     assert len(losses[0]) == 3 and losses[0] == losses[1]
     assert main(["resume", str(tmp_path / "part"), "--quiet", "--epochs", "4"]) == 0
     assert len(json.loads((tmp_path / "part" / "history.json").read_text())) == 4
+    weights = torch.load(tmp_path / "part" / "model.pt")
+    (tmp_path / "part" / "model.pt").unlink()
+    assert main(["resume", str(tmp_path / "part"), "--quiet"]) == 0  # nothing is left to train
+    again = torch.load(tmp_path / "part" / "model.pt")
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
     before = (tmp_path / "part" / "settings.json").read_text()
     capsys.readouterr()
     one_sentence(
