@@ -42,7 +42,7 @@ def add_options(parser, preset, data):
 def check(options):
     """Raises for what would else be found out after the reading or the training; returns the model, on the meta
     device."""
-    model = job.check(options)
+    model = job.check(options, options.weights)
     check_writable(options.results, "--results")
     if options.save:
         check_writable(options.save, "--save")

@@ -7,6 +7,7 @@ import dis
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from ..common.messages import first_line
@@ -25,6 +26,7 @@ def run(program, command, lost=""):
     Returns:
         The exit status. A bug is raised.
     """
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"{program}: warning: {message}\n"
     try:
         return command()
     except SystemExit as stopped:  # argparse has said why
@@ -33,20 +35,26 @@ def run(program, command, lost=""):
         print(f"\n{program}: {in_words_of_options(stopped) if str(stopped) else 'interrupted'}{lost}", file=sys.stderr)
         return 130
     except Exception as error:
-        if _is(error, f"{_PACKAGE.name}.training.divergence", "TrainingDiverged"):
+        if any(_is(error, f"{_PACKAGE.name}.training.divergence", name) for name in ("TrainingDiverged", "NotFinite")):
             print(f"{program}: {in_words_of_options(error)}{lost}", file=sys.stderr)
             return 3
         if not _of_the_user(error, command):
             raise
         print(f"{program}: error: {in_words_of_options(error)}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = before
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 # What the library calls what an option sets, and what the option is called.
 _WORDS = [
+    (r", for instance optimizer=functools\.partial\(.*\), and another checkpoint folder$", " with --lr, in a new run"),
     (r", for instance optimizer=functools\.partial\(.*\)$", " with --lr"),
+    (r"\bgiven epochs=(\d+): give more, or another folder", r"given --epochs \1: give more"),
+    (r"\bgive the same optimizer=, or another folder", "begin a new run"),
+    (r"\bchoose another checkpoint\b", "choose another --runs"),
     (r"\bmemory_budget='([^']*)'", r"--budget \1"),
     (r"\bmemory_budget\b", "--budget"),
     (r"\b(depth|form|modules|rule)='([^']*)'", r"--\1 \2"),

@@ -1,6 +1,8 @@
 """`auglocal evaluate`"""
 
 import argparse
+import re
+import warnings
 from pathlib import Path
 
 from .. import models, report
@@ -21,6 +23,8 @@ _MOST_ROWS = 20  # of the table of classes
 def evaluate_command(given):
     """Evaluates a run's model.pt, or a state_dict, on test images; leaves evaluation.json and the picture."""
     run = given.weights.is_dir()
+    if not given.weights.exists():
+        raise FileNotFoundError(f"{given.weights} does not exist: give a run's folder, runs/NAME, or a file of weights")
     if run == (given.model is not None):
         raise ValueError(
             f"--model tells what a file of weights is of, and no run, which knows its own, given {given.weights}: "
@@ -29,12 +33,16 @@ def evaluate_command(given):
     settings = read_settings(given.weights) if run else None
     options = _options(given, settings)
     out = given.out or (given.weights if run else Path("."))
-    for name in ("evaluation.json", "confusion_matrix.png"):
-        check_writable(out / name, "--out")
     where = given.data or options.data
+    # Those of other images stand beside those of the run's own.
+    other = run and not given.out and where != settings["options"]["data"]
+    other = "-" + re.sub(r"[^A-Za-z0-9]+", "-", where).strip("-") if other else ""
+    result, picture = out / f"evaluation{other}.json", out / f"confusion_matrix{other}.png"
+    for path in (result, picture):
+        check_writable(path, "--out")
     if run:
         source = load_data(options, where, normalisation=(settings["mean"], settings["std"]))
-        _check_classes(source, settings, given)
+        _check_classes(source, settings, given.weights, where)
         model = trained(given.weights, settings)
     else:
         source = load_data(options, where)
@@ -48,10 +56,10 @@ def evaluate_command(given):
     print("\n".join(_table(found, classes)))
     kept = {"data": where, "model": options.model, "loss": found.loss, "top1": found.top1, "top5": found.top5}
     kept |= {"images": found.images, "classes": classes, "per_class": found.per_class}
-    write_json(out / "evaluation.json", kept | {"confusion": found.confusion.tolist()})
+    write_json(result, kept | {"confusion": found.confusion.tolist()})
     title = f"{options.model} on {where.split(':')[0]}, top-1 {found.top1:.2%}"
-    report.confusion_picture(found.confusion, classes, out / "confusion_matrix.png", title)
-    print(f"saved {out / 'evaluation.json'}, {out / 'confusion_matrix.png'}")
+    report.confusion_picture(found.confusion, classes, picture, title)
+    print(f"saved {result}, {picture}")
     return 0
 
 
@@ -69,12 +77,16 @@ def _options(given, settings):
     return options
 
 
-def _check_classes(source, settings, given):
+def _check_classes(source, settings, folder, where):
     if source.num_classes != settings["num_classes"]:
         raise ValueError(
-            f"the model of {given.weights} has {settings['num_classes']} classes, given {source.num_classes} in "
-            f"--data {given.data}: give data of the same classes"
+            f"the model of {folder} has {settings['num_classes']} classes, given {source.num_classes} in {where}: give "
+            f"data of the same classes"
         )
+    theirs, ours = ([str(name) for name in names] for names in (source.description["classes"], settings["classes"]))
+    if theirs != ours:
+        differing = next((a, b) for a, b in zip(theirs, ours, strict=True) if a != b)
+        warnings.warn(f"{where} calls a class {differing[0]!r} that the model learnt as {differing[1]!r}", stacklevel=2)
 
 
 def trained(folder, settings):

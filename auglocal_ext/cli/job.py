@@ -15,10 +15,13 @@ from .weights import load_weights
 __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
 
 
-def check(options):
-    """What can be told before data are read; returns the model on the meta device, for `read_data`."""
-    if options.weights and not Path(options.weights).is_file():
-        raise ValueError(f"--weights {options.weights} is no file: give a state_dict that torch.save wrote")
+def check(options, weights=None):
+    """What can be told before data are read; returns the model on the meta device, for `read_data`.
+
+    weights: a file that it is to begin with.
+    """
+    if weights and not Path(weights).is_file():
+        raise ValueError(f"--weights {weights} is no file: give a state_dict that torch.save wrote")
     return check_cut(options)
 
 

@@ -3,7 +3,7 @@
 Nothing is imported here, so that no help waits for torch; a test compares these with what they name.
 """
 
-__all__ = ["FORMS", "NONFINITE", "OPTIMIZERS", "PRECISIONS", "RULES", "SCHEDULES", "WITH_MOMENTUM"]
+__all__ = ["FORMS", "FREE", "NONFINITE", "OPTIMIZERS", "PRECISIONS", "RULES", "SCHEDULES", "WITH_MOMENTUM"]
 
 RULES = ("auglocal", "dgl", "predsim", "infopro", "bp", "checkpoint")
 FORMS = ("cifar", "imagenet")
@@ -12,3 +12,6 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adagrad", "rmsprop")
 WITH_MOMENTUM = ("sgd", "rmsprop")
 SCHEDULES = ("cosine", "step", "exponential", "constant", "paper")
 NONFINITE = ("stop", "skip")
+
+# What a training that goes on may have otherwise than it was begun with.
+FREE = ("epochs", "device", "workers", "download", "max_seconds", "patience", "checkpoint_minutes", "quiet")

@@ -3,13 +3,16 @@
 Commands are imported when they run, so that their help does not wait for torch.
 """
 
+import os
+import re
+import sys
 from argparse import SUPPRESS
 from importlib import import_module
 from pathlib import Path
 
 from .. import __version__
 from .errors import run
-from .names import PRECISIONS
+from .names import FREE, PRECISIONS
 from .options import Parser, device, whole
 from .training_options import add_cut, add_run
 
@@ -18,6 +21,9 @@ __all__ = ["main"]
 
 def main(arguments=None):
     """Runs the command line; returns the exit status: see `errors`."""
+
+    if sys.stderr is None:  # closed: what would go there is lost, and nothing else
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def command():
         options = _parser().parse_args(arguments)
@@ -54,11 +60,16 @@ def _add_resume(commands):
         "resume",
         help="go on with a run",
         description="Goes on with a run from its last checkpoint, by its settings. What may be set anew: --epochs, "
-        "--device, --workers, --download, --max-seconds, --patience, --checkpoint-minutes, --quiet.",
+        "these options.",
     )
     resuming.set_defaults(run=(".train", "resume_command"))
     resuming.add_argument("run_folder", type=Path, metavar="RUN", help="its folder, runs/NAME")
     add_run(resuming)
+    for action in resuming._actions:  # taken, but only as the run has it
+        if action.dest not in ("help", "run_folder", *FREE):
+            action.help = SUPPRESS
+        elif action.help and "(default: " in action.help:
+            action.help = re.sub(r" \(default: .*\)", "", action.help) + " (default: as the run has it)"
 
 
 def _add_evaluate(commands):

@@ -13,7 +13,7 @@ from .config import checked
 from .presets import DEFAULTS
 from .training_options import add_run
 
-__all__ = ["can_go_on", "new_folder", "options_of", "read_settings", "settings_of"]
+__all__ = ["can_go_on", "history_of", "new_folder", "options_of", "read_settings", "settings_of"]
 
 
 def settings_of(options, source):
@@ -27,7 +27,9 @@ def read_settings(folder):
     """What `settings_of` gave the run in a folder; ValueError where there is none."""
     try:
         settings = json.loads((folder / "settings.json").read_text())
-        settings["options"]["model"]  # noqa: B018
+        whole = isinstance(settings["options"]["model"], str) and type(settings["num_classes"]) is int
+        if not whole or not len(settings["mean"]) == len(settings["std"]):
+            raise ValueError("it has no model, num_classes, mean and std of a training")
         return settings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -72,7 +74,17 @@ def new_folder(options):
 
 def can_go_on(folder):
     """Whether `auglocal resume` finds a checkpoint there."""
-    return (folder / "checkpoint" / "last.pt").exists()
+    return (folder / "checkpoint" / "last.pt").is_file()
+
+
+def history_of(folder):
+    """The whole epochs of a run's checkpoint, whatever history.json says; of one that cannot be read none, which the
+    training then tells."""
+    try:
+        path = folder / "checkpoint" / "last.pt"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]
+    except Exception:
+        return []
 
 
 def _no_folder(folder, error):

@@ -1,7 +1,9 @@
 """`auglocal train` and `auglocal resume`"""
 
-import json
+import contextlib
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,14 +16,12 @@ from ..training.result import TrainingInterrupted
 from .errors import in_words_of_options
 from .events import as_csv, event_writer
 from .job import check, make_model, read_data, train_as_told
+from .names import FREE
 from .options import default_device
-from .runs import can_go_on, new_folder, options_of, read_settings, settings_of
+from .runs import can_go_on, history_of, new_folder, options_of, read_settings, settings_of
 from .training_options import add_run, settled, told
 
 __all__ = ["resume_command", "train_command"]
-
-# What a training that goes on may have otherwise than it was begun with.
-_FREE = ("epochs", "device", "workers", "download", "max_seconds", "patience", "checkpoint_minutes", "quiet")
 
 
 def train_command(given):
@@ -32,7 +32,7 @@ def train_command(given):
     if options.name and Path(options.name).name != options.name:
         raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
     write_events = event_writer() if options.tensorboard else None
-    cuttable = check(options)
+    cuttable = check(options, options.weights)
     with new_folder(options) as folder:
         source = read_data(options, cuttable)
         model = make_model(options, source, options.weights)
@@ -53,26 +53,28 @@ def _resume(folder, given):
     options.quiet = False
     for name, value in given.items():
         before = getattr(options, name, None)
-        if name not in _FREE and value != before:
+        if name not in FREE and value != before:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {_shown(before)} in this run, given {_shown(value)}: leave it out, or "
                 f"begin a new run"
             )
         setattr(options, name, value)
-    done = len(_history(folder))
+    goes_on, done = can_go_on(folder), len(history_of(folder))
+    if not goes_on and (folder / "history.json").exists():
+        raise ValueError(
+            f"{folder} has no checkpoint to go on from, expected {folder / 'checkpoint' / 'last.pt'}: begin a new run"
+        )
     if options.epochs < done:
         raise ValueError(
             f"{folder} has a training of {done} epochs already, given --epochs {options.epochs}: give more"
         )
     options.device = options.device or default_device()
     write_events = event_writer() if options.tensorboard else None
-    source = read_data(options, check(options))
-    return _train_in(folder, options, source, make_model(options, source), write_events)
-
-
-def _history(folder):
-    path = folder / "history.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    weights = None if goes_on else options.weights  # which are in the checkpoint
+    source = read_data(options, check(options, weights))
+    if not options.quiet:
+        print(told(options))
+    return _train_in(folder, options, source, make_model(options, source, weights), write_events)
 
 
 def _shown(value):
@@ -81,24 +83,38 @@ def _shown(value):
     return "not set" if value is None else value
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted():
+    """Within, SIGTERM does what Ctrl-C does: it leaves a checkpoint of the last step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _train_in(folder, options, source, model, write_events):
     """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder."""
-    history = _history(folder)
+    history = history_of(folder)
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one. One may be told again.
         history[entry["epoch"] - 1 :] = [entry]
+        save_model(folder / "model.pt", model)
         write_json(folder / "settings.json", settings_of(options, source))
         write_json(folder / "history.json", history)
         write_text(folder / "history.csv", as_csv(history))
-        save_model(folder / "model.pt", model)
         if write_events:
             write_events(folder / "tensorboard", entry)
 
     keeping = {"checkpoint": folder / "checkpoint", "checkpoint_minutes": options.checkpoint_minutes}
     started, status = time.perf_counter(), 0
     try:
-        result = train_as_told(options, model, source, on_epoch=save, **keeping)
+        with _terminated_as_interrupted():
+            result = train_as_told(options, model, source, on_epoch=save, **keeping)
     except BaseException as stop:
         if can_go_on(folder) and isinstance(stop, KeyboardInterrupt | OSError | MemoryError | RuntimeError):
             stop.remedy = f"go on with `auglocal resume {folder}`"
@@ -127,10 +143,11 @@ def _train_in(folder, options, source, model, write_events):
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy += f", test accuracy {tested.top1:.2%}"
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
+    more = "--patience N" if result.stopped == "patience" else "--epochs N"
     print(
         f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "
-        f"learning_curve.png; `auglocal resume {folder} --epochs N` goes on"
+        f"learning_curve.png; `auglocal resume {folder} {more}` goes on"
     )
     return status

@@ -35,7 +35,11 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     add("--download", action="store_true", help="fetch the images if they are not at ROOT")
     add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: {default})")
     add("--image-size", type=whole(1, 10_000), help="pixels along a side (default: as the data has them)")
-    add("--val-split", type=number(0, below=1), help="share of the training images to validate on (default: {default})")
+    add(
+        "--val-split",
+        type=number(0, below=1),
+        help="share of the training images to validate on (default: none, but on the test images)",
+    )
     add("--weights", type=Path, metavar="FILE", help="begin with these: a state_dict (default: random ones)")
     epochs = whole(1, expected="a whole number of at least 1")
     add("--epochs", type=epochs, help="times through the training data (default: {default})")
@@ -63,7 +67,12 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--seed", type=seed, help="of weights, order and augmentation (default: {default})")
     add("--max-seconds", type=number(above=0), help="of training, then it stops")
-    add("--patience", type=whole(1), metavar="EPOCHS", help="stop after so many without a better validation accuracy")
+    add(
+        "--patience",
+        type=whole(1),
+        metavar="EPOCHS",
+        help="stop after so many without a better validation accuracy, see --val-split",
+    )
     add("--nonfinite", choices=NONFINITE, help="what a loss that is not finite does (default: {default})")
     add("--config", type=Path, metavar="FILE", help="options as a JSON object, or a run's settings.json")
     add("--quiet", action="store_true", help="no progress bar, no line per epoch")

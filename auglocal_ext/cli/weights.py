@@ -8,7 +8,8 @@ __all__ = ["load_weights"]
 
 
 def load_weights(model, path, name, option="--weights"):
-    """Loads a state_dict, or the one under "model" or "state_dict" of a dict; only tensors are ever unpickled.
+    """Loads a state_dict, or the one under "model" or "state_dict" of a dict, or of a training's checkpoint; only
+    tensors are ever unpickled.
 
     Args:
         path: what torch.save wrote.
@@ -22,10 +23,10 @@ def load_weights(model, path, name, option="--weights"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{option} {path} cannot be read as weights: {first_line(error)}; expected what "
+            f"{option} {path} cannot be read as weights ({type(error).__name__}): expected what "
             f"torch.save(model.state_dict(), FILE) writes"
         ) from None
-    for key in ("model", "state_dict"):
+    for key in ("trainer", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -35,7 +36,10 @@ def load_weights(model, path, name, option="--weights"):
     if wrong := _misfits(state, model.state_dict()):
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ValueError(f"{option} {path} does not fit {name}: {wrong[0]}{more}; give weights of this very model")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, NotImplementedError) as error:  # a sparse tensor, one without data
+        raise ValueError(f"{option} {path} cannot be loaded into {name}: {first_line(error)}") from None
 
 
 def _misfits(given, expected):

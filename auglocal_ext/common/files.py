@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 from contextlib import suppress
@@ -26,6 +27,8 @@ def write_whole(path, write):
     in_place = path.exists() and not path.is_file()
     beside, file = path if in_place else _beside(path), None
     try:
+        if not in_place:
+            _remove_leftovers(path)
         with beside.open("wb") as raw:
             file = _Watched(raw)
             write(file)
@@ -131,6 +134,25 @@ def check_writable(path, option, make_folder=True):
 def _beside(path):
     """Hidden, and of this process: two that write one file do not meet."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _remove_leftovers(path):
+    """What processes that were killed in the middle of writing it have left beside a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = left.name.split(".")[-2]
+        with suppress(OSError):
+            if process.isdecimal() and not _is_alive(int(process)):
+                left.unlink()
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 class _Watched:

@@ -35,7 +35,10 @@ def check_state(trainer, state):
     if not isinstance(state, dict) or "made_of" not in state:
         raise ValueError("this is no state of a LocalTrainer: expected what its state_dict() returned")
     if state["version"] != VERSION:
-        raise ValueError(f"the state is of version {state['version']}, this auglocal_ext reads version {VERSION}")
+        raise ValueError(
+            f"the state is of version {state['version']}, this auglocal_ext reads version {VERSION}: go "
+            f"on with the release that wrote it, or train from the beginning"
+        )
     for name, ours in _made_of(trainer).items():
         if state["made_of"].get(name) != ours:
             raise ValueError(

@@ -458,7 +458,7 @@ def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeyp
     message = (
         f"epoch {spoilt}/2: conv1.weight has values that are NaN or infinite: training diverged; lower the learning"
     )
-    assert f"auglocal: {message} rate with --lr\n" in captured.err and "functools" not in captured.err
+    assert f"auglocal: {message} rate with --lr, in a new run\n" in captured.err and "functools" not in captured.err
     assert "saved to" not in captured.out + captured.err and not captured.out
     if spoilt == 1:
         assert not (tmp_path / "runs").exists()

@@ -77,7 +77,11 @@ def test_evaluate_a_file_of_weights(run, drawn, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 20
     refused(["evaluate", str(run / "model.pt")], "--model tells what a file of weights is of, .*: add --model", capsys)
     refused(["evaluate", str(run), "--model", "resnet20"], "--model tells .*, given .*: leave it out", capsys)
-    refused(["evaluate", "no.pt", *typed], "RUN no.pt cannot be read as weights: .*No such file", capsys)
+    refused(
+        ["evaluate", "no.pt", *typed],
+        "no.pt does not exist: give a run's folder, runs/NAME, or a file of weights",
+        capsys,
+    )
     typed[1] = "resnet32"
     refused(
         ["evaluate", str(run / "model.pt"), *typed], "RUN .* does not fit resnet32 with 10 classes: layer1.3", capsys
@@ -90,7 +94,7 @@ def test_what_cannot_be_evaluated(run, tmp_path, capsys):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     refused(["evaluate", str(tmp_path), "--quiet"], ".* has no model.pt, which a run writes after its first", capsys)
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"num_classes": 7}))
-    message = "the model of .* has 7 classes, given 10 in --data digits: give data of the same classes"
+    message = "the model of .* has 7 classes, given 10 in digits: give data of the same classes"
     refused(["evaluate", str(tmp_path), "--data", "digits", "--quiet"], message, capsys)
     refused(
         ["evaluate", str(run), "--out", "/dev/null"], "/dev/null/evaluation.json cannot be written: .*--out", capsys

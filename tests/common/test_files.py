@@ -248,3 +248,14 @@ def test_half_a_line_that_did_not_fit_is_taken_back(tmp_path, monkeypatch):
         append_line(path, "new", bool)
     monkeypatch.undo()
     assert path.read_text() == "one\n"
+
+
+def test_what_a_killed_process_left_beside_goes_with_the_next_write(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (tmp_path / f".x.json.{pid}.part" for pid in (ended.pid, os.getppid()))
+    other = tmp_path / f".y.json.{ended.pid}.part"
+    for path in (dead, alive, other):
+        path.touch()
+    write_json(tmp_path / "x.json", 1)
+    assert not dead.exists() and alive.exists() and other.exists()
