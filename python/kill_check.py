@@ -1,6 +1,6 @@
 """Kills real trainings at drawn moments, lets them go on, and compares their weights with undisturbed ones, to the bit.
 
-    python python/kill_check.py [--kills 60] [--out benchmarks/results/kills.jsonl]
+    python python/kill_check.py [--kills 60] [--seed 0] [--out benchmarks/results/kills.jsonl]
 
 Every rule, local ones with one module per unit and with two. A third of the kills come in the middle of writing a
 checkpoint, between the file that is written beside and its renaming. Each training adds a line to the file: its kills,
@@ -52,17 +52,19 @@ def training(case, folder, minutes=10):
 
 # Kills itself in the middle of a drawn write of a checkpoint: half of the file is there, beside.
 IN_A_WRITE = """
-import io, os, signal, torch
-real, left = torch.save, [{left}]
-def save(value, file):
+import io, os, signal
+from auglocal_ext.training import checkpoint
+real, left = checkpoint.write_whole, [{left}]
+def write_whole(path, write):
     left[0] -= 1
-    if left[0] or isinstance(file, str):  # the weights at the end
-        return real(value, file)
-    whole = io.BytesIO()
-    real(value, whole)
-    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
+    def half(file):
+        whole = io.BytesIO()
+        write(whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, write if left[0] else half)
+checkpoint.write_whole = write_whole
 """
 CHILD = """
 import sys
