@@ -39,7 +39,7 @@ def train_command(given):
         if not options.quiet:
             print(told(options))
         write_json(folder / "settings.json", settings_of(options, source))  # a stop in the first epoch is gone on from
-        return _train_in(folder, options, source, model, write_events)
+        return _train_in(folder, options, source, model, write_events, history=[])
 
 
 def resume_command(given):
@@ -59,14 +59,14 @@ def _resume(folder, given):
                 f"begin a new run"
             )
         setattr(options, name, value)
-    goes_on, done = can_go_on(folder), len(history_of(folder))
+    goes_on, history = can_go_on(folder), history_of(folder)
     if not goes_on and (folder / "history.json").exists():
         raise ValueError(
             f"{folder} has no checkpoint to go on from, expected {folder / 'checkpoint' / 'last.pt'}: begin a new run"
         )
-    if options.epochs < done:
+    if options.epochs < len(history):
         raise ValueError(
-            f"{folder} has a training of {done} epochs already, given --epochs {options.epochs}: give more"
+            f"{folder} has a training of {len(history)} epochs already, given --epochs {options.epochs}: give more"
         )
     options.device = options.device or default_device()
     write_events = event_writer() if options.tensorboard else None
@@ -74,7 +74,7 @@ def _resume(folder, given):
     source = read_data(options, check(options, weights))
     if not options.quiet:
         print(told(options))
-    return _train_in(folder, options, source, make_model(options, source, weights), write_events)
+    return _train_in(folder, options, source, make_model(options, source, weights), write_events, history)
 
 
 def _shown(value):
@@ -96,9 +96,9 @@ def _terminated_as_interrupted():
         signal.signal(signal.SIGTERM, previous)
 
 
-def _train_in(folder, options, source, model, write_events):
-    """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder."""
-    history = history_of(folder)
+def _train_in(folder, options, source, model, write_events, history):
+    """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder. history: of
+    that checkpoint."""
 
     def save(entry):
         # After every epoch, so that no interruption costs more than one. One may be told again.

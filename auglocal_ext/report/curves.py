@@ -34,7 +34,7 @@ def _draw_accuracy(axes, history):
     _line(axes, history, "val_accuracy", "validation", color="black", marker="s", ms=4, scale=100)
     key = "train_accuracy" if history[-1]["val_accuracy"] is None else "val_accuracy"
     scored = [entry for entry in history if entry[key] is not None]
-    best = max(reversed(scored), key=lambda entry: entry[key])  # of equal ones the last, as best.pt
+    best = max(scored, key=lambda entry: entry[key])  # of equal ones the first, as best.pt
     label = f"best: {best[key]:.2%} in epoch {best['epoch']}"
     axes.plot(best["epoch"], 100 * best[key], "*", ms=15, mfc="white", mec="black", label=label, zorder=3)
     axes.set_ylabel("accuracy, %")

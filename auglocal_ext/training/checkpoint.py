@@ -141,7 +141,8 @@ class Checkpoints:
         torch.save(state, file)
         if not self._checked:
             try:
-                torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
+                file.seek(0)
+                torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:
                 raise ValueError(
                     f"no checkpoint can be written: the optimizer's, the loader's or a layer's state has more than "

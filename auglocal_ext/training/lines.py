@@ -9,10 +9,10 @@ from ..common.memory import format_bytes
 __all__ = ["cost_lines", "duration", "epoch_line", "first_lines", "memory_line"]
 
 
-def first_lines(trainer, images):
+def first_lines(trainer):
     """What is trained, how it is cut, and what a step costs beside the alternatives."""
     plan = trainer.plan
-    layout = "channels_last" if images.is_contiguous(memory_format=torch.channels_last) else "contiguous"
+    layout = "channels_last" if plan.origin.memory_format == torch.channels_last else "contiguous"
     aux = f", and {plan.aux_parameters:,} of aux nets during training" if plan.aux_parameters else ""
     recompute = ", recompute" if trainer.recompute else ""
     lines = [

@@ -133,7 +133,7 @@ def train(
         if len(images) > 1:  # else the training says that it skips such batches
             trainer.plan_for(images, compare=True)
             if progress:
-                tqdm.write(first_lines(trainer, images))
+                tqdm.write(first_lines(trainer))
             elif trainer.plan.comparison.warning:
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
         del first, images  # which would live through the whole training

@@ -60,13 +60,13 @@ class TrainResult:
 
     def _table(self):
         last, best = self.history[-1], self.best
-        columns = [("", f"epoch {last['epoch']}", last)]
+        columns = [(f"epoch {last['epoch']}", last)]
         if best is not last:
-            columns.append(("", f"epoch {best['epoch']}, the best", best))
-        rows = [("", *(title for _, title, _ in columns))]
+            columns.append((f"epoch {best['epoch']}, the best", best))
+        rows = [("", *(title for title, _ in columns))]
         for name, key, form in _ROWS:
             if last[key] is not None:
-                rows.append((name, *(format(entry[key], form) for _, _, entry in columns)))
+                rows.append((name, *(format(entry[key], form) for _, entry in columns)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
 

@@ -53,6 +53,12 @@ def test_the_curve_marks_the_best_epoch_and_has_the_loss_of_validation(drawn, tm
     assert all(tick == int(tick) for tick in accuracy.get_xticks())
 
 
+def test_of_equal_epochs_the_first_is_the_best(drawn, tmp_path):
+    """As of best.pt and TrainResult.best."""
+    report.learning_curve([entry | {"val_accuracy": 0.5} for entry in history(3, 1)], tmp_path / "curve.png", "mine")
+    assert "best: 50.00% in epoch 1" in lines_of(drawn[0].axes[0])
+
+
 def test_a_curve_of_one_epoch_of_one_module_without_validation(drawn, tmp_path):
     one = [history(1, 1, val_loss=None)[0] | {"val_accuracy": None}]
     report.learning_curve(one, tmp_path / "curve.png", "mine")
