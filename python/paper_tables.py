@@ -91,7 +91,7 @@ MEMORY = {
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 UNUSUAL = set(recipes.MORE_SETTINGS) - {"budget", "recompute", "image_size"}  # in a record where no recipe has it so
-CUT = ("rule", "depth", "modules", "form", "budget", "recompute")  # the settings that differ within a group
+CUT = ("rule", "depth", "modules", "auxiliary", "form", "budget", "recompute")  # the settings that differ within a group
 
 
 class Group:
@@ -115,7 +115,7 @@ class Group:
 
     def uncut(self, rule, depth=None):
         """The records of a rule as the paper has it: one module per unit, or one for BP and GC."""
-        return list(self._seeds.get((rule, depth, None, None, None, None), {}).values())
+        return list(self._seeds.get((rule, depth, *[None] * (len(CUT) - 2)), {}).values())
 
     @property
     def network(self):
@@ -230,9 +230,10 @@ def all_runs(group):
     header = ["method", "cut", "modules", "accuracy, %", "seeds", "MACs / BP", "seconds", "peak"]
     rows = [header]
     for cut, made in group.runs.items():
-        rule, depth, modules, form, budget, recompute = cut
+        rule, depth, modules, auxiliary, form, budget, recompute = cut
         parts = ["one per unit"] if rule not in ("bp", "checkpoint") and not modules and not budget else []
         parts += [f"K={modules}"] if modules else []
+        parts += [f"nets {auxiliary}"] if auxiliary else []
         parts += [f"budget {budget}"] if budget else []
         parts += [f"form {form}"] if form else []
         parts += ["recompute"] if recompute else []
@@ -313,9 +314,11 @@ class Run:
     batch_size: int
     precision: str
     seed: int
+    auxiliary: str | None = None  # None: the paper's
 
     def __str__(self):
         cut = f" K={self.modules}" if self.modules else ""
+        cut += f", {self.auxiliary}," if self.auxiliary else ""
         return f"{self.model} {self.dataset} {_method(self.rule, self.depth)}{cut} seed {self.seed}"
 
     @property
@@ -363,7 +366,7 @@ class Runner:
             made
             for made in records.read(*self.files)
             if made["machine"]["device"] == self.machine
-            and cut_of(made)[3:] == (None, None, None)
+            and not any(cut_of(made)[CUT.index("form") :])
             and not UNUSUAL & made["settings"].keys()
             and all(made["settings"].get(name) == value for name, value in settings.items())
         ]

@@ -208,8 +208,8 @@ def _read_block(model, name, block):
     """(base width, copy function) of a residual block."""
     torchvision_resnet = _imported("resnet")
     if type(block) is models.BasicBlock:
-        width = block.conv1.out_channels
-        return width, lambda in_channels, stride: models.BasicBlock(in_channels, width, stride)
+        own = block.conv1.out_channels
+        return own, lambda in_channels, stride, width=own: models.BasicBlock(in_channels, width, stride)
     if torchvision_resnet and type(block) in (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck):
         if not isinstance(block.bn1, _BatchNorm):
             raise _not_understood(model, f"{name}.bn1", block.bn1)
@@ -221,23 +221,24 @@ def _read_torchvision_block(block):
     kind, norm = type(block), _like(block.bn1)
     bottleneck = hasattr(block, "conv3")
     last = block.conv3 if bottleneck else block.conv2
-    width, groups = last.out_channels // kind.expansion, block.conv2.groups
+    own, groups = last.out_channels // kind.expansion, block.conv2.groups
     options = {}
     if bottleneck:  # the inverse of torchvision's width = int(planes * (base_width / 64)) * groups
         options = {
             "groups": groups,
-            "base_width": math.ceil(block.conv2.out_channels // groups * 64 / width),
+            "base_width": math.ceil(block.conv2.out_channels // groups * 64 / own),
             "dilation": block.conv2.dilation[0],
         }
 
-    def copy(in_channels, stride):
-        downsample = None
-        if stride != 1 or in_channels != last.out_channels:
-            shortcut = nn.Conv2d(in_channels, last.out_channels, 1, stride, bias=False)
-            downsample = nn.Sequential(shortcut, norm(last.out_channels))
+    def copy(in_channels, stride, width=own):
+        width = max(width, math.ceil(64 / options.get("base_width", 64)))  # a channel in each group
+        downsample, out_channels = None, width * kind.expansion
+        if stride != 1 or in_channels != out_channels:
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            downsample = nn.Sequential(shortcut, norm(out_channels))
         return kind(in_channels, width, stride, downsample, norm_layer=norm, **options)
 
-    return width, copy
+    return own, copy
 
 
 def _plain_copy(conv, *behind):
@@ -246,8 +247,8 @@ def _plain_copy(conv, *behind):
     norm = next((_like(layer) for layer in behind if isinstance(layer, _BatchNorm)), nn.BatchNorm2d)
     shape = {"kernel_size": conv.kernel_size, "padding": conv.padding, "dilation": conv.dilation, "bias": False}
 
-    def copy(in_channels, stride):
-        layers = [nn.Conv2d(in_channels, conv.out_channels, **shape), norm(conv.out_channels), nn.ReLU()]
+    def copy(in_channels, stride, width=conv.out_channels):
+        layers = [nn.Conv2d(in_channels, width, **shape), norm(width), nn.ReLU()]
         return nn.Sequential(*([nn.MaxPool2d(2)] if stride == 2 else []), *layers)
 
     return copy

@@ -28,7 +28,8 @@ class Unit:
     out_channels: int
     reduction: int  # image pixels per output pixel, along a side
     kept: float  # convolution output elements per image pixel: what its backward keeps, by the main part
-    copy: Callable[[int, int], nn.Module] | None  # (in_channels, stride) -> new block like it; None: the stem
+    # (in_channels, stride, width=its own) -> new block like it, of that base width; None: the stem
+    copy: Callable[..., nn.Module] | None
     plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
 
     def trace(self, x):

@@ -30,7 +30,7 @@ def check_cut(options):
         raise ValueError(
             "depth='auto' chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
         )
-    rule = RULES[options.rule], options.depth, given.get("form")
+    rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper")
     rules = [as_rule(*rule)] if budget is None else candidates(*rule, len(backbone.units))
     cut(backbone, rules[0], options.modules)
     return model

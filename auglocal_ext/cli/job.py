@@ -69,6 +69,7 @@ def train_as_told(options, model, source, **more):
         criterion=torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
         rule=for_images(options.rule, source.description["mean"], source.description["std"]),
         form=options.form,
+        auxiliary=options.auxiliary,
         modules=options.modules,
         memory_budget=options.budget,
         recompute=options.recompute,

@@ -22,6 +22,7 @@ DEFAULTS = {
     "rule": "auglocal",
     "depth": 4,
     "form": None,
+    "auxiliary": "paper",
     "modules": None,
     "precision": "fp32",
     "recompute": False,

@@ -18,7 +18,7 @@ _DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
     "fake:N (default: {default})"
 )
-_CUT = ("model", "rule", "depth", "form", "modules", "precision", "recompute", "budget")
+_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "precision", "recompute", "budget")
 
 
 def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
@@ -108,6 +108,12 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
         choices=FORMS,
         help="cifar: aux nets less deep toward the output, the last DEPTH units one module; imagenet: one module "
         "per unit, aux nets of one depth (default: cifar for resnet20 ... resnet110, else imagenet)",
+    )
+    add(
+        "--auxiliary",
+        metavar="NETS",
+        help="what aux nets are like: paper, light (a tenth of the arithmetic), or a description such as 'pooled "
+        "width=0.5 separable' (default: {default})",
     )
     add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
     add("--precision", choices=PRECISIONS, help="of the features (default: {default})")

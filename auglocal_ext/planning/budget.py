@@ -64,14 +64,14 @@ def _modules(point):
     return f"{point.modules} module{'s' * (point.modules > 1)}" if point else ""
 
 
-def candidates(rule, depth, form, units):
+def candidates(rule, depth, form, auxiliary, units):
     """The rules to search under a budget for a backbone of so many units: one, or with depth "auto" AugLocal's of every
     depth."""
     if depth == "auto" and rule in ("auglocal", AugLocal):
-        return [AugLocal(d, form) for d in DEPTHS if d <= units]
+        return [AugLocal(d, form, auxiliary) for d in DEPTHS if d <= units]
     if depth == "auto" and isinstance(rule, AugLocal):
         raise ValueError(f"depth='auto' goes with rule='auglocal', given a rule that has its depth, {rule.depth}")
-    rule = as_rule(rule, 2 if depth == "auto" else depth, form)
+    rule = as_rule(rule, 2 if depth == "auto" else depth, form, auxiliary)
     if not (type(rule) is AugLocal or isinstance(rule, BP)):  # whose heads are the same wherever the borders are
         raise ValueError(
             f"memory_budget chooses the cut of rules 'auglocal', 'bp' and 'checkpoint': with {rule.name!r} give "

@@ -9,6 +9,7 @@ from torch import nn
 from ..backbone.families import as_backbone
 from ..common.checks import whole_number
 from ..common.memory import parse_bytes
+from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
 from ..rules.cutting import cut
 from ..rules.rule import Rule
@@ -28,6 +29,7 @@ def plan(
     *,
     rule: str | Rule | type[Rule] = "auglocal",
     form: str | None = None,
+    auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
     precision: str = "fp32",
     memory_budget: int | str | None = None,
@@ -41,7 +43,7 @@ def plan(
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
+        depth, rule, form, auxiliary, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
             be "auto".
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
@@ -61,10 +63,10 @@ def plan(
     if memory_budget is None:
         if depth == "auto":
             raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
-        rules = [as_rule(rule, depth, form)]
+        rules = [as_rule(rule, depth, form, auxiliary)]
     else:
         budget = parse_bytes(memory_budget)
-        rules = candidates(rule, depth, form, len(backbone.units))
+        rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
     spans = cut(backbone, rules[0], modules)
     planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone, criterion)
     with planner.progress(f"planning batches of {shape[0]}"):

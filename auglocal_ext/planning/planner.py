@@ -216,7 +216,7 @@ class Planner:
 
     def heads_by_unit(self, rule, shape):
         """AugLocal's head behind each unit, the last one's being the classifier; made once."""
-        key = rule.depth, rule.form, shape[1:]
+        key = rule.depth, rule.form, rule.auxiliary, shape[1:]
         if key not in self._heads:
             self._heads[key] = self.heads([Span(unit, unit) for unit in range(len(self.backbone.units))], shape, rule)
         return self._heads[key]

@@ -1,7 +1,9 @@
 """AugLocal: aux nets that are uniform samples of the layers behind a module (arXiv:2402.17318)."""
 
+from torch import nn
+
 from ..common.checks import whole_number
-from .auxiliary import aux_depth, build_aux_net, sample_units
+from .auxiliary import Auxiliary, as_auxiliary, aux_depth, build_aux_net, copied_width, sample_units
 from .rule import Rule
 
 __all__ = ["AugLocal", "FORMS"]
@@ -18,19 +20,38 @@ class AugLocal(Rule):
         form: "cifar" (one module per unit, aux nets less deep toward the output, the last `depth` units and
             the classifier trained jointly), "imagenet" (one module per unit, an aux net of constant depth after
             every unit but the last), or None: what the authors used for such a network.
+        auxiliary: "paper", "light", another member of the family `Auxiliary`, also as text, or a function
+            (`Border`) -> nn.Module, features -> logits, which under a memory budget may go by the border's unit and
+            shape alone.
     """
 
-    def __init__(self, depth=4, form=None):
+    def __init__(self, depth=4, form=None, auxiliary="paper"):
         if form is not None and form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
         expected = "depth must be a whole number of at least 2 (one block and the classifier)"
-        self.depth, self.form = whole_number(depth, expected, 2), form
+        self.depth, self.form, self.auxiliary = whole_number(depth, expected, 2), form, as_auxiliary(auxiliary)
 
     def _pyramid(self, backbone):
         return (self.form or backbone.form) == "cifar"
 
+    @property
+    def shares_readout(self):
+        return isinstance(self.auxiliary, Auxiliary) and self.auxiliary.readout == "shared"
+
     def check(self, backbone):
         self._check_depth(backbone, len(backbone.units))
+        if self.shares_readout:
+            self._check_readout(backbone)
+
+    @staticmethod
+    def _check_readout(backbone):
+        """The classifier must end as the aux nets do."""
+        last = backbone.classifier[-1]
+        if not (type(last) is nn.Linear and last.in_features == backbone.units[-1].out_channels):
+            raise ValueError(
+                f"readout=shared needs a classifier that is a pooling and one linear layer, as a ResNet's, given one "
+                f"that ends in {type(last).__name__}: leave readout out"
+            )
 
     def _check_depth(self, backbone, deepest):
         if self.depth > deepest:
@@ -47,15 +68,25 @@ class AugLocal(Rule):
         """The `auxiliary.Sample` behind a unit."""
         pyramid = self._pyramid(backbone)
         blocks = aux_depth(unit, len(backbone.units), self.depth - 1, pyramid)
-        return sample_units(backbone.units, unit, blocks, batch_norm_head=pyramid)
+        return sample_units(backbone.units, unit, blocks, pyramid, self.auxiliary)
 
     def aux_net(self, border):
-        return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit))
+        if not isinstance(self.auxiliary, Auxiliary):
+            return self._made(border)
+        return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit), self.auxiliary)
+
+    def _made(self, border):
+        net = self.auxiliary(border)
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"auxiliary must make a torch.nn.Module of a border, it made {type(net).__name__}")
+        return net
 
     def describe(self, border):
+        if not isinstance(self.auxiliary, Auxiliary):
+            return super().describe(border)
         sample, units = self.sample(border.backbone, border.unit), border.backbone.units
         copies = [
-            f"{units[unit].name} ({units[unit].width}, /{stride})"
+            f"{units[unit].name} ({copied_width(units[unit], self.auxiliary)}, /{stride})"
             for unit, stride in zip(sample.units, sample.strides, strict=True)
         ]
-        return " ".join([*copies, *["+ BatchNorm1d"] * sample.batch_norm_head])
+        return " ".join([*[f"pool /{sample.pool}"] * (sample.pool > 1), *copies, *["+ BatchNorm1d"] * sample.batch_norm_head])

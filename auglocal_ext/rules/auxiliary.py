@@ -1,18 +1,90 @@
-"""Auxiliary nets: which units one copies (the AugLocal rule, arXiv:2402.17318), and the net itself."""
+"""Auxiliary nets: which units one copies (the AugLocal rule, arXiv:2402.17318), what the copies are like, and the net.
+
+The paper's nets cost much: on a ResNet-34 one takes a fifth of backpropagation's arithmetic. `Auxiliary` is the family
+of cheaper ones.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 
 from ..models import init_weights
 
-__all__ = ["PLAIN_WIDTH", "PYRAMID", "Sample", "aux_depth", "build_aux_net", "sample_units"]
+__all__ = ["AUXILIARIES", "Auxiliary", "Sample", "as_auxiliary", "aux_depth", "build_aux_net", "sample_units"]
 
 
 PYRAMID = 0.5  # the paper's c: how much less deep the last aux net is than the first
 
-PLAIN_WIDTH = 512  # of the linear layers in a VGG's aux nets
+PLAIN_WIDTH = 512  # of the linear layers in a VGG's aux nets of the paper
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """How an aux net of AugLocal differs from the paper's, which is the one without arguments.
+
+    pooled: the features are averaged to the network's last resolution first, where the copies then run; a VGG's net
+        ends in pooling and one linear layer, as others do, instead of three.
+    width: of the copies, as a factor.
+    separable: each k x k convolution of a copy, k > 1, is a depthwise one and a 1 x 1 one.
+    share: copies at most this share of the units that are left, but one.
+    readout: "own", or "shared": the linear layer is a copy of the network's own from the step before, which the module
+        does not train. Copies of another width than the network's last unit then end in a 1 x 1 convolution.
+
+    As text: "paper", "light", or what differs, as in "pooled width=0.5 separable".
+    """
+
+    pooled: bool = False
+    width: float = 1.0
+    separable: bool = False
+    share: float = 1.0
+    readout: str = "own"
+
+    def __post_init__(self):
+        if not isinstance(self.width, int | float) or not 0 < self.width <= 4:
+            raise ValueError(f"an auxiliary net's width must be a factor above 0, at most 4, given {self.width!r}")
+        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ValueError(f"an auxiliary net's share must be above 0, at most 1, given {self.share!r}")
+        if self.readout not in ("own", "shared"):
+            raise ValueError(f"an auxiliary net's readout must be own or shared, given {self.readout!r}")
+
+    def __str__(self):
+        if self in AUXILIARIES.values():
+            return next(name for name, known in AUXILIARIES.items() if known == self)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(name if value is True else f"{name}={value}" for name, value in given.items())
+
+
+AUXILIARIES = {"paper": Auxiliary(), "light": Auxiliary(pooled=True, width=0.5)}
+
+
+def as_auxiliary(given):
+    """The Auxiliary that is meant, or the function border -> nn.Module: AugLocal's argument."""
+    expected = (
+        "auxiliary must be 'paper', 'light', how the nets differ from the paper's, as in 'pooled width=0.5 separable' "
+        "(pooled, width=, separable, share=, readout=own|shared), an auglocal_ext.rules.Auxiliary, or a function of a "
+        "border that makes a net"
+    )
+    if isinstance(given, str):
+        return AUXILIARIES[given] if given in AUXILIARIES else _parse(given, expected)
+    if isinstance(given, Auxiliary) or (callable(given) and not isinstance(given, type)):
+        return given
+    raise ValueError(f"{expected}, given {given!r}")
+
+
+def _parse(text, expected):
+    options, kinds = {}, {f.name: f.type for f in fields(Auxiliary)}
+    for word in text.replace(",", " ").split():
+        name, equals, value = word.partition("=")
+        try:
+            if name not in kinds or name in options or (not equals) != (kinds[name] is bool):
+                raise ValueError
+            options[name] = True if kinds[name] is bool else kinds[name](value)
+        except ValueError:
+            raise ValueError(f"{expected}, given {text!r}") from None
+    if not options:
+        raise ValueError(f"{expected}, given {text!r}")
+    return Auxiliary(**options)
 
 
 @dataclass(frozen=True)
@@ -22,6 +94,7 @@ class Sample:
     units: tuple[int, ...]
     strides: tuple[int, ...]
     batch_norm_head: bool  # BatchNorm1d before the linear classifier
+    pool: int = 1  # pixels per pixel, along a side, that the features are averaged to first
 
 
 def aux_depth(last, units, blocks, pyramid):
@@ -35,25 +108,29 @@ def aux_depth(last, units, blocks, pyramid):
     return max(1, round(blocks * (1 - share) + share))
 
 
-def sample_units(units, last, blocks, batch_norm_head):
+def sample_units(units, last, blocks, batch_norm_head, auxiliary=AUXILIARIES["paper"]):
     """A uniform sample of `blocks` of the units after `last`, always ending at the network's last unit.
 
     Strides: a residual block's copy halves the resolution once if the network has by then halved it at least once
     more than the copies so far, so that a sample ends at the network's own resolution wherever it can. A VGG's does
     where the channels change, as its authors have it, but not beyond the network's last resolution: an image that the
-    network itself can take then has a pixel left to pool in every aux net.
+    network itself can take then has a pixel left to pool in every aux net. Of pooled features no copy has a stride.
     """
     remaining = len(units) - 1 - last
+    blocks = min(blocks, max(1, round(auxiliary.share * remaining)))
     if blocks >= remaining:
         chosen = tuple(range(last + 1, len(units)))
     else:
         chosen = tuple(round(last + i * remaining / blocks) for i in range(1, blocks + 1))
     plain, sampled = units[last].plain, [units[unit] for unit in chosen]
+    head = batch_norm_head and len(chosen) == 1 and not plain
+    if auxiliary.pooled:
+        return Sample(chosen, (1,) * len(chosen), head, units[-1].reduction // units[last].reduction)
     if plain:
         strides = _plain_strides(units[last], sampled, units[-1].reduction)
     else:
         strides = _residual_strides(units[last], sampled)
-    return Sample(chosen, tuple(strides), batch_norm_head and len(chosen) == 1 and not plain)
+    return Sample(chosen, tuple(strides), head)
 
 
 def _residual_strides(before, sampled):
@@ -75,17 +152,25 @@ def _plain_strides(before, sampled, last_reduction):
     return strides
 
 
-def build_aux_net(backbone, last, sample):
+def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"]):
     """The aux net behind unit `last`: blocks like the sampled units', pooling, and a linear classifier, of a VGG one of
     three layers.
 
     Its weights are its own: no tensor is shared with the backbone. (N, C, H, W) -> (N, num_classes)
     """
-    layers, channels = [], backbone.units[last].out_channels
+    units, layers = backbone.units, []
+    channels, end = units[last].out_channels, units[-1].out_channels
+    if sample.pool > 1:
+        layers.append(nn.AvgPool2d(sample.pool, ceil_mode=True))  # as the network's own strides round
     for unit, stride in zip(sample.units, sample.strides, strict=True):
-        layers.append(backbone.units[unit].copy(channels, stride))
-        channels = backbone.units[unit].out_channels
-    if backbone.units[last].plain:
+        width = copied_width(units[unit], auxiliary)
+        copy = units[unit].copy(channels, stride, width)
+        layers.append(_separable(copy) if auxiliary.separable else copy)
+        channels = width * (units[unit].out_channels // units[unit].width)
+    if auxiliary.readout == "shared" and channels != end:
+        layers += [nn.Conv2d(channels, end, 1, bias=False), nn.BatchNorm2d(end), nn.ReLU()]
+        channels = end
+    if units[last].plain and not auxiliary.pooled:
         layers += [nn.Flatten(1), nn.AdaptiveAvgPool1d(PLAIN_WIDTH)]
         channels = PLAIN_WIDTH
         for _ in range(2):
@@ -94,6 +179,26 @@ def build_aux_net(backbone, last, sample):
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
     if sample.batch_norm_head:
         layers.append(nn.BatchNorm1d(channels))
-    net = nn.Sequential(*layers, nn.Linear(channels, backbone.num_classes))
+    bias = auxiliary.readout == "own" or backbone.classifier[-1].bias is not None
+    net = nn.Sequential(*layers, nn.Linear(channels, backbone.num_classes, bias=bias))
     init_weights(net)
     return net
+
+
+def copied_width(unit, auxiliary):
+    """The base width of a unit's copy."""
+    return max(1, round(unit.width * auxiliary.width))
+
+
+def _separable(block):
+    """The block with its convolutions of more than one pixel replaced, in place, by a depthwise and a 1 x 1 one."""
+    for name, child in list(block.named_children()):
+        if isinstance(child, nn.Conv2d) and max(child.kernel_size) > 1:
+            channels = child.in_channels
+            place = {"stride": child.stride, "padding": child.padding, "dilation": child.dilation}
+            each = nn.Conv2d(channels, channels, child.kernel_size, **place, groups=channels, bias=False)
+            across = nn.Conv2d(channels, child.out_channels, 1, bias=child.bias is not None)
+            setattr(block, name, nn.Sequential(each, across))
+        else:
+            _separable(child)
+    return block

@@ -13,18 +13,19 @@ __all__ = ["RULES", "as_rule", "for_images"]
 RULES = {rule.name: rule for rule in (AugLocal, DGL, PredSim, InfoPro, BP, Checkpoint)}
 
 
-def as_rule(rule, depth=4, form=None):
+def as_rule(rule, depth=4, form=None, auxiliary="paper"):
     """The Rule that is meant: one of RULES by name, a subclass of Rule, or an object of one, which is given back as it
-    is. depth and form are AugLocal's and its subclasses'."""
+    is. depth, form and auxiliary are AugLocal's and its subclasses'."""
     if isinstance(rule, Rule):
         return rule
     kind = RULES.get(rule) if isinstance(rule, str) else rule
     if not (isinstance(kind, type) and issubclass(kind, Rule)):
         raise ValueError(f"rule must be one of {', '.join(RULES)}, or an auglocal_ext.Rule of your own, given {rule!r}")
     if issubclass(kind, AugLocal):
-        return kind(depth, form)
-    if form is not None:
-        raise ValueError(f"form is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {form!r})")
+        return kind(depth, form) if auxiliary == "paper" else kind(depth, form, auxiliary)
+    for name, value, default in (("form", form, None), ("auxiliary", auxiliary, "paper")):
+        if value != default:
+            raise ValueError(f"{name} is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {value!r})")
     return kind()
 
 

@@ -86,7 +86,7 @@ def local_heads(backbone, rule, spans, image_shape):
         list of LocalHead
     """
     heads = [
-        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border))
+        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border), rule.shares_readout)
         for border in borders_of(backbone, spans, image_shape)
     ]
     return [*heads, LocalHead(backbone.classifier)]

@@ -65,18 +65,30 @@ class ExtraLoss(nn.Module):
 
 
 class LocalHead(nn.Module):
-    """What stands behind a local module: features -> logits, and what the losses count."""
+    """What stands behind a local module: features -> logits, and what the losses count.
 
-    def __init__(self, net, extra=None, weights=(0.0, 1.0)):
+    shares_readout: the net's last layer is a copy of the classifier's, see `follow`.
+    """
+
+    def __init__(self, net, extra=None, weights=(0.0, 1.0), shares_readout=False):
         super().__init__()
         if extra is not None and set(extra.parameters()) != set(extra.net.parameters()):
             raise ValueError(
                 f"{type(extra).__name__} has parameters outside its net, which nothing would train: put them into it"
             )
-        self.net, self.extra, self.weights = net, extra, weights
+        self.net, self.extra, self.weights, self.shares_readout = net, extra, weights, shares_readout
+        if shares_readout:
+            self.net[-1].requires_grad_(False)
 
     def forward(self, features):
         return self.net(features)
+
+    @torch.no_grad()
+    def follow(self, classifier):
+        """Where the readout is shared, takes the classifier's last layer as it is now; to be called before a step."""
+        if self.shares_readout:
+            for ours, theirs in zip(self.net[-1].parameters(), classifier[-1].parameters(), strict=True):
+                ours.copy_(theirs)
 
 
 class Rule:
@@ -87,11 +99,13 @@ class Rule:
 
     name: for people; the class's in lower case unless it says another.
     depth: the paper's d, for rules that have one.
+    shares_readout: whether the aux nets' last layers follow the classifier's, see `LocalHead`.
     recompute: see `LocalTrainer`.
     """
 
     name: str
     depth = None
+    shares_readout = False
     recompute = False
 
     def __init_subclass__(cls):

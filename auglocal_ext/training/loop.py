@@ -13,6 +13,7 @@ from ..common import checks
 from ..common.device import usable_device
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
+from ..rules.auxiliary import Auxiliary
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged
@@ -35,6 +36,7 @@ def train(
     epochs: int = 10,
     rule: str | Rule | type[Rule] = "auglocal",
     form: str | None = None,
+    auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
     memory_budget: int | str | None = None,
     recompute: bool = False,
@@ -67,6 +69,8 @@ def train(
             for gradient checkpointing, or a rule of your own; see `auglocal_ext.Rule`.
         form: "cifar" or "imagenet", the two forms of rule "auglocal"; None: the one its authors used for
             such a network. See `auglocal_ext.rules.AugLocal`.
+        auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", which cost a tenth; see
+            `auglocal_ext.rules.Auxiliary`.
         modules: K, to cut the model into K local modules instead of one per unit.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth may then be "auto". See `auglocal_ext.plan`.
@@ -122,7 +126,7 @@ def train(
         model.to(usable_device(device))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
-    cutting = {"rule": rule, "form": form, "modules": modules, "memory_budget": memory_budget}
+    cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "memory_budget": memory_budget}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     trainer.nonfinite = nonfinite

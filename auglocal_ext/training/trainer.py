@@ -23,6 +23,7 @@ from ..planning.comparison import compared
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
 from ..planning.result import Plan
+from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
 from ..rules.cutting import assert_apart, cut, local_heads
 from ..rules.rule import Rule
@@ -63,7 +64,7 @@ class LocalTrainer:
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
         rule: one of `auglocal_ext.rules.RULES` by name, or a Rule of your own; see `auglocal_ext.Rule`.
-        depth, form: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
+        depth, form, auxiliary: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
         modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
             that fits a memory budget pass plan.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut, rule, optimizer,
@@ -98,6 +99,7 @@ class LocalTrainer:
         plan: Plan | None = None,
         rule: str | Rule | type[Rule] = "auglocal",
         form: str | None = None,
+        auxiliary: str | Auxiliary | Callable = "paper",
         modules: int | None = None,
         borders: Iterable[int] | None = None,
         optimizer: Callable | None = None,
@@ -107,15 +109,15 @@ class LocalTrainer:
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         if plan is not None:
-            beside = (depth, rule, form, modules, borders, optimizer, criterion, precision, recompute)
-            check_plan(plan, model, beside == (4, "auglocal", None, None, None, None, None, "fp32", False))
+            beside = (depth, rule, form, auxiliary, modules, borders, optimizer, criterion, precision, recompute)
+            check_plan(plan, model, beside == (4, "auglocal", None, "paper", None, None, None, None, "fp32", False))
             rule, borders, precision = plan.origin.rule, plan.borders, plan.precision
             recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
             image_size = image_size or plan.input_shape[2:]
         checks.check_precision(precision)
         self.criterion = as_criterion(criterion)
         backbone = as_backbone(model)
-        rule = as_rule(rule, depth, form)
+        rule = as_rule(rule, depth, form, auxiliary)
         self._spans = cut(backbone, rule, modules, borders)
         check_parameters(model)
         first = next(model.parameters())
@@ -186,6 +188,8 @@ class LocalTrainer:
         modes = self._plan_for(images)
         if images.is_inference():  # which autograd cannot use
             images, labels = images.clone(), labels.clone()
+        for head in self.aux_nets:
+            head.follow(self._backbone.classifier)
         inputs, modules = [images], self._current_programs(modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
         losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)
