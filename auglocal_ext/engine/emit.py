@@ -51,22 +51,22 @@ class Emit:
         nodes: the module's, in the order of execution.
         source: the name of the module's input.
         features: the name of the value to hand on, or None.
-        autocast, recompute, device_type: see `program.build`.
+        autocast, recomputed, device_type: see `program.build`.
 
     Attributes:
         steps: so far.
         gradients: name of a gradient's value -> the parameter it is of.
         recipes: name of a value that can be made again -> its Recipe.
-        pinned: names of such values that are never dropped, between their births and their last readers: with recompute
-            the checkpoints.
+        pinned: names of such values that are never dropped, between their births and their last readers: of what is
+            recomputed the checkpoints.
         constants: names of values that need no gradient: the input, and what has no parameters behind it.
         readers: name -> how many nodes read the value.
     """
 
-    def __init__(self, nodes, source, features, autocast, recompute, device_type):
+    def __init__(self, nodes, source, features, autocast, recomputed, device_type):
         self.steps, self.gradients, self.recipes = [], {}, {}
         self.source, self.features = source, features
-        self.autocast, self.recompute, self.device_type = autocast, recompute, device_type
+        self.autocast, self.recomputed, self.device_type = autocast, recomputed, device_type
         self.pinned, self.constants, self.readers = set(), {source}, {}
         self.losses = []  # names of the terms of the loss
         self._one_loss = sum(node.is_a_loss for node in nodes) == 1
@@ -83,7 +83,7 @@ class Emit:
             for name in node.sources:
                 self.readers[name] = self.readers.get(name, 0) + 1
                 leaves = node.keeps_its_source and node.part != parts.get(name) and name not in self._ours
-                if recompute and (self.readers[name] > 1 or leaves):
+                if parts.get(name) in recomputed and (self.readers[name] > 1 or leaves):
                     self.pinned.add(name)
 
     # ---- steps ---------------------------------------------------------------------------------------------------

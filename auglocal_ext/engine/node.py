@@ -27,7 +27,7 @@ class Node:
 
     output_is_ours: ClassVar[bool] = False  # nobody but its readers knows its value: their backward may write over it
     data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
-    keeps_its_source: ClassVar[bool] = True  # with recompute: what it reads of another part is a checkpoint
+    keeps_its_source: ClassVar[bool] = True  # what it reads of another part, one that is recomputed, is a checkpoint
     is_a_loss: ClassVar[bool] = False  # a term of the module's loss
 
     @property
@@ -105,7 +105,7 @@ class At:
 _FORWARDS = {
     kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
-        nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.GELU, nn.Hardswish,
+        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.GELU, nn.Hardswish,
         nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU
     )
 }  # fmt: skip

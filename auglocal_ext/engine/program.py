@@ -10,8 +10,8 @@ activation is gone before the data gradient is born; BatchNorm's backward writes
 own input; the module's input gets no gradient; the head's feature-map gradient is an (N, C) matrix. The module's
 output, dropped like any other, is rebuilt once more before what it is made of is overwritten.
 
-With `recompute`, convolution outputs are dropped too and made by running the convolution again, and what is kept is
-what more than one node or the next unit reads, the units' inputs: gradient checkpointing of every unit, BatchNorm's
+Of the parts that are `recomputed` convolution outputs are dropped too and made by running the convolution again, and
+what is kept is what more than one node or the next part reads: gradient checkpointing of these units, BatchNorm's
 statistics taken once.
 """
 
@@ -102,7 +102,7 @@ def _leave(parameter, gradient):
             hook(parameter)
 
 
-def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, recompute=False, device_type="cpu"):
+def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, recomputed=(), device_type="cpu"):
     """The program of one local module.
 
     Args:
@@ -112,10 +112,10 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
         autocast: None, or the dtype that features have beside parameters of float32.
         kept_gaps: keys of gaps not to drop a value over.
         pinned: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
-        recompute: drop convolution outputs too, and run the convolutions again.
+        recomputed: the names of the parts whose convolution outputs are dropped too, and the convolutions run again.
         device_type: of the real step, where the program is walked on the meta device.
     """
-    emit = Emit(nodes, source, features, autocast, recompute, device_type)
+    emit = Emit(nodes, source, features, autocast, recomputed, device_type)
     for node in nodes:
         node.forward(emit)
     emit.begin_backward(nodes[-1])
@@ -123,8 +123,7 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
         emit.settle(node)
         node.backward(emit)
     emit.sum_shared()
-    if pinned is None:
-        pinned = set() if recompute else block_outputs_to_pin(emit)
+    pinned = block_outputs_to_pin(emit) if pinned is None else pinned
     steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned)
     logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
     outputs = {features, logits, "loss", *emit.gradients} - {None}

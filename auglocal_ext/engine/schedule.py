@@ -81,7 +81,9 @@ def block_outputs_to_pin(emit):
     the features that are handed on, so that a head does not depend on what is before them."""
     pinned, length = set(), {}
     for name, recipe in emit.recipes.items():
-        walked = [length[read] for read in recipe.reads if read in emit.recipes and read not in pinned]
+        if recipe.part in emit.recomputed:  # whose checkpoints are there
+            continue
+        walked = [length[read] for read in recipe.reads if read in length and read not in pinned]
         length[name] = 1 + max(walked, default=0)
         if name == emit.features:
             length[name] = 0

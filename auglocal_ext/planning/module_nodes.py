@@ -24,17 +24,19 @@ def programs(backbone, spans, heads, kept_gaps=None, **options):
     return made
 
 
-def module_program(backbone, span, head, source, trace=trace, criterion=PLAIN, **options):
+def module_program(backbone, span, head, source, trace=trace, criterion=PLAIN, recompute=False, **options):
     """The program of one local module.
 
     Args:
         source: the name of its input.
         trace: `engine.trace.trace`, or that of a `Reader`.
         criterion: the loss of its logits.
+        recompute: whether convolutions run again in the backward, or the names of the units of which they do.
         options: see `engine.program.build`.
     """
     nodes, features = module_nodes(backbone, span, head, source, trace, criterion)
-    return build(nodes, source, features, **options)
+    recomputed = {node.part for node in nodes} if recompute is True else recompute or ()
+    return build(nodes, source, features, recomputed=recomputed, **options)
 
 
 def module_nodes(backbone, span, head, source, trace, criterion):

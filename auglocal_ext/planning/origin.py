@@ -17,7 +17,7 @@ class Origin:
     its model."""
 
     rule: Rule
-    recompute: bool
+    recompute: bool | tuple[str, ...]
     optimizer: Callable
     criterion: CrossEntropy
     memory_format: torch.memory_format

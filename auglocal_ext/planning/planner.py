@@ -180,9 +180,11 @@ class Planner:
         """aux_net: in words; None: the classifier is the head."""
         line, last, of_head = walk.line, aux_net is None, _count(part.head)
         output = self.backbone.feature_shapes(shape[1:])[part.span.last]
+        names = tuple(unit.name for unit in part.span.of(self.backbone.units))
         return ModulePlan(
             index=index,
-            units=tuple(unit.name for unit in part.span.of(self.backbone.units)),
+            units=names,
+            recomputed=names if self.recompute is True else tuple(n for n in names if n in (self.recompute or ())),
             output_shape=(shape[0], *output),
             aux_net=aux_net or "",
             parameters=_count(part.body) + of_head * last,

@@ -18,6 +18,7 @@ class ModulePlan:
 
     index: int
     units: tuple[str, ...]  # names of its backbone units
+    recomputed: tuple[str, ...]  # those of them whose convolutions run again in the backward
     output_shape: tuple[int, ...]  # of its last unit, (N, C, H, W)
     aux_net: str  # in words; empty: the classifier is its head
     parameters: int  # of its units, and of the classifier in the last module
@@ -106,11 +107,19 @@ class Plan:
             for module in self.modules
             if module.islands
         ]
-        return "\n".join([self.title, *report.plan_table(self), "", self._peak_line(), *autograd, *self._costs()])
+        table = report.plan_table(self)
+        return "\n".join([self.title, *table, "", self._peak_line(), *autograd, *self._again(), *self._costs()])
 
     def brief(self):
         """The table without its widest columns, within 100, and what the step costs otherwise."""
-        return "\n".join([self.title, *report.brief_table(self), "", *self._costs()])
+        return "\n".join([self.title, *report.brief_table(self), "", *self._again(), *self._costs()])
+
+    def _again(self):
+        """Which units' convolutions run again."""
+        again = [name for module in self.modules for name in module.recomputed]
+        units = sum(len(module.units) for module in self.modules)
+        what = "every unit" if len(again) == units else ", ".join(again)
+        return report.wrapped(f"convolutions that run again in the backward: those of {what}") if again else []
 
     def _costs(self):
         """What was found under a budget, and the comparison."""

@@ -5,7 +5,7 @@ from .curves import learning_curve
 from .figure import check_picture
 from .front import front_picture
 from .step_memory import memory_picture
-from .tables import brief_table, cost_lines, plan_table
+from .tables import brief_table, cost_lines, plan_table, wrapped
 
 __all__ = [
     "brief_table",
@@ -16,4 +16,5 @@ __all__ = [
     "learning_curve",
     "memory_picture",
     "plan_table",
+    "wrapped",
 ]

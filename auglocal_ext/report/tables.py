@@ -4,7 +4,7 @@ import textwrap
 
 from ..common.memory import format_bytes
 
-__all__ = ["WIDTH", "brief_table", "cost_lines", "plan_table"]
+__all__ = ["WIDTH", "brief_table", "cost_lines", "plan_table", "wrapped"]
 
 
 WIDTH = 100  # columns, of all but the whole table
@@ -14,7 +14,12 @@ def cost_lines(rows, warning=None):
     """Lines of (what, bytes of a step's peak, multiply-accumulates / BP), one a row; then the warning, where there is
     one."""
     cells = [(what, format_bytes(size), f"MACs {macs:.3f} x BP") for what, size, macs in rows]
-    return [*_aligned(cells, left=1), *(textwrap.wrap(f"warning: {warning}", WIDTH) if warning else ())]
+    return [*_aligned(cells, left=1), *(wrapped(f"warning: {warning}") if warning else ())]
+
+
+def wrapped(sentence):
+    """Its lines, of at most WIDTH columns."""
+    return textwrap.wrap(sentence, WIDTH)
 
 
 def plan_table(plan):

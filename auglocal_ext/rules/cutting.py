@@ -1,12 +1,13 @@
 """How a backbone is cut into local modules, with a rule's nets behind them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..common.checks import whole_number
 from .bp import BP
 from .rule import Border, LocalHead
 
-__all__ = ["Span", "assert_apart", "borders_of", "cut", "local_heads"]
+__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "local_heads"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ def cut(backbone, rule, modules=None, borders=None):
     if ends != sorted(set(ends)) or ends[0] < 0:
         raise ValueError(f"{expected}, given {tuple(borders)}")
     return [Span(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
+
+
+def as_recompute(given, backbone):
+    """Of which units' convolutions run again in the backward: False, True, of all and of the aux nets', or a tuple of
+    units' names.
+
+    Raises:
+        ValueError: it is neither, or names what is no unit.
+    """
+    if isinstance(given, bool):
+        return given
+    names = [unit.name for unit in backbone.units]
+    expected = "recompute must be True, False, 'auto' under a memory budget, or names of units"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"{expected}, given {given!r}")
+    given = set(given)
+    if unknown := sorted(given - set(names), key=str):
+        raise ValueError(f"{expected}, {names[0]} to {names[-1]}, given {unknown[0]!r}")
+    return tuple(name for name in names if name in given) or False
 
 
 def assert_apart(local_modules, names):

@@ -25,7 +25,7 @@ from ..planning.planner import Planner, train_mode
 from ..planning.result import Plan
 from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
-from ..rules.cutting import assert_apart, cut, local_heads
+from ..rules.cutting import as_recompute, assert_apart, cut, local_heads
 from ..rules.rule import Rule
 from .divergence import UndoWhereNotFinite
 from .errors import check_parameters, check_plan, say_where_it_stopped
@@ -74,8 +74,8 @@ class LocalTrainer:
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy, or
             torch.nn.CrossEntropyLoss(label_smoothing=...).
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
-        recompute: keep blocks' inputs only, and run each block's convolutions again in the backward: gradient
-            checkpointing, with BatchNorm's statistics updated once.
+        recompute: run convolutions again in the backward instead of keeping their outputs, as gradient checkpointing
+            does, with BatchNorm's statistics updated once: of every unit and aux net, or of the units of these names.
         image_size: (height, width) of the images, for a rule whose nets depend on it (predsim, dgl, infopro). Default:
             32 for the CIFAR networks, 224 for others. Other sizes may follow where they need no other nets.
 
@@ -105,7 +105,7 @@ class LocalTrainer:
         optimizer: Callable | None = None,
         criterion: nn.CrossEntropyLoss | None = None,
         precision: str = "fp32",
-        recompute: bool = False,
+        recompute: bool | Iterable[str] = False,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         if plan is not None:
@@ -122,7 +122,7 @@ class LocalTrainer:
         check_parameters(model)
         first = next(model.parameters())
         self.model, self.precision, self.plan = model, precision, plan
-        self.recompute = recompute or rule.recompute
+        self.recompute = rule.recompute or as_recompute(recompute, backbone)
         self._backbone, self._rule = backbone, rule
         self.device, self.dtype = first.device, first.dtype
         self._image_size = _pair(image_size or (32 if backbone.form == "cifar" else 224))

@@ -71,7 +71,7 @@ def case(request):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+@pytest.mark.parametrize("options", [{}, {"recomputed": {"body", "head"}}, {"recomputed": {"body"}}])
 def test_values_and_gradients_are_autograds(case, layout, alone, options):
     kind, sample = case
     block = Block(sample, alone).double()

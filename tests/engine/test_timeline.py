@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import random
 
 import pytest
 import torch
 from torch import nn
 
 from auglocal_ext import LocalTrainer, models, plan
+from auglocal_ext.backbone import as_backbone
 from auglocal_ext.common.memory import LiveBytes
 
 
@@ -106,6 +108,26 @@ def test_recomputed_convolutions(name, cutting):
     planned = plan(models.create(name, 10), (8, 3, 32, 32), 3, memory_budget="1GB", recompute=True)
     assert planned.peak_bytes == planned.choice.point.bytes
     assert planned.macs <= planned.choice.point.macs  # what fits under the peak is kept, not run again
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_units_that_are_recomputed_one_by_one(case):
+    """Any units' convolutions may run again: the same bits, the bytes that are planned."""
+    torch.manual_seed(case)
+    model, given, draw = models.create("resnet32", 10), batch(4, 16), random.Random(case)
+    names = [unit.name for unit in as_backbone(model).units]
+    again = {name for name in names if draw.random() < 0.5}
+    twin, modules = copy.deepcopy(model), draw.choice([1, 2, 3])
+    options = {"modules": modules, "auxiliary": draw.choice(["paper", "light"])}
+    plain, mixed = LocalTrainer(model, 3, **options), LocalTrainer(twin, 3, recompute=again, **options)
+    mixed.aux_nets.load_state_dict(plain.aux_nets.state_dict())
+    plain.step(*given)
+    assert measured_peak(mixed, *given) == mixed.plan.peak_bytes
+    plain.step(*given)
+    for ours, theirs in zip(twin.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    if case == 0:  # a module's, as it is planned
+        assert {unit for module in mixed.plan.modules for unit in module.recomputed} == again
 
 
 def narrow_vgg(torchvision, batch_norm):

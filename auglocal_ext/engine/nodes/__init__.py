@@ -1,6 +1,7 @@
 """The kinds of nodes, one a file. A new kind is a file here and a line in KINDS."""
 
 from .activation import Activation
+from .avg_pool import AvgPool
 from .conv import Conv
 from .head import Head
 from .island import Island
@@ -9,7 +10,7 @@ from .max_pool import MaxPool
 from .norm import Norm
 from .pooled_norm import PooledNorm
 
-__all__ = ["KINDS", "Activation", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "PooledNorm"]
+__all__ = ["KINDS", "Activation", "AvgPool", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "PooledNorm"]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, PooledNorm, Norm, Island)
+KINDS = (Conv, Activation, MaxPool, AvgPool, PooledNorm, Norm, Island)

@@ -47,7 +47,7 @@ class Conv(Node):
     def forward(self, emit):
         macs = self._macs_of_writes
         emit.step(self, "conv", partial(_conv, self.conv, emit.autocast), [self.source], [self.out], macs)
-        if emit.recompute:
+        if self.part in emit.recomputed:
             again = partial(_conv_again, self.conv, emit.autocast)
             emit.derive(self, "recompute", again, [self.source], [self.out], macs, by_convolution=True)
 
