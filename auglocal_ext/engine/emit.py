@@ -77,6 +77,8 @@ class Emit:
         self._layouts = {}  # a value that is dropped -> a stored one of its shape and layout
         self._ours = {node.out for node in nodes if node.output_is_ours}
         parts = {node.out: node.part for node in nodes}
+        if parts.get(features) in recomputed:  # which every head then finds there
+            self.pinned.add(features)
         for node in nodes:
             if node.without_parameters and self.constants.issuperset(node.sources):
                 self.constants.add(node.out)

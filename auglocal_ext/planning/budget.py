@@ -1,9 +1,9 @@
 """The cheapest cut that fits a memory budget.
 
 A step's peak is made of segments that do not depend on the rest of the cut: what a unit's forward and backward do to
-memory depends on its own shape, on whether it is its module's first or last, and on whether its output and the one
-before it are dropped or kept; a head's on the unit it is behind. So every segment is walked once (`cut_table`), and
-the search (`search`) puts them together to the peak of any module, to the byte.
+memory depends on its own shape, on whether it is its module's first or last, on whether its output and the one before
+it are dropped or kept, and on whether its convolutions run again; a head's on the unit it is behind. So every segment
+is walked once (`cut_table`), and the search (`search`) puts them together to the peak of any module, to the byte.
 """
 
 from dataclasses import dataclass, field
@@ -14,29 +14,32 @@ from .. import report
 from ..common.memory import format_bytes
 from ..rules import Rule
 from ..rules.auglocal import AugLocal
-from ..rules.bp import BP
+from ..rules.bp import BP, Checkpoint
 from ..rules.by_name import as_rule
 from ..rules.cutting import cut
+from ..rules.mixed import mixed
 from . import search
 from .comparison import Comparison, Cost
+from .menu import Menu
 from .refusal import too_small
-from .walker import cut_tables, with_heads
 
 __all__ = ["Choice", "DEPTHS", "candidates", "check_device", "choose"]
 
 
 DEPTHS = range(2, 7)  # the paper's; what depth="auto" looks at
+NETS = ("paper", "light")  # what auxiliary="auto" looks at
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a search under a budget found.
 
-    point: the cheapest cut that fits: modules, bytes of the step, macs, borders.
+    point: the cheapest cut that fits: modules, bytes of the step, macs, borders, and which units run again.
     rule: whose aux nets it has.
     front: for each number of modules, its cuts that no other of them beats in both bytes and macs.
     next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
     next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
+    more: what cheaper nets and recomputation would reach within the budget, (arguments, Point); None: no less.
     bp_macs: of backpropagation; known, as is comparison, what the step costs otherwise, once the choice is planned.
     """
 
@@ -46,6 +49,7 @@ class Choice:
     front: list[search.Point] = field(repr=False)
     next_cheaper: search.Point | None
     next_smaller: search.Point | None
+    more: tuple[str, search.Point] | None = None
     bp_macs: int = 0
     comparison: Comparison | None = None
 
@@ -56,6 +60,8 @@ class Choice:
             "next cheaper: " + _modules(self.next_cheaper): self.next_cheaper,
             "next smaller: " + _modules(self.next_smaller): self.next_smaller,
         }
+        if self.more:
+            points[f"with {self.more[0]}: {_modules(self.more[1])}"] = self.more[1]
         costs = {what: Cost(point.bytes, point.macs / self.bp_macs) for what, point in points.items() if point}
         return "\n".join(report.cost_lines(self.comparison.rows(costs), self.comparison.warning))
 
@@ -66,12 +72,18 @@ def _modules(point):
 
 def candidates(rule, depth, form, auxiliary, units):
     """The rules to search under a budget for a backbone of so many units: one, or with depth "auto" AugLocal's of every
-    depth."""
-    if depth == "auto" and rule in ("auglocal", AugLocal):
-        return [AugLocal(d, form, auxiliary) for d in DEPTHS if d <= units]
-    if depth == "auto" and isinstance(rule, AugLocal):
-        raise ValueError(f"depth='auto' goes with rule='auglocal', given a rule that has its depth, {rule.depth}")
-    rule = as_rule(rule, 2 if depth == "auto" else depth, form, auxiliary)
+    depth, with auxiliary "auto" of both nets; a border may then have any of them."""
+    named = rule in ("auglocal", AugLocal)
+    if not named and isinstance(rule, AugLocal) and "auto" in (depth, auxiliary):
+        raise ValueError(
+            f"depth='auto' and auxiliary='auto' go with rule='auglocal', given a rule that has its own, of depth "
+            f"{rule.depth}"
+        )
+    if named:
+        depths = [d for d in DEPTHS if d <= units] if depth == "auto" else [depth]
+        nets = NETS if auxiliary == "auto" else [auxiliary]
+        return [AugLocal(d, form, each) for d in depths for each in nets]
+    rule = as_rule(rule, 2 if depth == "auto" else depth, form, "paper" if auxiliary == "auto" else auxiliary)
     if not (type(rule) is AugLocal or isinstance(rule, BP)):  # whose heads are the same wherever the borders are
         raise ValueError(
             f"memory_budget chooses the cut of rules 'auglocal', 'bp' and 'checkpoint': with {rule.name!r} give "
@@ -80,7 +92,7 @@ def candidates(rule, depth, form, auxiliary, units):
     return [rule]
 
 
-def choose(planner, shape, budget, rules, modules=None):
+def choose(planner, shape, budget, rules, modules=None, recompute=False):
     """The cheapest cut of least arithmetic whose step fits `budget` bytes.
 
     Args:
@@ -89,28 +101,36 @@ def choose(planner, shape, budget, rules, modules=None):
         budget: bytes of the whole step, parameters and optimizer included.
         rules: see `candidates`; with `rules.BP` there is one cut.
         modules: K, to choose among cuts into K modules only; None: any number.
+        recompute: False, True, names of units, or "auto": which units' convolutions run again is chosen too.
 
     Returns:
-        (list of Span, the head behind each module, Choice)
+        (list of Span, the head behind each module, recompute as it is chosen, Choice)
 
     Raises:
         ValueError: nothing fits; says the least that would, and the batch size that would fit.
     """
-    wanted = 1 if isinstance(rules[0], BP) else modules
-    best, tables = None, cut_tables(planner, shape, rules)
-    for rule, table in zip(rules, tables, strict=True):
-        front = search.front(table)
-        point = search.cheapest(front, budget, wanted)
-        if point and (best is None or (point.macs, point.bytes) < (best[0].macs, best[0].bytes)):
-            best = point, rule, front
-    if best is None:
-        raise too_small(planner, shape, budget, rules, wanted, tables)
-    point, rule, front = best
-    front = [p for p in front if wanted in (None, p.modules)]
+    menu = Menu(planner, shape, rules, modules, recompute)
+    front = menu.points(menu.asked)
+    point = search.cheapest(front, budget)
+    if point is None:
+        raise too_small(menu, budget)
     cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
-    choice = Choice(budget, point, rule, front, cheaper, smaller)
-    spans, heads = cut(planner.backbone, rule, borders=point.borders), planner.heads_by_unit(with_heads(rule), shape)
-    return spans, [heads[span.last] for span in spans], choice
+    rule, again = _rule_of(menu, point), menu.recomputed(point)
+    choice = Choice(budget, point, rule, front, cheaper, smaller, _more(menu, budget, point))
+    return cut(planner.backbone, rule, borders=point.borders), menu.heads(point), again, choice
+
+
+def _rule_of(menu, point):
+    if point.modules == 1:
+        return Checkpoint() if menu.recomputed(point) is True else BP()
+    return mixed({unit: menu.asked.rules[head] for unit, head in zip(point.borders, point.heads, strict=True)})
+
+
+def _more(menu, budget, point):
+    """See `Choice.more`."""
+    kind = menu.cheaper
+    found = kind and search.cheapest(menu.points(kind), budget)
+    return (kind.words, found) if found and found.macs < point.macs else None
 
 
 def check_device(device, budget):

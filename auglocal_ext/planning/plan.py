@@ -11,7 +11,7 @@ from ..common.checks import whole_number
 from ..common.memory import parse_bytes
 from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
-from ..rules.cutting import cut
+from ..rules.cutting import as_recompute, cut
 from ..rules.rule import Rule
 from .budget import candidates, check_device, choose
 from .comparison import compared
@@ -33,7 +33,7 @@ def plan(
     modules: int | None = None,
     precision: str = "fp32",
     memory_budget: int | str | None = None,
-    recompute: bool = False,
+    recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
     memory_format: torch.memory_format = torch.channels_last,
@@ -43,8 +43,9 @@ def plan(
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, auxiliary, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget depth may
-            be "auto".
+        depth, rule, form, auxiliary, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget
+            depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6 and be the
+            paper's or light, and every unit's convolutions run again or not, whatever costs the least arithmetic.
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
@@ -61,19 +62,22 @@ def plan(
     backbone = as_backbone(model)
     shape = check_shape(backbone, input_shape)
     if memory_budget is None:
-        if depth == "auto":
-            raise ValueError("depth='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
+        for name, value in (("depth", depth), ("auxiliary", auxiliary), ("recompute", recompute)):
+            if value == "auto":
+                raise ValueError(f"{name}='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
         rules = [as_rule(rule, depth, form, auxiliary)]
     else:
         budget = parse_bytes(memory_budget)
         rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
     spans = cut(backbone, rules[0], modules)
-    planner = Planner(model, precision, optimizer, recompute or rules[0].recompute, memory_format, backbone, criterion)
+    recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
+    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion)
     with planner.progress(f"planning batches of {shape[0]}"):
         if memory_budget is None:
             return compared(planner, planner.plan(spans, shape, rules[0]))
         check_device(planner.device, budget)
-        spans, heads, choice = choose(planner, shape, budget, rules, modules)
+        spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute)
+        planner = planner.with_recompute(recompute)
         planned = planner.plan(spans, shape, choice.rule, heads)
         return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
 

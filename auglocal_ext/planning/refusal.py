@@ -1,56 +1,74 @@
-"""What is said of a budget that nothing fits: the least that would, and the largest batch that does."""
+"""What is said of a budget that nothing fits: the least that would, the largest batch that does, and what else would."""
 
 from ..common.memory import format_bytes
 from . import search
 from .cut_table import between
-from .walker import cut_tables
 
 __all__ = ["too_small"]
 
 
-def too_small(planner, shape, budget, rules, wanted, tables):
-    """The error of a budget that nothing fits: what the least is, and which batch would fit. tables: at this batch."""
-    smallest = _least(tables, wanted)
-    batch = _largest_batch(planner, shape, budget, rules, wanted, tables)
-    remedy = f"or batches of {batch}" if batch else "and no batch of two images fits it"
-    state = planner.state_bytes()
+def too_small(menu, budget):
+    """The error of a budget that nothing fits. menu: `Menu`."""
+    smallest, state = _least(menu.points(menu.asked)), menu.planner.state_bytes()
+    fits = _largest_batch(menu, budget) if budget > state else 0
+    remedy = f"or batches of {fits}" if fits else "and no batch of two images fits it"
     if budget <= state:
         remedy = f"the model's parameters and optimizer state alone are {format_bytes(state)}"
     return ValueError(
-        f"memory_budget {format_bytes(budget)} is too small for batches of {shape[0]}: the smallest step of this model "
-        f"needs {format_bytes(smallest)} ({smallest:,} bytes); give at least that, {remedy}"
+        f"memory_budget {format_bytes(budget)} is too small for batches of {menu.shape[0]}: the smallest step of this "
+        f"model needs {format_bytes(smallest)} ({smallest:,} bytes); give at least that, {remedy}"
+        f"{_otherwise(menu, budget, smallest)}"
     )
 
 
-def _largest_batch(planner, shape, budget, rules, wanted, tables):
-    """The largest batch below shape[0] of which some cut fits the budget; 0: none of two images does.
+def _otherwise(menu, budget, smallest):
+    """What needs less, kind by kind, with a batch that would fit; as a sentence."""
+    tables = {kind: menu.table(kind) for kind in menu.others}
+    least = {kind: _least(kind.points(table)) for kind, table in tables.items()}
+    said = []
+    for kind in sorted(least, key=least.get):
+        if least[kind] < smallest:
+            said.append(f"with {kind.words} {format_bytes(least[kind])}{_fits(menu, kind, tables[kind], budget)}")
+    return f". The smallest step {', '.join(said)}" if said else ""
+
+
+def _fits(menu, kind, table, budget):
+    """The batch of a Kind that fits, about: by a table between those of this batch and of two images."""
+
+    def fit(table):
+        return _least(kind.points(table)) <= budget
+
+    if fit(table):
+        return ", which fits"
+    if menu.shape[0] <= 2 or not fit(few := menu.table(kind, (2, *menu.shape[1:]))):
+        return ""
+    return f" (batches of about {_guess(table, few, menu.shape[0], 2, fit)})"
+
+
+def _least(points):
+    return search.smallest(points).bytes
+
+
+def _largest_batch(menu, budget):
+    """The largest batch below the menu's of which some cut that was asked for fits the budget; 0: none of two images.
 
     Tables are nearly affine in the batch. So a batch is guessed by tables between those of the nearest batches that are
     known, then walked: what is returned, and that one more does not fit, was walked.
     """
-    fits, known = 2, {shape[0]: tables}
+    fits, beyond = 2, menu.shape[0]
+    known = {beyond: menu.table(menu.asked)}
+
+    def fit(table):
+        return _least(menu.asked.points(table)) <= budget
 
     def walked(batch):
-        known[batch] = cut_tables(planner, (batch, *shape[1:]), rules)
-        return _least(known[batch], wanted) <= budget
+        known[batch] = menu.table(menu.asked, (batch, *menu.shape[1:]))
+        return fit(known[batch])
 
-    beyond = shape[0]
-    if beyond <= 2 or budget <= planner.state_bytes() or not walked(2):
+    if beyond <= 2 or not walked(2):
         return 0
     while beyond - fits > 1:
-        guess = fits
-        low, high = fits + 1, beyond - 1  # batches that it may be
-        while low <= high:
-            batch = (low + high) // 2
-            guessed = [
-                between(ours, theirs, batch - fits, beyond - fits)
-                for ours, theirs in zip(known[fits], known[beyond], strict=True)
-            ]
-            if _least(guessed, wanted) <= budget:
-                guess, low = batch, batch + 1
-            else:
-                high = batch - 1
-        guess = max(guess, fits + 1)
+        guess = max(_guess(known[beyond], known[fits], beyond, fits, fit), fits + 1)
         if walked(guess):
             fits = guess
         else:
@@ -58,5 +76,13 @@ def _largest_batch(planner, shape, budget, rules, wanted, tables):
     return fits
 
 
-def _least(tables, wanted):
-    return min(search.smallest(search.front(table), wanted).bytes for table in tables)
+def _guess(larger, smaller, beyond, fits, fit):
+    """The largest batch below `beyond`, from `fits` on, whose table, between those of the two, is fit."""
+    low, high, guess = fits + 1, beyond - 1, fits
+    while low <= high:
+        batch = (low + high) // 2
+        if fit(between(smaller, larger, batch - fits, beyond - fits)):
+            guess, low = batch, batch + 1
+        else:
+            high = batch - 1
+    return guess

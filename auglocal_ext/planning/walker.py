@@ -1,6 +1,6 @@
 """The numbers that the search works on: every segment of every local module, each walked once."""
 
-from dataclasses import dataclass
+import itertools
 
 import torch
 
@@ -10,129 +10,173 @@ from ..engine.schedule import LONGEST_REBUILD
 from ..engine.timeline import timeline
 from ..rules.auglocal import AugLocal
 from ..rules.cutting import Span
-from .cut_table import CutTable
+from .cut_table import CutTable, HeadWay, UnitWay
 from .module_nodes import module_program, unit_nodes
 
-__all__ = ["Walker", "cut_table", "cut_tables", "with_heads"]
+__all__ = ["Walker"]
 
-
-def cut_tables(planner, shape, rules):
-    with planner.progress(f"planning batches of {shape[0]}"):
-        walker = Walker(planner, shape)
-        return [cut_table(planner, shape, rule, walker) for rule in rules]
-
-
-def cut_table(planner, shape, rule, walker=None):
-    """The `CutTable` of a model: every segment of every module, each walked once.
-
-    Args:
-        planner, shape: see `budget.choose`.
-        rule: AugLocal, or BP.
-        walker: the Walker of this planner and shape, which may have walked for other rules; None: a new one.
-    """
-    walker, last = walker or Walker(planner, shape), len(planner.backbone.units) - 1
-    heads = planner.heads_by_unit(with_heads(rule), shape)
-    stubs = planner.heads_by_unit(AugLocal(2, getattr(rule, "form", None)), shape)
-    variants = [walker.variants(k, stubs) for k in range(last + 1)]
-    behind = [walker.head(j, heads[j]) for j in range(last)] + [((0, 0), variants[last].head_macs)]
-    rebuilds = [walker.rebuild(k) for k in range(last + 1)]
-    optimizers = [planner.optimizer_bytes(head) for head in heads]
-    states = [bytes_of(tensors_of(head)) + state for head, (state, _) in zip(heads, optimizers, strict=True)]
-    return CutTable(
-        input_bytes=[0] + [x.nbytes for x in walker.inputs[1:]],
-        forward=[variant.forward for variant in variants],
-        backward=[variant.backward for variant in variants],
-        head=[segment for segment, _ in behind],
-        identity=[identity for identity, _ in rebuilds],
-        rebuild_length=[length for _, length in rebuilds],
-        longest_rebuild=LONGEST_REBUILD,
-        unit_macs=[variant.macs for variant in variants],
-        head_macs=[macs for _, macs in behind],
-        head_state=[state + planner.module_bytes for state in states[:-1]] + [0],
-        unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in planner.backbone.units],
-        head_scratch=[scratch for _, scratch in optimizers],
-        constant=planner.state_bytes() + walker.inputs[0].nbytes + walker.labels.nbytes + planner.module_bytes,
-    )
-
-
-def with_heads(rule):
-    """The rule whose heads a table has; with BP's one cut none is used but the classifier."""
-    return rule if isinstance(rule, AugLocal) else AugLocal(2)
-
-
-@dataclass(frozen=True)
-class _Variants:
-    """A unit's segments in `CutTable`'s nine variants."""
-
-    forward: list
-    backward: list
-    macs: tuple[int, int]  # as a module's first unit, otherwise
-    head_macs: int = 0
+_PLAIN, _KEPT, _AGAIN = "plain", "kept", "again"  # a unit's output is dropped, kept; its convolutions run again
 
 
 class Walker:
-    """Walks modules of one to three units, for what their segments do; equal ones once. Only what heads do depends on
-    the rule."""
+    """Walks modules of one to three units, for what their segments do; equal ones once.
 
-    def __init__(self, planner, shape):
-        self.planner, self.units = planner, planner.backbone.units
+    What a unit does depends on its own shape, on whether it is its module's first or last, on whether its output and
+    the one before it are dropped or kept, and on whether its convolutions run again.
+
+    Args:
+        planner, shape: see `budget.choose`.
+        rules: AugLocals, whose heads a border may have; none for the one cut of backpropagation.
+    """
+
+    def __init__(self, planner, shape, rules):
+        self.planner, self.units, self.end = planner, planner.backbone.units, len(planner.backbone.units) - 1
+        self.shape = shape
         images, self.labels = planner.batch(shape)
         shapes = planner.backbone.feature_shapes(shape[1:])[:-1]
         dtype = planner.autocast or planner.dtype
         layout = {"dtype": dtype, "device": "meta", "memory_format": planner.memory_format}
         self.inputs = [images, *(torch.empty((len(images), *size), **layout) for size in shapes)]
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
-        self.known, self.names = {}, ["images"]  # names: of each unit's input, and of the last output
+        self.known, self.macs = {}, {}
+        self.names = ["images"]  # of each unit's input, and of the last output
         for k in range(len(self.units)):
             self.names.append(self.nodes(k)[1])
+        # What a unit does is the same with any of these heads behind it; not with those that a user's function makes.
+        self.given = [rule for rule in rules if callable(rule.auxiliary)]
+        stub = self.given[0] if self.given else AugLocal(2, rules[0].form if rules else None)
+        self.stubs = planner.heads_by_unit(stub, shape)
+
+    def table(self, rules, again=(False,)):
+        """The `CutTable` of some choice, of which only what is not known is walked.
+
+        Args:
+            rules: of those given, or of the same form.
+            again: whether units' convolutions run again, of (False, True), or a list of that for each unit.
+        """
+        planner, units = self.planner, range(len(self.units))
+        again = again if isinstance(again, list) else [again] * len(units)
+        with planner.progress(f"planning batches of {self.shape[0]}"):
+            heads = [planner.heads_by_unit(rule, self.shape) for rule in rules]
+            rebuilds = [self.rebuild(k) for k in units]
+            return CutTable(
+                input_bytes=[0] + [x.nbytes for x in self.inputs[1:]],
+                units=[[self.unit(k, way) for way in again[k]] for k in units],
+                heads=[*([self.head(j, made[j], again[j]) for made in heads] for j in units[:-1]), [self.classifier()]],
+                identity=[identity for identity, _ in rebuilds],
+                rebuild_length=[length for _, length in rebuilds],
+                longest_rebuild=LONGEST_REBUILD,
+                unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in self.units],
+                constant=planner.state_bytes() + self.inputs[0].nbytes + self.labels.nbytes + planner.module_bytes,
+            )
 
     def nodes(self, k):
         """The nodes of a unit, and the name of its output."""
         return unit_nodes(self.planner.backbone, Span(k, k), self.names[k], self.planner.reader.trace)
 
-    def walk(self, first, last, head, pinned=()):
-        """The Timeline of a module of units first..last, the outputs of units `pinned` never dropped."""
+    def walk(self, first, last, head, pinned=(), again=()):
+        """The Timeline of a module of units first..last, the outputs of units `pinned` never dropped, the convolutions
+        of units `again` run again."""
         self.planner.progress.walked()
         span, source = Span(first, last), self.names[first]
-        names = {self.names[unit + 1] for unit in pinned}
-        program = module_program(self.planner.backbone, span, head, source, pinned=names, **self.planner.options)
+        options = self.planner.options | {"pinned": {self.names[unit + 1] for unit in pinned}}
+        if options["recompute"] is not True:  # which is of heads too
+            options["recompute"] = [self.units[unit].name for unit in again]
+        program = module_program(self.planner.backbone, span, head, source, **options)
         existing = [t for unit in span.of(self.units) for t in tensors_of(unit.module)] + tensors_of(head)
         return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
 
-    def variants(self, k, heads):
-        end = len(self.units) - 1
+    # ---- units -----------------------------------------------------------------------------------------------------
+
+    def unit(self, k, again):
+        """Its `UnitWay`."""
+        forward, backward = [(0, 0)] * 9, [(0, 0)] * 9
+        for before, behind in itertools.product(*_places(k, self.end, again)):
+            variant = 3 * before + behind
+            forward[variant], backward[variant] = self.segments(k, again, before, behind)
+        key = self.key(k)
+        first = self.macs[key, again, True]
+        return UnitWay(again, forward, backward, (first, self.macs.get((key, again, False), first)))
+
+    def key(self, k):
+        """What a unit's segments depend on, besides its variant."""
         # What is before a unit matters by how its output is rebuilt, after a pool or not; the last unit has its head.
-        key = self.kinds[k], "MaxPool" in self.kinds[k - 1][0] if k else None, k in (0, end)
-        if key not in self.known:
-            self.known[key] = self._variants(k, heads, end)
-        return self.known[key]
+        before = "MaxPool" in self.kinds[k - 1][0] if k else None
+        heads = [str(self.stubs[j]) for j in (k, min(k + 1, self.end))] if self.given else []
+        return self.kinds[k], before, k in (0, self.end), *heads
 
-    def _variants(self, k, heads, end):
-        name, forward, backward = self.units[k].name, [(0, 0)] * 9, [(0, 0)] * 9
-        alone = self.walk(k, k, heads[k])
-        lines = {2: alone}
-        if k < end:
-            lines[0], lines[1] = (self.walk(k, k + 1, heads[k + 1], pinned) for pinned in ((), (k,)))
-        if k > 0:
-            lines[5], lines[8] = (self.walk(k - 1, k, heads[k], pinned) for pinned in ((), (k - 1,)))
-        if 0 < k < end:
-            for variant, pinned in {3: (), 4: (k,), 6: (k - 1,), 7: (k - 1, k)}.items():
-                lines[variant] = self.walk(k - 1, k + 1, heads[k + 1], pinned)
-        for variant, line in lines.items():
-            forward[variant], backward[variant] = _unit_segments(line, name)
-            if k == end:  # its head follows at once, and takes in its last BatchNorm
-                (high, net), (head_high, head_net) = forward[variant], _head_segment(line)
-                forward[variant] = max(high, net + head_high), net + head_net
-        other = lines.get(5, alone)
-        return _Variants(forward, backward, (_macs(alone, name), _macs(other, name)), _macs(alone, "head"))
+    def segments(self, k, again, before, behind):
+        """A unit's forward and backward in one of `UnitWay`'s variants."""
+        wanted = self.key(k), again, before, behind
+        if wanted not in self.known:
+            # A walk tells of every unit in it: the one that tells the most that is not known yet.
+            first, outputs = max(self._walks_of(k, again, before, behind), key=lambda walk: self._news(*walk))
+            self._walk_and_note(first, outputs)
+        return self.known[wanted]
 
-    def head(self, j, head):
-        """((high, net), macs) of a head's forward and backward behind unit j."""
-        key = str(head), self.kinds[j]
+    def _walks_of(self, k, again, before, behind):
+        """(first unit, what becomes of each unit's output) of the walks of up to three units that tell of a variant."""
+        # What may become of the unit's own output, of the one before it, and of any other.
+        own = _AGAIN if again else _KEPT if behind == 1 else _PLAIN
+        others = (_PLAIN, _KEPT, _AGAIN) if again else (_PLAIN, _KEPT)
+        left = ((_PLAIN,), others[1:])[before - 1] if before else ()
+        for first in range(max(0, k - 2), k) if before else (k,):
+            for last in range(k + 1, min(self.end, k + 2) + 1) if behind != 2 else (k,):
+                if last - first > 2:
+                    continue
+                around = [others] * (k - 1 - first), [left] * (k > first), [[own]], [others] * (last - k)
+                for outputs in itertools.product(*itertools.chain(*around)):
+                    if last == k or outputs[-1] != _KEPT:  # of the last one's nothing is to be told
+                        yield first, outputs
+
+    def _told(self, first, outputs):
+        """(unit, again, before, behind) of each unit of a walk."""
+        before = 0
+        for index, output in enumerate(outputs):
+            behind = 2 if index == len(outputs) - 1 else int(output != _PLAIN)
+            yield first + index, output == _AGAIN, before, behind
+            before = 1 + behind
+
+    def _news(self, first, outputs):
+        """How much of what a walk tells is not known."""
+        return len({(self.key(k), *variant) for k, *variant in self._told(first, outputs)} - self.known.keys())
+
+    def _walk_and_note(self, first, outputs):
+        last = first + len(outputs) - 1
+        kept, again = ([first + i for i, output in enumerate(outputs) if output == what] for what in (_KEPT, _AGAIN))
+        line = self.walk(first, last, self.stubs[last], kept, again)
+        for k, is_again, before, behind in self._told(first, outputs):
+            name, key = self.units[k].name, self.key(k)
+            forward, backward = _unit_segments(line, name)
+            parts = (name, "head") if k == self.end else (name,)
+            if k == self.end:  # its head follows at once, and takes in its last BatchNorm
+                (high, net), (head_high, head_net) = forward, _head_segment(line)
+                forward = max(high, net + head_high), net + head_net
+            self.known[key, is_again, before, behind] = forward, backward
+            self.macs[key, is_again, k == first] = _macs(line, *parts)
+
+    # ---- heads -----------------------------------------------------------------------------------------------------
+
+    def head(self, j, head, again):
+        """The `HeadWay` of a head behind unit j, which may run so; what it may not is told as what it may."""
+        told = [self._head(j, head, way) for way in again]
+        (segment, macs), (segment_again, macs_again) = told[0], told[-1]
+        state, scratch = self.planner.optimizer_bytes(head)
+        state += bytes_of(tensors_of(head)) + self.planner.module_bytes
+        return HeadWay((segment, segment_again), (macs, macs_again), state, scratch)
+
+    def _head(self, j, head, again):
+        """(segment, macs) of a head behind unit j."""
+        key = str(head), self.kinds[j], again
         if key not in self.known:
-            line = self.walk(j, j, head)
+            line = self.walk(j, j, head, again=(j,) if again else ())
             self.known[key] = _head_segment(line), _macs(line, "head")
         return self.known[key]
+
+    def classifier(self):
+        """What the last unit's way has not counted yet."""
+        scratch = self.planner.optimizer_bytes(self.stubs[self.end])[1]
+        return HeadWay(((0, 0), (0, 0)), (0, 0), 0, scratch)
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
@@ -141,11 +185,15 @@ class Walker:
         while out in by_name and isinstance(by_name[out], Norm | PooledNorm):
             length += 1
             out = getattr(by_name[out], "residual", None)
-        if out == self.names[k] and not self.planner.recompute:
+        if out == self.names[k]:
             return True, 0
-        # With recompute a block's output is kept. What cannot be rebuilt, an island's output, is always kept.
-        derived = out is None and length and not self.planner.recompute
-        return False, length if derived else LONGEST_REBUILD + 1
+        # What cannot be rebuilt, an island's output, is always kept.
+        return False, length if out is None and length else LONGEST_REBUILD + 1
+
+
+def _places(k, end, again):
+    """The values that `a` and `b` of `UnitWay`'s variants have for a unit."""
+    return (0, 1, 2) if k else (0,), (2,) if k == end else (1, 2) if again else (0, 1, 2)
 
 
 def _unit_segments(line, name):
@@ -167,5 +215,5 @@ def _segment(moments, at):
     return max(moments[i].high for i in at) - start, moments[at[-1]].after - start
 
 
-def _macs(line, part):
-    return sum(moment.macs for moment in line.moments if moment.part == part)
+def _macs(line, *parts):
+    return sum(moment.macs for moment in line.moments if moment.part in parts)

@@ -1,46 +1,32 @@
-// The Python module auglocal_ext._search: the compiled twin of auglocal_ext.search.fronts, which says what everything
-// means. Returns the same, ties included.
+// The Python module auglocal_ext._search: the compiled twins of auglocal_ext.planning.module_ways.module_ways and
+// auglocal_ext.planning.search.fronts, which say what everything means. Return the same, ties included.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <map>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "ways.h"
+
 namespace {
 
+using planner::undominated;
+using planner::Way;
+using planner::Ways;
 using std::vector;
 
-using Label = std::array<int64_t, 3>;               // macs, state, peak; of a cut, or of one way to run a module
-using Options = vector<vector<vector<Label>>>;      // [i][j - i]: the ways to run the module of units i..j
-using Modules = vector<std::pair<int, int>>;        // (last unit, option) of each
+using Label = std::array<int64_t, 3>;               // macs, state, peak
+using Modules = vector<std::pair<int, int>>;        // (last unit, way) of each
 using Cut = std::tuple<int64_t, int64_t, Modules>;  // bytes, macs
-
-// The labels than which no other is as good, by macs.
-vector<Label> undominated(vector<Label> labels) {
-  std::sort(labels.begin(), labels.end());
-  labels.erase(std::unique(labels.begin(), labels.end()), labels.end());
-  vector<Label> kept;
-  std::map<int64_t, int64_t> stairs;  // state -> peak, falling
-  for (const Label& label : labels) {
-    const auto [macs, state, peak] = label;
-    auto next = stairs.upper_bound(state);
-    if (next != stairs.begin() && std::prev(next)->second <= peak) continue;
-    while (next != stairs.end() && next->second >= peak) next = stairs.erase(next);
-    stairs[state] = peak;
-    kept.push_back(label);
-  }
-  return kept;
-}
 
 class Search {
  public:
-  explicit Search(Options options) : options_(std::move(options)), units_(int(options_.size())) {
+  explicit Search(Ways ways) : ways_(std::move(ways)), units_(int(ways_.size())) {
     endings_ = {vector<vector<Label>>(units_ + 1)};
     endings_[0][units_] = {{0, 0, 0}};
   }
@@ -65,7 +51,7 @@ class Search {
   vector<Label> longer(int count, int i) const {
     vector<Label> labels;
     for (int j = i; j < units_; ++j)
-      for (const auto& [macs, state, peak] : options_[i][j - i])
+      for (const auto& [macs, state, peak, head, again] : ways_[i][j - i])
         for (const Label& e : endings_[count - 1][j + 1])
           labels.push_back({macs + e[0], state + e[1], std::max(peak, e[2])});
     return labels;
@@ -76,10 +62,10 @@ class Search {
     Modules modules;
     int64_t state = 0, high = 0;
     for (int first = 0; first < units_; first = modules.back().first + 1) {
-      const auto [j, option] = first_way(count - int(modules.size()) - 1, first, size - state, macs, high);
-      const Label& way = options_[first][j - first][option];
-      macs -= way[0], state += way[1], high = std::max(high, way[2]);
-      modules.emplace_back(j, option);
+      const auto [j, index] = first_way(count - int(modules.size()) - 1, first, size - state, macs, high);
+      const auto& [spent, head_state, peak, head, again] = ways_[first][j - first][index];
+      macs -= spent, state += head_state, high = std::max(high, peak);
+      modules.emplace_back(j, index);
     }
     return modules;
   }
@@ -87,24 +73,33 @@ class Search {
   std::pair<int, int> first_way(int count, int first, int64_t size, int64_t macs, int64_t high) const {
     for (int j = first; j < units_; ++j) {
       const vector<Label>& endings = endings_[count][j + 1];
-      for (int option = 0; option < int(options_[first][j - first].size()); ++option) {
-        const Label& way = options_[first][j - first][option];
-        auto e = std::lower_bound(endings.begin(), endings.end(), Label{macs - way[0], INT64_MIN, INT64_MIN});
-        for (; e != endings.end() && (*e)[0] == macs - way[0]; ++e)
-          if (way[1] + (*e)[1] + std::max({high, way[2], (*e)[2]}) <= size) return {j, option};
+      for (int index = 0; index < int(ways_[first][j - first].size()); ++index) {
+        const auto& [spent, state, peak, head, again] = ways_[first][j - first][index];
+        auto e = std::lower_bound(endings.begin(), endings.end(), Label{macs - spent, INT64_MIN, INT64_MIN});
+        for (; e != endings.end() && (*e)[0] == macs - spent; ++e)
+          if (state + (*e)[1] + std::max({high, peak, (*e)[2]}) <= size) return {j, index};
       }
     }
     throw std::logic_error("no cut has these costs");
   }
 
-  Options options_;
+  Ways ways_;
   int units_;
   vector<vector<vector<Label>>> endings_;  // [number of modules][first unit]
 };
 
+Ways module_ways(vector<int64_t> input_bytes, vector<vector<planner::UnitWay>> units,
+                 vector<vector<planner::HeadWay>> heads, vector<bool> identity, vector<int64_t> rebuild_length,
+                 int64_t longest_rebuild, vector<int64_t> unit_scratch) {
+  planner::Table table{std::move(input_bytes),    std::move(units), std::move(heads),       std::move(identity),
+                       std::move(rebuild_length), longest_rebuild,  std::move(unit_scratch)};
+  return planner::Modules(std::move(table)).ways();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_search, module) {
-  module.doc() = "The compiled twin of the core of auglocal_ext.search.";
-  module.def("fronts", [](Options options) { return Search(std::move(options)).fronts(); }, pybind11::arg("options"));
+  module.doc() = "The compiled twins of the core of auglocal_ext.planning's search.";
+  module.def("module_ways", &module_ways);
+  module.def("fronts", [](Ways ways) { return Search(std::move(ways)).fronts(); }, pybind11::arg("ways"));
 }

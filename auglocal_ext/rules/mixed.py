@@ -1,0 +1,43 @@
+"""AugLocal with nets that were chosen border by border: what a search under a memory budget finds."""
+
+from .auglocal import AugLocal
+
+__all__ = ["mixed"]
+
+
+def mixed(choices):
+    """The rule whose net behind each of these units is that unit's own.
+
+    Args:
+        choices: {unit: AugLocal}.
+    """
+    rules = list(choices.values())
+    if all(_kind(rule) == _kind(rules[0]) for rule in rules):
+        return rules[0]
+    return _Mixed(choices)
+
+
+def _kind(rule):
+    return rule.depth, rule.form, rule.auxiliary
+
+
+class _Mixed(AugLocal):
+    name = "auglocal"
+
+    def __init__(self, choices):
+        depths = {rule.depth for rule in choices.values()}
+        super().__init__(max(depths), next(iter(choices.values())).form)
+        self.depth, self.choices = depths.pop() if len(depths) == 1 else None, choices
+
+    def check(self, backbone):
+        for rule in self.choices.values():
+            rule.check(backbone)
+
+    def borders(self, backbone):
+        return sorted(self.choices)
+
+    def aux_net(self, border):
+        return self.choices[border.unit].aux_net(border)
+
+    def describe(self, border):
+        return self.choices[border.unit].describe(border)
