@@ -128,7 +128,7 @@ def _rule_of(menu, point):
 
 def _more(menu, budget, point):
     """See `Choice.more`."""
-    kind = menu.cheaper
+    kind = None if point.modules == 1 and not point.again else menu.cheaper
     found = kind and search.cheapest(menu.points(kind), budget)
     return (kind.words, found) if found and found.macs < point.macs else None
 

@@ -1,17 +1,23 @@
 """The cheapest cut under a memory budget: what the search works on is exact, what it finds fits, its errors help."""
 
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from auglocal_ext import models, plan, train
+from auglocal_ext import LocalTrainer, models, plan, train
 from auglocal_ext.common.memory import format_bytes, parse_bytes
 from auglocal_ext.planning import budget as budget_module
-from auglocal_ext.planning import refusal, search
-from auglocal_ext.planning.cut_table import module_options
+from auglocal_ext.planning import search
+from auglocal_ext.planning.menu import Menu
+from auglocal_ext.planning.module_ways import module_ways
 from auglocal_ext.planning.planner import Planner
-from auglocal_ext.planning.walker import cut_table
+from auglocal_ext.planning.search import Point
+from auglocal_ext.planning.walker import Walker
+from auglocal_ext.rules import BP
 from auglocal_ext.rules.auglocal import AugLocal
 from auglocal_ext.rules.cutting import cut
 
@@ -28,19 +34,33 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("name", "shape", "depth", "options"), NETWORKS)
 def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, shape, depth, options):
+    """Of any borders, nets and units that run again."""
     with torch.device("meta"):
         planner = Planner(models.create(name, 10), **options)
-    rule = AugLocal(depth)
-    table, units = cut_table(planner, shape, rule), len(planner.backbone.units)
-    options, rng = module_options(table), random.Random(0)
-    for _ in range(4):
-        borders = tuple(sorted(rng.sample(range(units - 1), rng.randint(0, 6))))
-        parts = list(zip((0, *(b + 1 for b in borders)), (*borders, units - 1), strict=True))
-        ways = [options[i][j - i][0] for i, j in parts]
-        highest = max(peak for _, _, peak in ways)
-        planned = planner.plan(cut(planner.backbone, rule, borders=borders), shape, rule)
-        assert table.constant + sum(state for _, state, _ in ways) + highest == planned.peak_bytes
-        assert sum(macs for macs, _, _ in ways) == planned.macs
+    rules, units, rng = [AugLocal(depth), AugLocal(2, None, "light")], planner.backbone.units, random.Random(0)
+    table = Walker(planner, shape, rules).table(rules, (False, True))
+    heads = [planner.heads_by_unit(rule, shape) for rule in rules]
+    for case in range(6):
+        borders = tuple(sorted(rng.sample(range(len(units) - 1), rng.randint(0, 6))))
+        which = [rng.randrange(2) for _ in borders]
+        again = [case > 1 and rng.random() < 0.5 for _ in units]
+        parts = list(zip((0, *(b + 1 for b in borders)), (*borders, len(units) - 1), strict=True))
+        only = replace(
+            table,
+            units=[[ways[a]] for ways, a in zip(table.units, again, strict=True)],
+            heads=[
+                [ways[which[borders.index(k)]] if k in borders else ways[0]] for k, ways in enumerate(table.heads)
+            ],
+        )
+        (ways,) = zip(*(module_ways(only)[i][j - i] for i, j in parts), strict=True)
+        macs, states, peaks, *_ = zip(*ways, strict=True)
+        names = tuple(unit.name for unit, a in zip(units, again, strict=True) if a) or False
+        made = [*(heads[rule][b] for b, rule in zip(borders, which, strict=True)), None]
+        cuts = cut(planner.backbone, rules[0], borders=borders)
+        planned = planner.with_recompute(names).plan(cuts, shape, rules[0], made)
+        assert table.constant + sum(states) + max(peaks) == planned.peak_bytes
+        # What fits under the peak is kept, not run again.
+        assert sum(macs) >= planned.macs if names else sum(macs) == planned.macs
 
 
 def test_the_choice_is_the_cheapest_that_fits():
@@ -71,7 +91,7 @@ def test_the_number_of_modules_and_the_depth_can_be_given_or_left():
     assert len(fixed.modules) == 4 and fixed.depth == 3
     budget = plan(network, shape, 3, modules=3).peak_bytes
     free = plan(network, shape, "auto", memory_budget=budget)
-    assert free.depth in range(2, 7)
+    assert free.depth in (None, *range(2, 7))  # None: of several
     assert free.macs <= plan(network, shape, 3, memory_budget=budget).macs
     assert len(plan(network, shape, rule="bp", memory_budget="1GB").modules) == 1
 
@@ -83,8 +103,16 @@ def test_a_budget_too_small_says_what_would_do():
     text = str(error.value)
     smallest = int(text.split("(")[1].split(" bytes")[0].replace(",", ""))
     assert plan(models.resnet32(), shape, 4, memory_budget=smallest).peak_bytes == smallest
-    batch = int(text.rsplit(" ", 1)[1])
+    batch = int(re.search(r"that, or batches of (\d+)", text)[1])
     assert plan(models.resnet32(), (batch, *shape[1:]), 4, memory_budget="10MB").peak_bytes <= 10e6
+    # And what the others need: their words, as arguments, fit what is said of them.
+    assert [words for words in ("auxiliary='light'", "recompute='auto'") if f"with {words} " in text]
+    for words, least, about in re.findall(r"with (\S+) ([\d.]+ MB) \(batches of about (\d+)\)", text):
+        name, value = words.split("=")
+        arguments = {name: value.strip("'")} if name != "depth" else {"depth": int(value)}
+        found = plan(models.resnet32(), shape, memory_budget=1.006 * parse_bytes(least), **arguments)
+        assert found.peak_bytes <= 1.006 * parse_bytes(least)
+        assert plan(models.resnet32(), (int(about) - 1, *shape[1:]), memory_budget="10MB", **arguments)
     with pytest.raises(ValueError, match="too small"):
         plan(models.resnet32(), (batch + 1, *shape[1:]), 4, memory_budget="10MB")
     with pytest.raises(ValueError, match="the model's parameters and optimizer state alone are 3.7. MB"):
@@ -93,28 +121,72 @@ def test_a_budget_too_small_says_what_would_do():
 
 def test_a_refusal_walks_few_batches(monkeypatch):
     """And names the batch that trying every one would find."""
-    shape, rules, walked = (16, 3, 16, 16), [AugLocal(2), AugLocal(3)], []
+    shape, rules, walked = (16, 3, 16, 16), [AugLocal(2), AugLocal(3)], set()
 
-    def tables(planner, shape, rules, real=budget_module.cut_tables):
-        walked.append(shape[0])
-        return real(planner, shape, rules)
+    def table(menu, kind, shape=None, real=Menu.table):
+        walked.add((shape or menu.shape)[0])
+        return real(menu, kind, shape)
 
-    monkeypatch.setattr(budget_module, "cut_tables", tables)
-    monkeypatch.setattr(refusal, "cut_tables", tables)
+    monkeypatch.setattr(Menu, "table", table)
     with torch.device("meta"):
         planner = Planner(models.CifarResNet(1))
-    fronts = {
-        batch: [search.front(table) for table in tables(planner, (batch, *shape[1:]), rules)] for batch in range(2, 17)
-    }
     for modules, fit in ((None, 5), (None, 14), (3, 9)):
-        least = {b: min(search.smallest(front, modules).bytes for front in fronts[b]) for b in fronts}
+        least = {}
+        for batch in (2, fit, fit + 1, 16):
+            menu = Menu(planner, (batch, *shape[1:]), rules, modules, False)
+            least[batch] = search.smallest(menu.points(menu.asked)).bytes
         walked.clear()
-        error = rf"\({least[16]:,} bytes\); give at least that, or batches of {fit}$"
+        error = rf"\({least[16]:,} bytes\); give at least that, or batches of {fit}\."
         with pytest.raises(ValueError, match=error):
             budget_module.choose(planner, shape, (least[fit] + least[fit + 1]) // 2, rules, modules)
-        assert len(walked) <= 5 and {2, fit, fit + 1, 16} <= set(walked)
-    with pytest.raises(ValueError, match="and no batch of two images fits it$"):
+        assert len(walked) <= 5 and {2, fit, fit + 1, 16} <= walked
+    with pytest.raises(ValueError, match=r"and no batch of two images fits it\."):
         budget_module.choose(planner, shape, least[2] - 1, rules, modules)
+
+
+def test_recomputation_unit_by_unit_is_a_choice():
+    shape = (64, 3, 32, 32)
+    bp, checkpoint = (plan(models.resnet20(), shape, rule=rule) for rule in ("bp", "checkpoint"))
+    budget = (bp.peak_bytes + checkpoint.peak_bytes) // 2
+    some = plan(models.resnet20(), shape, rule="bp", recompute="auto", memory_budget=budget)
+    assert some.rule == "bp" and checkpoint.peak_bytes < some.peak_bytes == some.choice.point.bytes <= budget
+    assert bp.macs < some.macs < checkpoint.macs
+    assert 0 < len(some.modules[0].recomputed) < len(some.modules[0].units)
+    assert f"convolutions that run again in the backward: those of {some.modules[0].recomputed[0]}" in str(some)
+    # Both ends are points of the same search.
+    for planned in (bp, checkpoint):
+        found = plan(models.resnet20(), shape, "auto", recompute="auto", memory_budget=planned.peak_bytes)
+        assert found.peak_bytes <= planned.peak_bytes and found.macs <= planned.macs
+    menu = Menu(Planner(models.resnet20()), shape, [BP()], None, "auto")
+    ends = {point.again: point.bytes for point in menu.points(menu.asked) if len(point.again) in (0, 10)}
+    assert ends == {(): bp.peak_bytes, tuple(range(10)): checkpoint.peak_bytes} or tuple(range(10)) not in ends
+    assert menu.recomputed(Point(1, 0, 0, (), (), tuple(range(10)))) is True
+    assert menu.recomputed(Point(1, 0, 0, (), (), (1, 9))) == ("layer1.0", "layer3.2")
+
+
+def test_nets_are_a_choice_border_by_border():
+    shape, options = (64, 3, 32, 32), {"memory_budget": "40MB", "recompute": "auto"}
+    asked = {aux: plan(models.resnet20(), shape, 3, auxiliary=aux, **options) for aux in ("paper", "light", "auto")}
+    assert asked["auto"].macs <= min(asked["paper"].macs, asked["light"].macs)
+    assert "with auxiliary='light', recompute" not in str(asked["light"])
+    plain = plan(models.resnet20(), shape, 3, memory_budget="40MB")
+    words, point = plain.choice.more
+    assert words == "auxiliary='light', recompute='auto'" and point.macs < plain.macs and words in str(plain)
+    free = plan(models.resnet20(), shape, "auto", auxiliary="auto", **options)
+    assert free.macs <= asked["auto"].macs
+    trainer = LocalTrainer(model := models.resnet20(), plan=plan(model, (8, 3, 32, 32), "auto", memory_budget="8MB"))
+    assert len(trainer.aux_nets) == len(trainer.plan.borders) > 0
+
+
+def test_a_net_of_ones_own_goes_with_a_budget():
+    def net(border):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * border.shape[0], border.num_classes))
+
+    model, shape = models.resnet20(), (16, 3, 32, 32)
+    planned = plan(model, shape, auxiliary=net, memory_budget="13MB", recompute="auto")
+    assert planned.peak_bytes == planned.choice.point.bytes <= 13e6 and len(planned.modules) > 1
+    with pytest.raises(TypeError, match="auxiliary must make a torch.nn.Module of a border, it made int"):
+        plan(model, shape, auxiliary=lambda border: 3)
 
 
 @pytest.mark.parametrize("text", ["6 parsecs", "", "GB", "-1GB", "0", "1e9x", None, True])
@@ -149,7 +221,7 @@ def test_which_rules_have_a_budget():
     model, shape = models.resnet20(), (8, 3, 32, 32)
     by_name = plan(model, shape, "auto", memory_budget="8MB")
     assert plan(model, shape, "auto", rule=AugLocal, memory_budget="8MB") == by_name
-    with pytest.raises(ValueError, match="depth='auto' goes with rule='auglocal', given a rule that has its depth, 3"):
+    with pytest.raises(ValueError, match="depth='auto' and auxiliary='auto' go with .* given a rule that has its own, of depth 3"):
         plan(model, shape, "auto", rule=AugLocal(3), memory_budget="8MB")
     with pytest.raises(ValueError, match="with 'deep' give modules"):
         plan(model, shape, rule=Deep, memory_budget="8MB")
