@@ -26,10 +26,11 @@ def check_cut(options):
     given = vars(options)
     model = on_meta(options.model, given.get("num_classes") or 10)
     backbone, budget = as_backbone(model), given.get("budget")
-    if options.depth == "auto" and budget is None:
-        raise ValueError(
-            "depth='auto' chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
-        )
+    for name in ("depth", "auxiliary", "recompute"):
+        if given.get(name) == "auto" and budget is None:
+            raise ValueError(
+                f"{name}='auto' chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
+            )
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper")
     rules = [as_rule(*rule)] if budget is None else candidates(*rule, len(backbone.units))
     cut(backbone, rules[0], options.modules)

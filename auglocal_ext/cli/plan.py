@@ -16,10 +16,10 @@ def plan_command(options):
     model, side = check_cut(options), options.image_size
     check_image_size(model, side, side, "--image-size")
     shape = (options.batch_size, 3, side, side)
-    cutting = {"rule": options.rule, "form": options.form, "auxiliary": options.auxiliary, "modules": options.modules}
+    cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules", "recompute")}
     # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
     model = model.train().to_empty(device="cpu")
-    planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, recompute=options.recompute, **cutting)
+    planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, **cutting)
     print(planned.brief() if options.brief else planned)
     for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
         if path:

@@ -112,12 +112,13 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     add(
         "--auxiliary",
         metavar="NETS",
-        help="what aux nets are like: paper, light (a tenth of the arithmetic), or a description such as 'pooled "
-        "width=0.5 separable' (default: {default})",
+        help="what aux nets are like: paper, light (a tenth of the arithmetic), a description such as 'pooled width=0.5 "
+        "separable', or auto: paper or light as --budget allows (default: {default})",
     )
     add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
     add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
-    add("--recompute", action="store_true", help="run convolutions again in the backward instead of keeping theirs")
+    again = "run convolutions again in the backward instead of keeping theirs; auto: of what units --budget asks for"
+    add("--recompute", nargs="?", const=True, choices=["auto"], help=again)
     add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
         "least work")  # fmt: skip
     return {name: defaults[name] for name in _CUT}

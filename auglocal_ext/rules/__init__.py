@@ -4,6 +4,7 @@ A rule is a file here; one of your own derives `Rule`.
 """
 
 from .auglocal import FORMS, AugLocal
+from .auxiliary import Auxiliary
 from .bp import BP, Checkpoint
 from .by_name import RULES, as_rule, for_images
 from .dgl import DGL
@@ -16,6 +17,7 @@ __all__ = [
     "FORMS",
     "RULES",
     "AugLocal",
+    "Auxiliary",
     "BP",
     "Border",
     "Checkpoint",

@@ -39,7 +39,7 @@ def train(
     auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
     memory_budget: int | str | None = None,
-    recompute: bool = False,
+    recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
     schedule: Callable | None = cosine,
@@ -73,9 +73,10 @@ def train(
             `auglocal_ext.rules.Auxiliary`.
         modules: K, to cut the model into K local modules instead of one per unit.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
-            arithmetic, into as many modules as it takes; depth may then be "auto". See `auglocal_ext.plan`.
-        recompute: run each block's convolutions again in the backward instead of keeping their outputs: gradient
-            checkpointing inside every module, for a third more arithmetic.
+            arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
+            `auglocal_ext.plan`.
+        recompute: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
+            inside every module, for a third more arithmetic; or of the units of these names only.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
@@ -208,7 +209,7 @@ def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **
     """The LocalTrainer; under a budget that of the cut that is found for it. first: the first batch."""
     images = first[0]
     options["optimizer"] = optimizer or sgd(images.shape[:1].numel())  # of what is no batch at all: refused below
-    if memory_budget is not None or depth == "auto":
+    if memory_budget is not None or "auto" in (depth, options["auxiliary"], options["recompute"]):
         planned = plan(model, images.shape, depth, memory_budget=memory_budget, **options)
         if progress:
             tqdm.write(str(planned.choice))
