@@ -128,7 +128,8 @@ def described(step, reads, made, macs):
     new = [value for value in made if value.untyped_storage()._cdata not in before]
     maps = [sum(value.dim() == 4 for value in values) for values in (reads, new)]
     group = "step", step.kind, macs > 0, *maps
-    return Sample(group, (1, traffic, macs), (math.log(max(traffic, 1)),))
+    channels = max((value.shape[1] for value in (*reads, *made) if value.dim() == 4), default=1)
+    return Sample(group, (1, traffic, macs), (math.log(max(traffic, 1)), math.log(channels)))
 
 
 def _convolution(kind, conv, x, y, macs):

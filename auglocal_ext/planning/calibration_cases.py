@@ -6,7 +6,7 @@ from torch import nn
 
 __all__ = ["Case", "Residual", "calibration_cases", "convolution"]
 
-MACS, ELEMENTS = 1e8, 4e6  # of a pass of a convolution, and of the larger of its maps: milliseconds on one core
+MACS, ELEMENTS = 2e8, 4e6  # of a pass of a convolution, and of the larger of its maps: milliseconds on one core
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,23 @@ def _convolutions():
 
 def _layers():
     """Blocks with a shortcut, activations, pools."""
-    for shape in ((64, 16, 32, 32), (128, 32, 32, 32), (64, 64, 16, 16), (8, 128, 28, 28), (16, 256, 14, 14)):
+    for shape in ((64, 16, 32, 32), (128, 32, 32, 32), (64, 64, 16, 16), (8, 128, 28, 28), (16, 256, 14, 14), (4, 64, 112, 112)):
         yield _case(nn.Sequential(Residual(shape[1]), Residual(shape[1])), shape[1], shape)
     for n in (2, 32):
         for act in (nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU()):
             body = nn.Conv2d(16, 32, 1), act, nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), act
             yield _case(nn.Sequential(*body, nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)), 16, (n, 16, 28, 28))
-    for n in (2, 8):
-        for pool in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)):
-            for size in (28, 112):
-                shape = n, 64, size, size
-                normed = nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), pool, nn.Conv2d(64, 64, 1))
-                yield _case(normed, 64, shape)
-                yield _case(nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU(), pool, nn.Conv2d(64, 64, 1)), 64, shape)
+    for pool in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)):
+        for shape in ((2, 64, 28, 28), (8, 64, 28, 28), (8, 64, 112, 112), (4, 32, 224, 224), (4, 64, 224, 224)):
+            c, *last = shape[1], nn.Conv2d(shape[1], 64, 1), nn.BatchNorm2d(64)
+            yield _case(nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.ReLU(), pool, *last), 64, shape)
+            yield _case(nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU(), pool, *last), 64, shape)
 
 
 def _classifiers():
     """Linear layers, which run by autograd but in the usual head, and that head."""
     for n in (4, 64):
-        for inputs, hidden in ((64, 256), (512, 512), (128, 4096), (1024, 4096)):
+        for inputs, hidden in ((64, 256), (512, 512), (128, 4096), (1024, 4096), (3072, 4096))[: 5 if n == 4 else 4]:
             layers = nn.Linear(49 * inputs // 16, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, 1000)
             body = nn.Sequential(nn.Conv2d(16, inputs // 16, 1), nn.BatchNorm2d(inputs // 16), nn.AdaptiveAvgPool2d(7))
             yield Case(body, nn.Sequential(nn.Flatten(), *layers), (n, 16, 14, 14))
