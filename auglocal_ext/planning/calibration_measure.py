@@ -1,13 +1,13 @@
 """Measures what the engine's instructions cost on this machine: steps of small local modules, and optimizers'."""
 
 import statistics
-import time
 
 import torch
 from torch import nn
 
 from ..common.memory import bytes_of, tensors_of
 from ..common.meta import meta_copy
+from ..common.stopwatch import Stopwatch
 from ..engine.program import build
 from ..engine.timeline import timeline
 from ..engine.trace import join, trace
@@ -33,8 +33,7 @@ def measure(device, precision, cases=None, parameters=PARAMETERS, progress=iter)
         progress: wraps the list of what is measured, as tqdm does.
 
     Returns:
-        list of Sample. Times are medians; on the CPU with one thread of processor time, which others that use the
-        machine disturb less.
+        list of Sample. Times are medians; see `Stopwatch`.
     """
     autocast = torch.bfloat16 if precision == "bf16" else None
     _settle_allocator()
@@ -80,7 +79,7 @@ def _program(module, autocast, device):
 def _run(program, x, labels):
     """The nanoseconds of each step."""
     values = {program.images: x, program.input: x, program.labels: labels}
-    clock = _Stopwatch(x.device)
+    clock = Stopwatch(x.device)
     for step in program.steps:
         program.execute(step, values)
         clock.lap()
@@ -95,7 +94,7 @@ def _optimizer(device, name, pair):
     for _ in range(1 + REPEATS):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
-        clock = _Stopwatch(device)
+        clock = Stopwatch(device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.lap()
@@ -108,27 +107,3 @@ def _optimizer(device, name, pair):
 def _timed(samples, runs):
     medians = (max(round(statistics.median(times)), 1) for times in zip(*runs, strict=True))
     return [Sample(s.group, s.costs, s.place, ns) for s, ns in zip(samples, medians, strict=True)]
-
-
-class _Stopwatch:
-    """Nanoseconds between laps. On a GPU of its own time, so that launching ahead of it costs nothing."""
-
-    def __init__(self, device):
-        self.on_gpu = device.type == "cuda"
-        # With one thread processor time is what an idle machine takes.
-        self.now = time.process_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-        self.marks = []
-        self.lap()
-
-    def lap(self):
-        if self.on_gpu:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(self.now())
-
-    def laps(self):
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            return [1e6 * a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
