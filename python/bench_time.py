@@ -1,6 +1,8 @@
-"""The predicted time of a step beside the measured one, each relative to backpropagation's, over cuts of three networks.
+"""Predicted times of steps beside measured ones, each relative to backpropagation's, over cuts of three networks.
 
-    auglocal calibrate && python python/bench_time.py [--device cpu|cuda] [--networks NAME ...] [--rounds 5] [--json FILE]
+    auglocal calibrate
+    python python/bench_time.py [--device cpu|cuda] [--precision fp32|bf16] [--networks NAME ...] [--rounds 5]
+    [--json FILE]
 
 All cuts of a network are stepped in turn, one step each a round, so that what disturbs the machine disturbs them alike;
 a figure is the median of the rounds. With one thread (OMP_NUM_THREADS=1) times are of the processor, see `Stopwatch`.
@@ -90,10 +92,20 @@ def measure(network, where, precision, clock, rounds):
 
 
 def line(row):
-    return (
-        f"{row['network']:<9} {row['cut']:<24} {row['measured_ms']:>9.1f} {row['predicted_ms']:>9.1f} "
-        f"{row['measured']:>9.2f} {row['predicted']:>9.2f} {row['error']:>+7.1%} {row['macs']:>9.2f}"
+    """A row of the table."""
+    figures = (
+        f"{row['measured_ms']:.1f}",
+        f"{row['predicted_ms']:.1f}",
+        f"{row['measured']:.2f}",
+        f"{row['predicted']:.2f}",
+        f"{row['error']:+.1%}",
+        f"{row['macs']:.2f}",
     )
+    return _line(row["network"], row["cut"], *figures)
+
+
+def _line(network, cut, *figures):
+    return f"{network:<9} {cut:<24}" + "".join(f" {figure:>12}" for figure in figures)
 
 
 def parse(arguments=None):
@@ -115,7 +127,7 @@ def bench(options):
     clock, where = load(options.device, options.precision), torch.device(options.device)
     about = {"precision": options.precision, "rounds": options.rounds, **machine(where)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'network':<9} {'cut':<24} {'ms':>9} {'predicted':>9} {'/ BP':>9} {'predicted':>9} {'error':>7} {'MACs / BP':>9}")
+    print(_line("network", "cut", "ms", "predicted", "ms / BP", "predicted", "error", "MACs / BP"))
     rows = []
     for network in options.networks:
         for row in measure(network, where, options.precision, clock, options.rounds):

@@ -4,13 +4,11 @@ A measured step is a `Sample`: its time beside what it depends on. A prediction 
 samples of the same group on `costs`, times what the samples at the nearest `place` took relative to theirs.
 """
 
-import hashlib
 import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from ..optim import make_optimizer
 
 __all__ = ["Calibration", "Sample", "calibration_file", "described", "load", "machine", "optimizer_sample", "save"]
 
+KINDS = ("convolution", "step", "optimizer")  # what a group begins with
 NEIGHBOURS = 4
 
 
@@ -111,7 +110,7 @@ class _Model:
 
 
 def described(step, reads, made, macs):
-    """A step as a Sample without a time; for arguments see `timeline`. Only shapes and sizes of tensors are looked at."""
+    """A step as a Sample without a time, by shapes and sizes of tensors alone; for arguments see `timeline`."""
     run_by = getattr(step.run, "args", ())
     made = made if isinstance(made, tuple | list) else (made,)
     conv = next((value for value in run_by if isinstance(value, nn.Conv2d)), None)
@@ -199,13 +198,13 @@ def load(device, precision):
     path, kind = calibration_file(about), torch.device(device).type
     remedy = f"run `auglocal calibrate --device {kind} --precision {precision}`"
     if not path.is_file():
-        threads = f" with {about['threads']} threads" if about["threads"] else ""
-        raise ValueError(
-            f"times in {precision} are not known of this {about['device']}{threads} and torch {about['torch']}: {remedy}"
-        )
+        what = f"{about['device']} with {about['threads']} threads" if about["threads"] else about["device"]
+        raise ValueError(f"times in {precision} are not known for {what} and torch {about['torch']}: {remedy}")
     try:
         written = json.loads(path.read_text())
         samples = [_sample(**sample) for sample in written["samples"]]
+        if {sample.group[0] for sample in samples} != set(KINDS) or min(s.nanoseconds for s in samples) < 1:
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path} cannot be read as a calibration: {remedy} again") from None
     return Calibration(samples)

@@ -73,7 +73,14 @@ def _convolutions():
 
 def _layers():
     """Blocks with a shortcut, activations, pools."""
-    for shape in ((64, 16, 32, 32), (128, 32, 32, 32), (64, 64, 16, 16), (8, 128, 28, 28), (16, 256, 14, 14), (4, 64, 112, 112)):
+    for shape in (
+        (64, 16, 32, 32),
+        (128, 32, 32, 32),
+        (64, 64, 16, 16),
+        (8, 128, 28, 28),
+        (16, 256, 14, 14),
+        (4, 64, 112, 112),
+    ):
         yield _case(nn.Sequential(Residual(shape[1]), Residual(shape[1])), shape[1], shape)
     for n in (2, 32):
         for act in (nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU()):
@@ -89,9 +96,11 @@ def _layers():
 def _classifiers():
     """Linear layers, which run by autograd but in the usual head, and that head."""
     for n in (4, 64):
-        for inputs, hidden in ((64, 256), (512, 512), (128, 4096), (1024, 4096), (3072, 4096))[: 5 if n == 4 else 4]:
-            layers = nn.Linear(49 * inputs // 16, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, 1000)
-            body = nn.Sequential(nn.Conv2d(16, inputs // 16, 1), nn.BatchNorm2d(inputs // 16), nn.AdaptiveAvgPool2d(7))
+        sizes = (3 * 49, 256), (32 * 49, 512), (8 * 49, 4096), (64 * 49, 4096), (320 * 49, 4096)
+        for inputs, hidden in sizes[: 5 if n == 4 else 4]:
+            layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, 1000)
+            channels = inputs // 49
+            body = nn.Sequential(nn.Conv2d(16, channels, 1), nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(7))
             yield Case(body, nn.Sequential(nn.Flatten(), *layers), (n, 16, 14, 14))
         for channels in (64, 512):
             body = nn.Sequential(nn.Conv2d(16, channels, 1), nn.BatchNorm2d(channels), nn.ReLU())
