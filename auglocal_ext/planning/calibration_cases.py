@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 __all__ = ["Case", "Residual", "calibration_cases", "convolution"]
@@ -11,7 +12,7 @@ MACS, ELEMENTS = 2e8, 4e6  # of a pass of a convolution, and of the larger of it
 
 @dataclass(frozen=True)
 class Case:
-    """A local module to measure: its body, its head, and the shape of its input, (N, C, H, W)."""
+    """A local module to measure, on the meta device: its body, its head, and the shape of its input, (N, C, H, W)."""
 
     body: nn.Module
     head: nn.Module
@@ -33,7 +34,8 @@ class Residual(nn.Module):
 
 def calibration_cases():
     """All that `measure` measures by default."""
-    return [*_convolutions(), *_layers(), *_classifiers()]
+    with torch.device("meta"):
+        return [*_convolutions(), *_layers(), *_classifiers()]
 
 
 def convolution(inputs, outputs, size, kernel, stride=1, groups=1):

@@ -1,12 +1,12 @@
 """Measures what the engine's instructions cost on this machine: steps of small local modules, and optimizers'."""
 
+import copy
 import statistics
 
 import torch
 from torch import nn
 
 from ..common.memory import bytes_of, tensors_of
-from ..common.meta import meta_copy
 from ..common.stopwatch import Stopwatch
 from ..engine.program import build
 from ..engine.timeline import timeline
@@ -51,21 +51,29 @@ def _settle_allocator():
 def _module(device, case, autocast):
     """The Samples of a Case's steps."""
     n, classes = case.shape[0], case.head[-1].out_features
-    module = nn.ModuleList([case.body, case.head]).to(device)
-    like = {"dtype": autocast if autocast and case.shape[1] != 3 else torch.float32}
-    x = torch.randn(case.shape, device=device).to(memory_format=torch.channels_last, **like)
+    dtype = autocast if autocast and case.shape[1] != 3 else torch.float32
+    x = torch.randn(case.shape, device=device).to(dtype, memory_format=torch.channels_last)
     labels = torch.arange(n, device=device) % classes
-    program, samples = _program(module, autocast, device), []
+    without_data, samples = nn.ModuleList([case.body, case.head]), []
 
     def note(step, reads, made, macs):
         samples.append(described(step, reads, made, macs))
         return 0
 
-    without_data = meta_copy(module)
-    there = tensors_of(without_data)
-    timeline(_program(without_data, autocast, device), x.to("meta"), labels.to("meta"), there, clock=note)
+    program, there = _program(without_data, autocast, device), tensors_of(without_data)
+    timeline(program, x.to("meta"), labels.to("meta"), there, clock=note)
+    program = _program(_with_data(without_data, device), autocast, device)
     runs = [_run(program, x, labels) for _ in range(1 + REPEATS)]
     return _timed(samples, runs[1:])
+
+
+def _with_data(module, device):
+    """A module that is on the meta device on another one, with initial values."""
+    module = copy.deepcopy(module).to_empty(device=device)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return module
 
 
 def _program(module, autocast, device):
