@@ -24,6 +24,9 @@ __all__ = ["Calibration", "Sample", "calibration_file", "described", "load", "ma
 
 KINDS = ("convolution", "step", "optimizer")  # what a group begins with
 NEIGHBOURS = 4
+# Larger tensors are new to the process whenever they are made, and their pages cost time: the most that the C library
+# keeps when it is freed.
+KEPT = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -111,41 +114,42 @@ class _Model:
 
 def described(step, reads, made, macs):
     """A step as a Sample without a time, by shapes and sizes of tensors alone; for arguments see `timeline`."""
-    run_by = getattr(step.run, "args", ())
+    given = getattr(step.run, "args", ())
     made = made if isinstance(made, tuple | list) else (made,)
-    conv = next((value for value in run_by if isinstance(value, nn.Conv2d)), None)
+    before = {value.untyped_storage()._cdata for value in reads if isinstance(value, torch.Tensor)}
+    made = [value for value in made if isinstance(value, torch.Tensor)]
+    new = [value for value in made if value.untyped_storage()._cdata not in before]
+    fresh = sum(value.nbytes for value in new if value.nbytes > KEPT)
+    conv = next((value for value in given if isinstance(value, nn.Conv2d)), None)
     if conv is not None:
         forward = step.kind in ("conv", "recompute")
         x, y = (reads[0], made[0]) if forward else (reads[1], reads[0])
-        return _convolution("conv" if forward else step.kind, conv, x, y, macs)
-    island = next((value for value in run_by if isinstance(value, Island)), None)
-    reads = [value for value in reads if isinstance(value, torch.Tensor)]
-    made = [value for value in made if isinstance(value, torch.Tensor)]
-    parameters = () if island is None else island.parameters
-    traffic = sum(value.nbytes for value in (*reads, *made, *parameters))
-    before = {value.untyped_storage()._cdata for value in reads}
-    new = [value for value in made if value.untyped_storage()._cdata not in before]
-    maps = [sum(value.dim() == 4 for value in values) for values in (reads, new)]
+        return _convolution("conv" if forward else step.kind, conv, x, y, macs, fresh)
+    island = next((value for value in given if isinstance(value, Island)), None)
+    touched = [*(value for value in reads if isinstance(value, torch.Tensor)), *made]
+    traffic = sum(value.nbytes for value in (*touched, *(() if island is None else island.parameters)))
+    channels = max((value.shape[1] for value in touched if value.dim() == 4), default=1)
+    maps = [sum(value.dim() == 4 for value in values) for values in (touched, new)]
     group = "step", step.kind, macs > 0, *maps
-    channels = max((value.shape[1] for value in (*reads, *made) if value.dim() == 4), default=1)
-    return Sample(group, (1, traffic, macs), (math.log(max(traffic, 1)), math.log(channels)))
+    return Sample(group, (1, traffic, fresh, macs), (math.log(max(traffic, 1)), math.log(channels)))
 
 
-def _convolution(kind, conv, x, y, macs):
+def _convolution(kind, conv, x, y, macs, fresh):
     """kind: of its three passes; x: what the convolution reads; y: what it makes."""
     weight = conv.weight[0]
     inputs, outputs, area = weight.shape[0], conv.out_channels // conv.groups, weight[0].numel()
     stride, size = math.prod(conv.stride), math.prod(x.shape[2:])
     group = "convolution", kind, conv.groups > 1, area > 1, stride > 1
-    costs = 1, macs, conv.weight.numel(), x.numel(), y.numel()
+    costs = 1, macs, fresh, conv.weight.numel(), x.numel(), y.numel()
     place = inputs, outputs, conv.groups, size, area, stride
     return Sample(group, costs, tuple(math.log(value) for value in place))
 
 
 def optimizer_sample(name, parameters, state_bytes):
     """An optimizer's step as a Sample without a time; name: of its class."""
-    touched = 3 * sum(parameter.nbytes for parameter in parameters) + 2 * state_bytes
-    return Sample(("optimizer", name), (len(parameters), touched), (math.log(touched / len(parameters)),))
+    sizes = [parameter.nbytes for parameter in parameters]
+    touched, fresh = 3 * sum(sizes) + 2 * state_bytes, sum(size for size in sizes if size > KEPT)
+    return Sample(("optimizer", name), (len(sizes), touched, fresh), (math.log(touched / len(sizes)),))
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------
