@@ -37,11 +37,12 @@ def main(arguments=None):
 def _parser():
     parser = Parser("auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
     parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|resume|evaluate|plan|models|export")
+    commands = parser.add_subparsers(required=True, metavar="train|resume|evaluate|plan|calibrate|models|export")
     _add_train(commands)
     _add_resume(commands)
     _add_evaluate(commands)
     _add_plan(commands)
+    _add_calibrate(commands)
     _add_models(commands)
     _add_export(commands)
     return parser
@@ -127,3 +128,17 @@ def _add_plan(commands):
     add("--picture", type=Path, metavar="FILE", help="draw live memory over the step, as PNG, PDF or SVG")
     add("--front", type=Path, metavar="FILE", help="with --budget: draw memory against arithmetic for every K")
     planning.set_defaults(**add_cut(planning))
+
+
+def _add_calibrate(commands):
+    calibrating = commands.add_parser(
+        "calibrate",
+        help="measure what steps take here",
+        description="Measures for about a minute what the instructions of a training step take on this machine, by "
+        "which plans predict its time. Leave the machine idle meanwhile. The figures stay in the user's cache folder; "
+        "they hold for this device, number of threads, precision and version of torch.",
+    )
+    calibrating.set_defaults(run=(".calibrate", "calibrate_command"))
+    add = calibrating.add_argument
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the features (default: %(default)s)")

@@ -42,6 +42,7 @@ class Moment:
     gradients: int  # of `high`: parameter gradients
     macs: int
     traffic: int  # bytes of what it reads and writes, each once
+    nanoseconds: int = 0  # predicted by a clock; without one 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Timeline:
         return sum(moment.macs for moment in self.moments)
 
     @property
+    def nanoseconds(self):
+        """Predicted by a clock; without one 0."""
+        return sum(moment.nanoseconds for moment in self.moments)
+
+    @property
     def rebuild_share(self):
         """Share of the memory traffic that goes into rebuilding what was dropped."""
         rebuilds = sum(moment.traffic for moment in self.moments if moment.rebuilds)
@@ -88,7 +94,7 @@ class Timeline:
 
 
 @torch.no_grad()
-def timeline(program, x, labels, existing, count_input=True, images=None):
+def timeline(program, x, labels, existing, count_input=True, images=None, clock=None):
     """Walks a program of modules on the meta device.
 
     Args:
@@ -97,6 +103,8 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
         existing: what is there anyway: the modules' parameters and buffers.
         count_input: False where the input is the batch, which the caller holds through the whole step.
         images: the batch's, for an extra loss that looks at them.
+        clock: None, or (step, what it reads, what it made, its multiply-accumulates) -> the nanoseconds that it takes,
+            a whole number; the values are meta tensors, in the order of the step's names.
 
     Returns:
         (Timeline, features): features the meta tensor that is handed on, or None.
@@ -105,7 +113,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
     a parameter's gradient; "transient", the rest: activations and feature maps' gradients, there for a moment. The
     labels and images, which the caller holds, are not counted.
     """
-    walk = _Walk(program, x, labels, count_input, images)
+    walk = _Walk(program, x, labels, count_input, images, clock)
     with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted, RealLayouts():
         walk.base = counted.now - walk.live
         for index in range(len(program.steps)):
@@ -114,7 +122,8 @@ def timeline(program, x, labels, existing, count_input=True, images=None):
 
 
 class _Walk:
-    def __init__(self, program, x, labels, count_input, images):
+    def __init__(self, program, x, labels, count_input, images, clock):
+        self.clock = clock
         self.program, self.values = program, {program.images: images, program.input: x, program.labels: labels}
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held = {}  # value -> its storage's key
@@ -141,6 +150,7 @@ class _Walk:
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
         macs = called.count if step.macs is None else step.macs(reads, made)
+        nanoseconds = 0 if self.clock is None else self.clock(step, reads, made, macs)
         del reads, made
         for name, tensor in tensors.items():
             self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)
@@ -152,8 +162,8 @@ class _Walk:
             self._free(name, index + 1)
             del values[name]
         self._settle(counted, index + 1, step.part)
-        memory = before, high, self.live, gradients, macs, traffic
-        self.moments.append(Moment(step.kind, step.phase, step.rebuilds, step.part, *memory))
+        costs = before, high, self.live, gradients, macs, traffic, nanoseconds
+        self.moments.append(Moment(step.kind, step.phase, step.rebuilds, step.part, *costs))
 
     def _settle(self, counted, index, part):
         """Opens or resizes the buffer of what only islands' graphs hold: the rest of what lives."""

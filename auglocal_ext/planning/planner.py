@@ -63,6 +63,7 @@ class Planner:
         precision, optimizer, recompute, criterion: see `auglocal_ext.train`.
         memory_format: of the images, where no batch tells it.
         backbone: of the model, where it was read already.
+        clock: None, or what predicts times; see `calibration.load`.
 
     Attributes:
         options: how the programs are built; see `module_nodes.module_program`.
@@ -79,9 +80,10 @@ class Planner:
         memory_format=torch.channels_last,
         backbone=None,
         criterion=None,
+        clock=None,
     ):
         check_precision(precision)
-        self.criterion = as_criterion(criterion)
+        self.criterion, self.clock = as_criterion(criterion), clock
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
@@ -170,7 +172,7 @@ class Planner:
             else:
                 self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
-                line, features = timeline(program, x, labels, part.existing, index > 0, images)
+                line, features = timeline(program, x, labels, part.existing, index > 0, images, self.clock)
                 walk = _Walk(program, line, features, kept)
             walks.append(walk)
             x, source = walk.features, walk.program.features
@@ -201,7 +203,13 @@ class Planner:
             islands=tuple(island.what for island in walk.program.islands),
             timeline=line,
             kept_gaps=walk.kept_gaps,
+            nanoseconds=self._nanoseconds(part, line),
         )
+
+    def _nanoseconds(self, part, line):
+        if self.clock is None:
+            return None
+        return line.nanoseconds + self.clock.optimizer(self.factory, part.module.parameters(), part.optimizer_bytes)
 
     def _assert_same_function(self, images):
         """See `equivalence.assert_same_function`; once for images of a shape and layout."""

@@ -35,6 +35,7 @@ class ModulePlan:
     islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
     timeline: Timeline = field(repr=False)
     kept_gaps: frozenset = field(repr=False)  # see `engine.program.build`
+    nanoseconds: int | None = None  # predicted, the optimizer's step included; None: nobody asked for times
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class Plan:
     @property
     def macs(self):
         return sum(module.macs for module in self.modules)
+
+    @property
+    def milliseconds(self):
+        """Predicted time of a step, the optimizers' included; None: nobody asked for times."""
+        times = [module.nanoseconds for module in self.modules]
+        return None if None in times else sum(times) / 1e6
 
     @property
     def borders(self):
