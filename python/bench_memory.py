@@ -5,16 +5,22 @@
     [--cases NAME ...] [--json FILE] [--markdown FILE]
 
 Rows: eager backpropagation (BP), BP with every unit checkpointed (GC), the local step by autograd as the method's
-authors do it, and this project's step: one module per unit, backpropagation on the same engine (K = 1), and the
-cheapest cuts that stay below given bytes of activations. Activations: the highest of everything but parameters, their
-gradients, optimizer state and the batch; total: everything. Bytes are of live tensors, without a library's scratch.
+authors do it, and this project's step: BP and GC on the same engine, one module per unit, and under budgets of the
+whole step the cheapest cuts, with the paper's nets, with light ones, and with light ones whose depth is chosen border
+by border and convolutions that run again unit by unit. goal: the most arithmetic that was aimed at for that budget.
+Activations: the highest of everything but parameters, their gradients, optimizer state and the batch; total:
+everything. Bytes are of live tensors, without a library's scratch. Measured steps run in turn, one step of each at a
+time; those of torch.compile have activation budgets, and of them `saved` is what the partitioner keeps for the
+backward.
 """
 
+import re
 import statistics
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,18 +38,18 @@ from auglocal_ext.common.memory import LiveBytes
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
 
-LAYOUT = torch.contiguous_format  # of the images, where nothing runs on CUDA
+LAYOUT = torch.contiguous_format  # of the images, where nothing runs
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its batch, the depth of its aux nets, and the activations, in GB, to find the cheapest cut below."""
+    """A network, its batch, the depth of the paper's aux nets, and goals: (GB of the whole step, MACs / BP at most)."""
 
     network: str
     shape: tuple[int, int, int, int]
     classes: int
     depth: int
-    budgets: tuple[float, ...] = ()
+    goals: tuple[tuple[float, float], ...] = ()
 
     @property
     def name(self):
@@ -52,12 +58,12 @@ class Case:
 
 CASES = {
     "meta": {
-        "resnet32-d4": Case("resnet32", (1024, 3, 32, 32), 10, 4, (0.49, 0.6, 0.7, 1.0)),
-        "resnet32-d6": Case("resnet32", (1024, 3, 32, 32), 10, 6),
-        "resnet110-d4": Case("resnet110", (1024, 3, 32, 32), 10, 4, (0.6, 0.8, 1.0, 1.5, 2.33)),
-        "resnet34-d5": Case("resnet34", (256, 3, 224, 224), 1000, 5, (1.7, 2.0, 2.5)),
-        "resnet101-d5": Case("resnet101", (256, 3, 224, 224), 1000, 5, (6.9, 8.0, 9.0, 10.0)),
-        "vgg13_bn-d5": Case("vgg13_bn", (256, 3, 224, 224), 1000, 5, (10.75,)),
+        "resnet32": Case("resnet32", (1024, 3, 32, 32), 10, 4, ((0.56, 1.03), (0.42, 1.06))),
+        "resnet110": Case("resnet110", (1024, 3, 32, 32), 10, 4, ((0.84, 1.06), (0.58, 1.12))),
+        "resnet34": Case("resnet34", (256, 3, 224, 224), 1000, 5, ((2.05, 1.03), (1.85, 1.06), (1.6, 1.15))),
+        "resnet50": Case("resnet50", (256, 3, 224, 224), 1000, 5, ((5.6, 1.02), (5.0, 1.08))),
+        "resnet101": Case("resnet101", (256, 3, 224, 224), 1000, 5, ((8.8, 1.01), (8.2, 1.04), (7.0, 1.12))),
+        "vgg13_bn": Case("vgg13_bn", (256, 3, 224, 224), 1000, 5, ((11.6, 1.03), (10.0, 1.1))),
     },
     "cpu": {
         "resnet32": Case("resnet32", (128, 3, 32, 32), 10, 4),
@@ -82,6 +88,8 @@ class Row:
     milliseconds: float | None = None  # median of a step
     allocated: int | None = None  # torch.cuda.max_memory_allocated
     reserved: int | None = None
+    goal: float | None = None  # the most MACs / BP that were aimed at
+    saved: int | None = None  # bytes that torch.compile keeps for the backward
     error: str | None = None  # why there is no figure
 
 
@@ -148,8 +156,7 @@ def counted(case):
     with torch.device("meta"):
         model = auglocal_ext.models.create(case.network, case.classes)
         images, labels = torch.empty(case.shape), torch.empty(case.shape[0], dtype=torch.int64)
-    one = auglocal_ext.plan(model, case.shape, case.depth, memory_format=LAYOUT)
-    bp = auglocal_ext.plan(model, case.shape, rule="bp", memory_format=LAYOUT)
+    one, bp = one_of(model, case), one_of(model, case, rule="bp")
     batch = images.nbytes + labels.nbytes
     state = bp.state_bytes + batch
     for method, checkpointed, macs in (("eager BP", False, 1.0), ("GC, every unit", True, 4 / 3)):
@@ -173,10 +180,32 @@ def counted(case):
         case.name, "local step by autograd", peak - rest, peak - rest + one.state_bytes + batch, one.macs / one.bp_macs
     )
     yield planned(case, "one module per unit", one)
-    yield planned(case, "K = 1 (BP, same engine)", bp)
-    for budget in case.budgets:
-        found = cheapest(model, case, budget * 1e9)
-        yield planned(case, f"cheapest cut, activations <= {budget:g} GB (K = {len(found.modules)})", found)
+    yield planned(case, "BP on this engine", bp)
+    yield planned(case, "every unit checkpointed, on this engine", one_of(model, case, rule="checkpoint"))
+    for budget, goal in case.goals:
+        for nets, options in NETS.items():
+            method = f"budget {budget:g} GB, {nets}"
+            try:
+                found = one_of(model, case, memory_budget=round(budget * 1e9), **options)
+            except ValueError as error:
+                least = re.search(r"needs ([\d.]+ [MG]B)", str(error))
+                yield Row(case.name, method, None, None, None, goal=goal, error=f"the least is {least[1]}")
+                continue
+            again = sum(len(module.recomputed) for module in found.modules)
+            cut = f"K = {len(found.modules)}" + (f", {again} units run again" if again else "")
+            yield replace(planned(case, f"{method} ({cut})", found), goal=goal)
+
+
+# Under a budget. The depth of light ones is the default one; chosen, it is what costs the least.
+NETS = {
+    "the paper's nets": {},
+    "light nets": {"depth": 4, "auxiliary": "light"},
+    "light nets, all chosen": {"depth": "auto", "auxiliary": "light", "recompute": "auto"},
+}
+
+
+def one_of(model, case, **options):
+    return auglocal_ext.plan(model, case.shape, **({"depth": case.depth, "memory_format": LAYOUT} | options))
 
 
 def live_peak(run, existing):
@@ -193,37 +222,43 @@ def planned(case, method, plan):
     return Row(case.name, method, plan.activation_bytes, plan.peak_bytes, plan.macs / plan.bp_macs)
 
 
-def cheapest(model, case, activations):
-    """The plan of least arithmetic found whose activations are at most that many bytes: memory_budget is of the whole
-    step, so what a cut needs besides is added and the search repeated until that settles."""
-    best, budget, tried = None, activations, set()
-    while len(tried) < 8 and round(budget) not in tried:
-        tried.add(round(budget))
-        try:
-            plan = auglocal_ext.plan(model, case.shape, case.depth, memory_budget=round(budget), memory_format=LAYOUT)
-        except ValueError:
-            budget *= 1.1
-            continue
-        if plan.activation_bytes <= activations and (best is None or plan.macs < best.macs):
-            best = plan
-        budget = activations + plan.peak_bytes - plan.activation_bytes
-    if best is None:
-        raise ValueError(f"no cut of {case.name} stays below {activations / 1e9:g} GB of activations")
-    return best
-
-
 # ---- run ----------------------------------------------------------------------------------------------------------
 
 
 def measured(case, device, precision, seconds):
-    """Rows of a case that was run, all methods in turn, so that what disturbs the machine disturbs them alike."""
-    layout = torch.channels_last if device == "cuda" else LAYOUT
-    images = torch.randn(case.shape).to(device, memory_format=layout)
+    """Rows of a case that was run. On the CPU one step of each in turn, so that what disturbs the machine disturbs all
+    alike; on a GPU one after another, so that each has the memory for itself."""
+    images = torch.randn(case.shape).to(device, memory_format=torch.channels_last)
     labels = torch.arange(case.shape[0], device=device) % case.classes
+    autocast = torch.autocast(device, torch.bfloat16, precision == "bf16")
+    rows, steps = {}, {}
+    for method, make in methods(case, device, precision).items():
+        try:
+            step = make()
+            run = partial(_run, step, images, labels, autocast)
+            rows[method] = _memory(case, method, step, run, images, labels, device)
+        except Exception as error:  # torch.compile may not run here: the row says so
+            rows[method] = Row(case.name, method, None, None, None, error=str(error).splitlines()[0])
+            continue
+        print(f"{case.name}: {method}", file=sys.stderr, flush=True)
+        steps[method] = run
+        if device == "cuda":
+            times = _times(steps, device, seconds)
+            rows[method] = replace(rows[method], milliseconds=statistics.median(times[method]))
+            del step, run
+            steps.clear()
+    times = _times(steps, device, seconds * len(steps)) if steps else {}
+    for method, row in rows.items():
+        yield replace(row, milliseconds=statistics.median(times[method])) if method in times else row
+
+
+def methods(case, device, precision):
+    """name -> what makes a step of it, an object with `step(images, labels)` and `tensors()`."""
 
     def fresh():
         torch.manual_seed(0)
-        return auglocal_ext.models.create(case.network, case.classes).to(device, memory_format=layout)
+        model = auglocal_ext.models.create(case.network, case.classes)
+        return model.to(device, memory_format=torch.channels_last)
 
     def local(**options):
         return auglocal_ext.LocalTrainer(fresh(), case.depth, precision=precision, **options)
@@ -234,60 +269,85 @@ def measured(case, device, precision, seconds):
         model = fresh()
         return Eager(model, run=torch.compile(model))
 
-    methods = {
+    def within_checkpoint(**options):
+        model = fresh()
+        memory = auglocal_ext.plan(model, case.shape, rule="checkpoint", precision=precision).peak_bytes
+        plan = auglocal_ext.plan(model, case.shape, precision=precision, memory_budget=memory, **options)
+        return auglocal_ext.LocalTrainer(model, plan=plan)
+
+    return {
         "eager BP": lambda: Eager(fresh()),
         "GC, every unit": lambda: Eager(fresh(), checkpointed=True),
+        **{f"compiled BP, activation budget {budget:g}": partial(compiled, budget) for budget in (1.0, 0.7, 0.5)},
         "local step by autograd": lambda: EagerLocal(local()),
         "one module per unit": local,
-        "K = 1 (BP, same engine)": lambda: local(rule="bp"),
+        "BP on this engine": lambda: local(rule="bp"),
+        "every unit checkpointed, on this engine": lambda: local(rule="checkpoint"),
+        "in its memory, light nets": lambda: within_checkpoint(auxiliary="light"),
+        "in its memory, light nets, all chosen": lambda: within_checkpoint(
+            depth="auto", auxiliary="light", recompute="auto"
+        ),
     }
-    if device == "cuda":
-        for budget in (1.0, 0.8, 0.7):
-            methods[f"compiled BP, activation budget {budget:g}"] = lambda budget=budget: compiled(budget)
-    autocast = torch.autocast(device, torch.bfloat16, precision == "bf16")
-    for method, make in methods.items():
-        step = make()
-
-        def run(step=step):
-            if isinstance(step, auglocal_ext.LocalTrainer):
-                step.step(images, labels)
-            else:
-                with autocast:
-                    step.step(images, labels)
-
-        try:
-            yield _measure(case, method, step, run, images, labels, device, seconds)
-        except Exception as error:  # torch.compile may not run here: the row says so
-            yield Row(case.name, method, None, None, None, error=str(error).splitlines()[0])
-        del step, run
 
 
-def _measure(case, method, step, run, images, labels, device, seconds):
+def _run(step, images, labels, autocast):
+    if isinstance(step, auglocal_ext.LocalTrainer):
+        step.step(images, labels)
+    else:
+        with autocast:
+            step.step(images, labels)
+
+
+def _memory(case, method, step, run, images, labels, device):
+    """The Row of a step without its time."""
     for _ in range(2):
         run()
-    allocated = reserved = None
+    saved = allocated = reserved = activations = total = None
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run()
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        activations = total = None
-    else:
+    if method.startswith("compiled"):
+        saved = _saved_bytes(step, run)
+    elif device != "cuda":
         with LiveBytes([*step.tensors(), images, labels]) as live:
             existing = live.now
             run()
         activations, total = live.peak - existing, live.peak
-    times, until = [], time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 3:
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
     plan = getattr(step, "plan", None)
     macs = plan.macs / plan.bp_macs if plan else None
-    return Row(case.name, method, activations, total, macs, statistics.median(times), allocated, reserved)
+    return Row(case.name, method, activations, total, macs, None, allocated, reserved, saved=saved)
+
+
+def _saved_bytes(step, run):
+    """Bytes that autograd keeps between forward and backward, parameters and buffers left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in step.tensors()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(saved.values())
+
+
+def _times(steps, device, seconds):
+    """method -> milliseconds of its steps, one of each in turn until the seconds are over, three at least."""
+    times, until = {method: [] for method in steps}, time.perf_counter() + seconds
+    while time.perf_counter() < until or len(next(iter(times.values()))) < 3:
+        for method, run in steps.items():
+            started = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[method].append(1e3 * (time.perf_counter() - started))
+    return times
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------
@@ -301,7 +361,9 @@ def markdown(rows, about):
         "method": lambda row: row.method if row.error is None else f"{row.method}: {row.error}",
         "activations, GB": lambda row: gb(row.activations),
         "total, GB": lambda row: gb(row.total),
-        "MACs / BP": lambda row: "" if row.macs is None else f"{row.macs:.2f}",
+        "MACs / BP": lambda row: "" if row.macs is None else f"{row.macs:.3f}",
+        "goal": lambda row: "" if row.goal is None else f"{row.goal:.2f}",
+        "saved, GB": lambda row: gb(row.saved),
         "ms a step": lambda row: "" if row.milliseconds is None else f"{row.milliseconds:.1f}",
         "allocated, GB": lambda row: gb(row.allocated),
         "reserved, GB": lambda row: gb(row.reserved),

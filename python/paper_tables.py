@@ -91,7 +91,15 @@ MEMORY = {
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 UNUSUAL = set(recipes.MORE_SETTINGS) - {"budget", "recompute", "image_size"}  # in a record where no recipe has it so
-CUT = ("rule", "depth", "modules", "auxiliary", "form", "budget", "recompute")  # the settings that differ within a group
+CUT = (
+    "rule",
+    "depth",
+    "modules",
+    "auxiliary",
+    "form",
+    "budget",
+    "recompute",
+)  # the settings that differ within a group
 
 
 class Group:

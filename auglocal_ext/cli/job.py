@@ -72,6 +72,7 @@ def train_as_told(options, model, source, **more):
         auxiliary=options.auxiliary,
         modules=options.modules,
         memory_budget=options.budget,
+        prefer=options.prefer,
         recompute=options.recompute,
         optimizer=named_optimizer(options.optimizer, options.lr, options.momentum, options.weight_decay),
         schedule=schedule_of(options),

@@ -3,10 +3,11 @@
 Nothing is imported here, so that no help waits for torch; a test compares these with what they name.
 """
 
-__all__ = ["FORMS", "FREE", "NONFINITE", "OPTIMIZERS", "PRECISIONS", "RULES", "SCHEDULES", "WITH_MOMENTUM"]
+__all__ = ["FORMS", "FREE", "NONFINITE", "OPTIMIZERS", "PRECISIONS", "PREFER", "RULES", "SCHEDULES", "WITH_MOMENTUM"]
 
 RULES = ("auglocal", "dgl", "predsim", "infopro", "bp", "checkpoint")
 FORMS = ("cifar", "imagenet")
+PREFER = ("arithmetic", "memory", "time")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adagrad", "rmsprop")
 WITH_MOMENTUM = ("sgd", "rmsprop")

@@ -19,7 +19,15 @@ def plan_command(options):
     cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules", "recompute")}
     # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
     model = model.train().to_empty(device="cpu")
-    planned = plan(model, shape, options.depth, precision=options.precision, memory_budget=options.budget, **cutting)
+    planned = plan(
+        model,
+        shape,
+        options.depth,
+        precision=options.precision,
+        memory_budget=options.budget,
+        prefer=options.prefer,
+        **cutting,
+    )
     print(planned.brief() if options.brief else planned)
     for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
         if path:

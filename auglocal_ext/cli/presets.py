@@ -27,6 +27,7 @@ DEFAULTS = {
     "precision": "fp32",
     "recompute": False,
     "budget": None,
+    "prefer": "arithmetic",
     "epochs": 15,
     "batch_size": 128,
     "optimizer": "sgd",

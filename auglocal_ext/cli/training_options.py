@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from .config import read_config
-from .names import FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, RULES, SCHEDULES, WITH_MOMENTUM
+from .names import FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, PREFER, RULES, SCHEDULES, WITH_MOMENTUM
 from .options import default_device, device, number, seed, size, whole
 from .presets import DEFAULTS, LEARNING_RATES, PRESETS, defaults_of
 
@@ -18,7 +18,7 @@ _DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
     "fake:N (default: {default})"
 )
-_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "precision", "recompute", "budget")
+_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "precision", "recompute", "budget", "prefer")
 
 
 def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
@@ -121,6 +121,11 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     add("--recompute", nargs="?", const=True, choices=["auto"], help=again)
     add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
         "least work")  # fmt: skip
+    add(
+        "--prefer",
+        choices=PREFER,
+        help="what is least under --budget; time: see `auglocal calibrate` (default: {default})",
+    )
     return {name: defaults[name] for name in _CUT}
 
 

@@ -23,11 +23,12 @@ from .comparison import Comparison, Cost
 from .menu import Menu
 from .refusal import too_small
 
-__all__ = ["Choice", "DEPTHS", "candidates", "check_device", "choose"]
+__all__ = ["Choice", "DEPTHS", "PREFER", "candidates", "check_device", "choose"]
 
 
 DEPTHS = range(2, 7)  # the paper's; what depth="auto" looks at
 NETS = ("paper", "light")  # what auxiliary="auto" looks at
+PREFER = ("arithmetic", "memory", "time")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Choice:
     next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
     next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
     more: what cheaper nets and recomputation would reach within the budget, (arguments, Point); None: no less.
+    prefer: what was to be least, see `auglocal_ext.plan`; points' costs are nanoseconds with "time".
     bp_macs: of backpropagation; known, as is comparison, what the step costs otherwise, once the choice is planned.
     """
 
@@ -50,6 +52,7 @@ class Choice:
     next_cheaper: search.Point | None
     next_smaller: search.Point | None
     more: tuple[str, search.Point] | None = None
+    prefer: str = "arithmetic"
     bp_macs: int = 0
     comparison: Comparison | None = None
 
@@ -62,8 +65,13 @@ class Choice:
         }
         if self.more:
             points[f"with {self.more[0]}: {_modules(self.more[1])}"] = self.more[1]
-        costs = {what: Cost(point.bytes, point.macs / self.bp_macs) for what, point in points.items() if point}
+        costs = {what: self._cost(point) for what, point in points.items() if point}
         return "\n".join(report.cost_lines(self.comparison.rows(costs), self.comparison.warning))
+
+    def _cost(self, point):
+        if self.prefer == "time":
+            return Cost(point.bytes, None, point.cost / 1e6)
+        return Cost(point.bytes, point.cost / self.bp_macs)
 
 
 def _modules(point):
@@ -92,8 +100,8 @@ def candidates(rule, depth, form, auxiliary, units):
     return [rule]
 
 
-def choose(planner, shape, budget, rules, modules=None, recompute=False):
-    """The cheapest cut of least arithmetic whose step fits `budget` bytes.
+def choose(planner, shape, budget, rules, modules=None, recompute=False, prefer="arithmetic"):
+    """The best cut whose step fits `budget` bytes.
 
     Args:
         planner: of the model.
@@ -102,6 +110,7 @@ def choose(planner, shape, budget, rules, modules=None, recompute=False):
         rules: see `candidates`; with `rules.BP` there is one cut.
         modules: K, to choose among cuts into K modules only; None: any number.
         recompute: False, True, names of units, or "auto": which units' convolutions run again is chosen too.
+        prefer: what is to be least, one of PREFER; with "time" the planner has a clock.
 
     Returns:
         (list of Span, the head behind each module, recompute as it is chosen, Choice)
@@ -114,9 +123,11 @@ def choose(planner, shape, budget, rules, modules=None, recompute=False):
     point = search.cheapest(front, budget)
     if point is None:
         raise too_small(menu, budget)
+    if prefer == "memory":
+        point = search.smallest(front)
     cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
     rule, again = _rule_of(menu, point), menu.recomputed(point)
-    choice = Choice(budget, point, rule, front, cheaper, smaller, _more(menu, budget, point))
+    choice = Choice(budget, point, rule, front, cheaper, smaller, _more(menu, budget, point), prefer)
     return cut(planner.backbone, rule, borders=point.borders), menu.heads(point), again, choice
 
 
@@ -130,7 +141,7 @@ def _more(menu, budget, point):
     """See `Choice.more`."""
     kind = None if point.modules == 1 and not point.again else menu.cheaper
     found = kind and search.cheapest(menu.points(kind), budget)
-    return (kind.words, found) if found and found.macs < point.macs else None
+    return (kind.words, found) if found and found.cost < point.cost else None
 
 
 def check_device(device, budget):

@@ -17,10 +17,12 @@ FEWER = (2, 3, 4, 8)  # numbers of modules that are tried where a cut needs more
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step. bytes: at its peak, everything in it. macs: multiply-accumulates / backpropagation's."""
+    """Of one training step. bytes: at its peak, everything in it. macs: multiply-accumulates / backpropagation's; None:
+    not known. milliseconds: predicted; None: nobody asked for times."""
 
     bytes: int
-    macs: float
+    macs: float | None
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Comparison:
         return "\n".join(report.cost_lines(self.rows({f"this cut, {count}": self.cut}), self.warning))
 
     def rows(self, costs):
-        """[(what, bytes, macs)] of these costs by their names, then of the other ways; what costs the same as another
-        way is that one, and is told once."""
+        """[(what, Cost)] of these by their names, then of the other ways; what costs the same as another way is that
+        one, and is told once."""
         others = {
             "BP on this engine, rule='bp'": self.bp,
             "every unit checkpointed, rule='checkpoint'": self.checkpoint,
@@ -58,9 +60,9 @@ class Comparison:
         rows = []
         for what, cost in costs.items():
             same = next((name for name, other in others.items() if other == cost), None)
-            rows.append((f"{what}: {same}" if same else what, cost.bytes, cost.macs))
+            rows.append((f"{what}: {same}" if same else what, cost))
             others.pop(same, None)
-        return rows + [(what, cost.bytes, cost.macs) for what, cost in others.items()]
+        return rows + list(others.items())
 
 
 def compared(planner, planned, like=None):
@@ -96,7 +98,7 @@ def compared(planner, planned, like=None):
 
 
 def _cost(plan):
-    return Cost(plan.peak_bytes, plan.macs / plan.bp_macs)
+    return Cost(plan.peak_bytes, plan.macs / plan.bp_macs, plan.milliseconds)
 
 
 def _warning(planner, planned, bp, like):

@@ -46,7 +46,8 @@ class HeadWay:
 
 @dataclass(frozen=True)
 class CutTable:
-    """The numbers of one training step, by unit; lists of length L, indexed by unit. Bytes and macs are whole numbers.
+    """The numbers of one training step, by unit; lists of length L, indexed by unit. Bytes and macs are whole numbers;
+    where time is to be short, macs are nanoseconds.
 
     Attributes:
         input_bytes: the unit's input, if a module begins there.

@@ -13,7 +13,8 @@ from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
 from ..rules.cutting import as_recompute, cut
 from ..rules.rule import Rule
-from .budget import candidates, check_device, choose
+from .budget import PREFER, candidates, check_device, choose
+from .calibration import load
 from .comparison import compared
 from .planner import Planner
 from .result import Plan
@@ -33,6 +34,7 @@ def plan(
     modules: int | None = None,
     precision: str = "fp32",
     memory_budget: int | str | None = None,
+    prefer: str = "arithmetic",
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
@@ -51,6 +53,8 @@ def plan(
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
+        prefer: what is least in the cut that is chosen: "arithmetic"; "memory", the step's bytes; or "time", as it is
+            predicted by what `auglocal calibrate` has measured on this machine.
 
     Returns:
         Plan
@@ -61,7 +65,11 @@ def plan(
     """
     backbone = as_backbone(model)
     shape = check_shape(backbone, input_shape)
+    if prefer not in PREFER:
+        raise ValueError(f"prefer must be one of {', '.join(PREFER)}, given {prefer!r}")
     if memory_budget is None:
+        if prefer != "arithmetic":
+            raise ValueError(f"prefer={prefer!r} chooses under a budget: give memory_budget too, for instance '6GB'")
         for name, value in (("depth", depth), ("auxiliary", auxiliary), ("recompute", recompute)):
             if value == "auto":
                 raise ValueError(f"{name}='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
@@ -71,12 +79,13 @@ def plan(
         rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
     spans = cut(backbone, rules[0], modules)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
-    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion)
+    clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
+    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
     with planner.progress(f"planning batches of {shape[0]}"):
         if memory_budget is None:
             return compared(planner, planner.plan(spans, shape, rules[0]))
         check_device(planner.device, budget)
-        spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute)
+        spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)
         planner = planner.with_recompute(recompute)
         planned = planner.plan(spans, shape, choice.rule, heads)
         return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))

@@ -28,8 +28,8 @@ def _otherwise(menu, budget, smallest):
     said = []
     for kind in sorted(least, key=least.get):
         if least[kind] < smallest:
-            said.append(f"with {kind.words} {format_bytes(least[kind])}{_fits(menu, kind, tables[kind], budget)}")
-    return f". The smallest step {', '.join(said)}" if said else ""
+            said.append(f"with {kind.words} needs {format_bytes(least[kind])}{_fits(menu, kind, tables[kind], budget)}")
+    return f". The smallest step {'; '.join(said)}" if said else ""
 
 
 def _fits(menu, kind, table, budget):

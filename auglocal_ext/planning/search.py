@@ -28,7 +28,7 @@ class Point:
 
     modules: int
     bytes: int
-    macs: int
+    cost: int  # multiply-accumulates; nanoseconds where the table is of these
     borders: tuple[int, ...]  # the last unit of every module but the last
     heads: tuple[int, ...] = ()  # which of the table's heads stands behind each of them
     again: tuple[int, ...] = ()  # the units whose convolutions run again
@@ -66,9 +66,7 @@ def front(table):
     else:
         ways = _compiled.module_ways(*astuple(table)[:-1])
         found = _compiled.fronts(ways)
-    return [
-        _point(table.constant + size, macs, modules, ways) for labels in found for size, macs, modules in labels
-    ]
+    return [_point(table.constant + size, macs, modules, ways) for labels in found for size, macs, modules in labels]
 
 
 def _point(size, macs, modules, ways):
@@ -142,30 +140,30 @@ def _of(labels, macs):
 
 
 def cheapest(points, budget):
-    """The cut of least macs within a budget.
+    """The cut of least cost within a budget.
 
     Args:
         points: from `front`.
         budget: bytes.
 
     Returns:
-        Point, or None where no cut is within the budget. Of equal macs the one of fewest bytes, of those the one of
+        Point, or None where no cut is within the budget. Of equal cost the one of fewest bytes, of those the one of
         fewest modules, of those the one whose borders come first.
     """
-    return min((p for p in points if p.bytes <= budget), key=lambda p: (p.macs, p.bytes, p.modules), default=None)
+    return min((p for p in points if p.bytes <= budget), key=lambda p: (p.cost, p.bytes, p.modules), default=None)
 
 
 def smallest(points):
-    """The cut of fewest bytes; of equal ones the one of least macs, and so on as in `cheapest`."""
-    return min(points, key=lambda p: (p.bytes, p.macs, p.modules))
+    """The cut of fewest bytes; of equal ones the one of least cost, and so on as in `cheapest`."""
+    return min(points, key=lambda p: (p.bytes, p.cost, p.modules))
 
 
 def next_cheaper(points, point):
-    """The cut of fewest bytes that has fewer macs than `point`, or None."""
-    cheaper = (p for p in points if p.macs < point.macs)
-    return min(cheaper, key=lambda p: (p.bytes, p.macs, p.modules), default=None)
+    """The cut of fewest bytes that costs less than `point`, or None."""
+    cheaper = (p for p in points if p.cost < point.cost)
+    return min(cheaper, key=lambda p: (p.bytes, p.cost, p.modules), default=None)
 
 
 def next_smaller(points, point):
-    """The cut of least macs that has fewer bytes than `point`, or None."""
+    """The cut of least cost that has fewer bytes than `point`, or None."""
     return cheapest(points, point.bytes - 1)

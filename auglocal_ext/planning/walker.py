@@ -84,7 +84,8 @@ class Walker:
             options["recompute"] = [self.units[unit].name for unit in again]
         program = module_program(self.planner.backbone, span, head, source, **options)
         existing = [t for unit in span.of(self.units) for t in tensors_of(unit.module)] + tensors_of(head)
-        return timeline(program, self.inputs[first], self.labels, existing, count_input=first > 0)[0]
+        given = program, self.inputs[first], self.labels, existing
+        return timeline(*given, count_input=first > 0, clock=self.planner.clock)[0]
 
     # ---- units -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class Walker:
                 (high, net), (head_high, head_net) = forward, _head_segment(line)
                 forward = max(high, net + head_high), net + head_net
             self.known[key, is_again, before, behind] = forward, backward
-            self.macs[key, is_again, k == first] = _macs(line, *parts)
+            self.macs[key, is_again, k == first] = self.cost(line, *parts) + self.step_cost(self.units[k].module)
 
     # ---- heads -----------------------------------------------------------------------------------------------------
 
@@ -170,13 +171,27 @@ class Walker:
         key = str(head), self.kinds[j], again
         if key not in self.known:
             line = self.walk(j, j, head, again=(j,) if again else ())
-            self.known[key] = _head_segment(line), _macs(line, "head")
+            self.known[key] = _head_segment(line), self.cost(line, "head") + self.step_cost(head)
         return self.known[key]
 
     def classifier(self):
         """What the last unit's way has not counted yet."""
         scratch = self.planner.optimizer_bytes(self.stubs[self.end])[1]
-        return HeadWay(((0, 0), (0, 0)), (0, 0), 0, scratch)
+        return HeadWay(((0, 0), (0, 0)), (self.step_cost(self.stubs[self.end]),) * 2, 0, scratch)
+
+    # ---- costs -----------------------------------------------------------------------------------------------------
+
+    def cost(self, line, *parts):
+        """Of parts of a walk: multiply-accumulates, with a clock nanoseconds."""
+        moments = [moment for moment in line.moments if moment.part in parts]
+        return sum(moment.macs if self.planner.clock is None else moment.nanoseconds for moment in moments)
+
+    def step_cost(self, module):
+        """Of the optimizer's step."""
+        planner = self.planner
+        if planner.clock is None:
+            return 0
+        return planner.clock.optimizer(planner.factory, module.parameters(), planner.optimizer_bytes(module)[0])
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
@@ -213,7 +228,3 @@ def _segment(moments, at):
         return 0, 0
     start = moments[at[0]].before
     return max(moments[i].high for i in at) - start, moments[at[-1]].after - start
-
-
-def _macs(line, *parts):
-    return sum(moment.macs for moment in line.moments if moment.part in parts)

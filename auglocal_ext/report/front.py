@@ -24,10 +24,12 @@ def front_picture(plan, path):
     figure = new_figure(f"{plan.title}\nwhat a step costs, by number of modules K ({plan.precision})", (9, 5.6))
     axes = figure.subplots()
     scale, unit = scale_of(max(plan.comparison.eager.bytes, choice.budget))
+    timed = choice.prefer == "time"
+    whole = 1e6 * plan.comparison.bp.milliseconds if timed else plan.bp_macs  # what costs are a share of
     counts = sorted({point.modules for point in choice.front})
     ends, lines = [], []
     for index, count in enumerate(counts):
-        points = sorted((p.bytes / scale, p.macs / plan.bp_macs) for p in choice.front if p.modules == count)
+        points = sorted((p.bytes / scale, p.cost / whole) for p in choice.front if p.modules == count)
         shade = str(0.75 * index / max(len(counts) - 1, 1))
         axes.plot(*zip(*points, strict=True), "-o", color=shade, ms=3, lw=0.8)
         ends.append((f"K={count}", points[0]))
@@ -39,12 +41,15 @@ def front_picture(plan, path):
         (plan.comparison.eager, "s", "white", "eager BP"),
         (plan.comparison.eager_checkpoint, "^", "white", "eager BP, every unit checkpointed"),
     ):
-        marks.append((cost.bytes / scale, cost.macs))
+        if timed and cost.milliseconds is None:  # eager PyTorch's is not predicted
+            continue
+        marks.append((cost.bytes / scale, 1e6 * cost.milliseconds / whole if timed else cost.macs))
         axes.plot(*marks[-1], marker, ms=9, mfc=fill, mec="k", ls="", label=label)
     axes.axvline(choice.budget / scale, color="k", ls="--", lw=1, label="budget")
-    marks.append((choice.point.bytes / scale, choice.point.macs / plan.bp_macs))
+    marks.append((choice.point.bytes / scale, choice.point.cost / whole))
     axes.plot(*marks[-1], "*", ms=18, mfc="none", mec="k", ls="", label=f"chosen: K={choice.point.modules}")
-    axes.set(xscale="log", xlabel=f"peak bytes of a step, everything in it, {unit}", ylabel="multiply-accumulates / BP")
+    what = "predicted time / BP on this engine" if timed else "multiply-accumulates / BP"
+    axes.set(xscale="log", xlabel=f"peak bytes of a step, everything in it, {unit}", ylabel=what)
     axes.margins(0.08)  # room for the labels
     low, high = axes.get_xlim()
     steps = (1, 1.5, 2, 3, 4, 6, 8) if high > 4 * low else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)

@@ -11,10 +11,18 @@ WIDTH = 100  # columns, of all but the whole table
 
 
 def cost_lines(rows, warning=None):
-    """Lines of (what, bytes of a step's peak, multiply-accumulates / BP), one a row; then the warning, where there is
-    one."""
-    cells = [(what, format_bytes(size), f"MACs {macs:.3f} x BP") for what, size, macs in rows]
+    """Lines of (what, Cost), one a row; then the warning, where there is one."""
+    timed = any(cost.milliseconds is not None for _, cost in rows)
+    cells = [(what, format_bytes(cost.bytes), _macs(cost), *([_time(cost)] if timed else ())) for what, cost in rows]
     return [*_aligned(cells, left=1), *(wrapped(f"warning: {warning}") if warning else ())]
+
+
+def _macs(cost):
+    return "" if cost.macs is None else f"MACs {cost.macs:.3f} x BP"
+
+
+def _time(cost):
+    return "" if cost.milliseconds is None else f"{cost.milliseconds:.1f} ms predicted"
 
 
 def wrapped(sentence):

@@ -89,4 +89,6 @@ class AugLocal(Rule):
             f"{units[unit].name} ({copied_width(units[unit], self.auxiliary)}, /{stride})"
             for unit, stride in zip(sample.units, sample.strides, strict=True)
         ]
-        return " ".join([*[f"pool /{sample.pool}"] * (sample.pool > 1), *copies, *["+ BatchNorm1d"] * sample.batch_norm_head])
+        return " ".join(
+            [*[f"pool /{sample.pool}"] * (sample.pool > 1), *copies, *["+ BatchNorm1d"] * sample.batch_norm_head]
+        )

@@ -25,7 +25,9 @@ def as_rule(rule, depth=4, form=None, auxiliary="paper"):
         return kind(depth, form) if auxiliary == "paper" else kind(depth, form, auxiliary)
     for name, value, default in (("form", form, None), ("auxiliary", auxiliary, "paper")):
         if value != default:
-            raise ValueError(f"{name} is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {value!r})")
+            raise ValueError(
+                f"{name} is a choice of rule 'auglocal': leave it out with {kind.name!r} (given {value!r})"
+            )
     return kind()
 
 

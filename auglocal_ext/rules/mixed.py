@@ -37,7 +37,11 @@ class _Mixed(AugLocal):
         return sorted(self.choices)
 
     def aux_net(self, border):
-        return self.choices[border.unit].aux_net(border)
+        return self._of(border).aux_net(border)
 
     def describe(self, border):
-        return self.choices[border.unit].describe(border)
+        return self._of(border).describe(border)
+
+    def _of(self, border):
+        """The rule of a border; where none was chosen, of the nearest."""
+        return self.choices[min(self.choices, key=lambda unit: abs(unit - border.unit))]

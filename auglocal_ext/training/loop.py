@@ -39,6 +39,7 @@ def train(
     auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
     memory_budget: int | str | None = None,
+    prefer: str = "arithmetic",
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
@@ -74,6 +75,8 @@ def train(
         modules: K, to cut the model into K local modules instead of one per unit.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
+            `auglocal_ext.plan`.
+        prefer: with a budget, what is least in the cut that is chosen: "arithmetic", "memory" or "time"; see
             `auglocal_ext.plan`.
         recompute: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
             inside every module, for a third more arithmetic; or of the units of these names only.
@@ -127,7 +130,8 @@ def train(
         model.to(usable_device(device))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
-    cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "memory_budget": memory_budget}
+    cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules}
+    cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     trainer.nonfinite = nonfinite
@@ -205,12 +209,13 @@ def _check_limits(patience, max_seconds):
     return patience, max_seconds
 
 
-def _make_trainer(model, first, depth, progress, *, memory_budget, optimizer, **options):
+def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optimizer, **options):
     """The LocalTrainer; under a budget that of the cut that is found for it. first: the first batch."""
     images = first[0]
     options["optimizer"] = optimizer or sgd(images.shape[:1].numel())  # of what is no batch at all: refused below
-    if memory_budget is not None or "auto" in (depth, options["auxiliary"], options["recompute"]):
-        planned = plan(model, images.shape, depth, memory_budget=memory_budget, **options)
+    chosen = prefer != "arithmetic" or "auto" in (depth, options["auxiliary"], options["recompute"])
+    if memory_budget is not None or chosen:
+        planned = plan(model, images.shape, depth, memory_budget=memory_budget, prefer=prefer, **options)
         if progress:
             tqdm.write(str(planned.choice))
         trainer = LocalTrainer(model, plan=planned)

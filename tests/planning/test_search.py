@@ -167,11 +167,11 @@ def _all_ways(table, i, j):
 
 
 def by_macs(point):
-    return point.macs, point.bytes, point.modules, point.borders
+    return point.cost, point.bytes, point.modules, point.borders
 
 
 def by_bytes(point):
-    return point.bytes, point.macs, point.modules, point.borders
+    return point.bytes, point.cost, point.modules, point.borders
 
 
 # ---- by hand ----------------------------------------------------------------------------------------------------
@@ -311,13 +311,13 @@ def test_the_front_is_exact(front, most, ways):
         for modules in range(1, len(table.input_bytes) + 1):
             least = inf
             for point in sorted(of(modules, points), key=by_bytes):
-                if point.macs < least:
+                if point.cost < least:
                     expected.append(point)
-                    least = point.macs
+                    least = point.cost
         found = front(table)
         assert set(found) <= set(points)  # each costs what its choices cost
-        costs = [(point.modules, point.bytes, point.macs, point.borders) for point in found]
-        assert costs == [(point.modules, point.bytes, point.macs, point.borders) for point in expected]
+        costs = [(point.modules, point.bytes, point.cost, point.borders) for point in found]
+        assert costs == [(point.modules, point.bytes, point.cost, point.borders) for point in expected]
 
 
 def test_where_no_head_is_there_is_one_module(front):
@@ -376,9 +376,7 @@ def test_the_search_in_python_serves_a_deep_network_too(monkeypatch):
 
 def test_which_search_serves(monkeypatch):
     table, point = blank(1), Point(1, 0, 0, ())
-    twin = SimpleNamespace(
-        module_ways=lambda *table: [[[(0, 0, 0, 0, "1")]]], fronts=lambda ways: [[(7, 8, [(0, 0)])]]
-    )
+    twin = SimpleNamespace(module_ways=lambda *table: [[[(0, 0, 0, 0, "1")]]], fronts=lambda ways: [[(7, 8, [(0, 0)])]])
     monkeypatch.setattr(search, "_compiled", twin)
     assert search.front(table) == [Point(1, 7, 8, (), (), (0,))]
     monkeypatch.setattr(search, "_compiled", None)
@@ -397,7 +395,10 @@ def test_which_search_serves(monkeypatch):
         ({"unit_scratch": [0]}, "CutTable.unit_scratch must have an entry for each of the 2 units, given 1"),
         ({"identity": [True] * 3}, "CutTable.identity must have an entry for each of the 2 units, given 3"),
         ({"forward": [[(0, 0)] * 9, [(0, 0)] * 8]}, "UnitWay.forward must have 9 variants"),
-        ({"head": [(0, 0), (1, 2)]}, r"HeadWay.segments must be pairs .* with max\(0, net\) <= high, .*; given \(1, 2\)"),
+        (
+            {"head": [(0, 0), (1, 2)]},
+            r"HeadWay.segments must be pairs .* with max\(0, net\) <= high, .*; given \(1, 2\)",
+        ),
         ({"backward": [[(-1, -1)] * 9] * 2}, r"UnitWay.backward must be pairs .* with max\(0, net\) <= high"),
         ({"head": [(0, 0), 1]}, "HeadWay.segments must be pairs of whole numbers .*; given 1"),
         ({"forward": [[(0, 0, 0)] * 9] * 2}, "UnitWay.forward must be pairs of whole numbers"),

@@ -84,7 +84,10 @@ def test_widths(torchvision):
     assert [block.conv1.out_channels for block in net if isinstance(block, models.BasicBlock)] == [16, 32, 32]
     assert net[-1].in_features == 32
     net = net_of(torchvision.models.resnet50(), 3, "width=0.5", 3, (3, 64, 64))
-    assert [(b.conv2.out_channels, b.conv3.out_channels) for b in net if hasattr(b, "conv3")] == [(128, 512), (256, 1024)]
+    assert [(b.conv2.out_channels, b.conv3.out_channels) for b in net if hasattr(b, "conv3")] == [
+        (128, 512),
+        (256, 1024),
+    ]
     grouped = net_of(torchvision.models.resnext50_32x4d(), 3, "width=0.01", 3, (3, 64, 64))
     assert grouped(torch.randn(2, 256, 16, 16)).shape == (2, 1000)
     assert [b.conv2.groups for b in grouped if hasattr(b, "conv3")] == [32, 32]
