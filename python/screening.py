@@ -23,7 +23,7 @@ from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, device, number
 from auglocal_ext.common.files import check_writable
 from auglocal_ext.common.memory import format_bytes
-from auglocal_ext.report import check_picture
+from auglocal_ext.report import accuracy_picture, check_picture
 
 FILE = RESULTS / "auxiliary_cifar20k.jsonl"
 
@@ -83,10 +83,36 @@ def table(rows):
 
 
 def _figures(seeds):
-    accuracies = [100 * made["accuracy"]["last"] for made in seeds]
-    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(seeds) > 1 else ""
+    percent = [100 * accuracy for accuracy in accuracies(seeds)]
+    spread = f" ± {statistics.stdev(percent):.1f}" if len(seeds) > 1 else ""
     size = format_bytes(max(made["peak_bytes"] for made in seeds))
-    return [f"{seeds[-1]['macs_per_bp']:.2f}", size, f"{statistics.mean(accuracies):.1f}{spread}", str(len(seeds))]
+    return [f"{seeds[-1]['macs_per_bp']:.2f}", size, f"{statistics.mean(percent):.1f}{spread}", str(len(seeds))]
+
+
+def draw(rows, path):
+    """The picture of the network that has the most rows."""
+    networks = [network for network, *_ in rows]
+    network = max(networks, key=networks.count)
+    rows = [row for row in rows if row[0] == network]
+    runs = [
+        (_group(what, count), _label(what), seeds[-1]["macs_per_bp"], seeds[-1]["peak_bytes"], accuracies(seeds))
+        for _, what, count, seeds in sorted(rows, key=lambda row: row[2])
+    ]
+    made = rows[0][3][0]["settings"]
+    title = f"{network}, {made['train_images']:,} images of CIFAR-10, {made['epochs']} epochs, {made['precision']}"
+    accuracy_picture(path, title, runs, baseline=METHODS["bp"])
+
+
+def _group(what, count):
+    return what if what == METHODS["bp"] else f"{count} local modules"
+
+
+def _label(what):
+    return what.removeprefix("AugLocal ")
+
+
+def accuracies(seeds):
+    return [made["accuracy"]["last"] for made in seeds]
 
 
 def parse(arguments=None):

@@ -1,4 +1,4 @@
-"""What a search chooses from: the cuts that were asked for, and those of other nets and of recomputation beside them."""
+"""What a search chooses from: the cuts that were asked for, and beside them those of other nets and recomputation."""
 
 from dataclasses import dataclass
 

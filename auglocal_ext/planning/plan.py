@@ -46,8 +46,8 @@ def plan(
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
         depth, rule, form, auxiliary, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget
-            depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6 and be the
-            paper's or light, and every unit's convolutions run again or not, whatever costs the least arithmetic.
+            depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6 and be
+            the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.

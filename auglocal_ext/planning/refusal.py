@@ -1,4 +1,4 @@
-"""What is said of a budget that nothing fits: the least that would, the largest batch that does, and what else would."""
+"""What is said of a budget that nothing fits: the least that would, the largest batch that does, what else would."""
 
 from ..common.memory import format_bytes
 from . import search

@@ -4,10 +4,12 @@ from .confusion import confusion_picture
 from .curves import learning_curve
 from .figure import check_picture
 from .front import front_picture
+from .scatter import accuracy_picture
 from .step_memory import memory_picture
 from .tables import brief_table, cost_lines, plan_table, wrapped
 
 __all__ = [
+    "accuracy_picture",
     "brief_table",
     "check_picture",
     "confusion_picture",

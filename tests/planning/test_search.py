@@ -54,7 +54,7 @@ def blank(units, **fields):
 
 
 def random_table(draw, units, most, ways=1):
-    """Random numbers below `most`; where that is small, many cuts cost the same. ways: the most of a unit, of a head."""
+    """Random numbers below `most`; where that is small, many cuts cost the same. ways: the most of each."""
 
     def number():
         return draw.randrange(most)

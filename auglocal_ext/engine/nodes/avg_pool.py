@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ops.batch_norm_act import memory_format
-from ..node import Node, computes
+from ..node import Node
 
 __all__ = ["AvgPool"]
 
