@@ -133,9 +133,9 @@ def bench(options):
         for row in measure(network, where, options.precision, clock, options.rounds):
             rows.append(row)
             print(line(row), flush=True)
+        if options.json:
+            write_json(options.json, {**about, "rows": rows})
     print(f"largest error of a time relative to BP's: {max(abs(row['error']) for row in rows):.1%}")
-    if options.json:
-        write_json(options.json, {**about, "rows": rows})
     return 0
 
 

@@ -191,3 +191,10 @@ def test_an_optimizer_of_ones_own_goes_by_its_kin(tiny_model):
     clock = Calibration(calibration_helpers.samples())
     given = {"optimizer": functools.partial(torch.optim.Rprop, lr=0.1)}
     assert planned(tiny_model, clock, **given).milliseconds > 0
+
+
+def test_memory_that_is_new_to_the_process_is_told_apart():
+    small, large = (described(*calibration_helpers.elementwise("norm", n, 224)) for n in (2, 32))
+    assert small.costs[2] == 0 and large.costs[2] == 32 * 16 * 224 * 224 * 4
+    inside = described(*calibration_helpers.convolution("conv", 32, 3, 16, 224))
+    assert inside.costs[2] == 32 * 16 * 224 * 224 * 4
