@@ -7,7 +7,7 @@ the next module. No loss is ever summed over modules.
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,18 +31,10 @@ from .divergence import UndoWhereNotFinite
 from .errors import check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
 from .state import load_state, state_of
+from .step_result import StepResult
 from .watch import Watch
 
 __all__ = ["LocalTrainer", "StepResult"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step computed, before its parameters changed. Tensors on the model's device, detached."""
-
-    loss: torch.Tensor  # (): the criterion of the model's own classifier; NaN where the batch was refused
-    logits: torch.Tensor  # (N, num_classes), of the model's own classifier
-    module_losses: torch.Tensor  # (modules,): each local module's loss, the classifier's last
 
 
 class LocalTrainer:
@@ -74,8 +66,8 @@ class LocalTrainer:
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy, or
             torch.nn.CrossEntropyLoss(label_smoothing=...).
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
-        recompute: run convolutions again in the backward instead of keeping their outputs, as gradient checkpointing
-            does, with BatchNorm's statistics updated once: of every unit and aux net, or of the units of these names.
+        recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
+            of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
         image_size: (height, width) of the images, for a rule whose nets depend on it (predsim, dgl, infopro). Default:
             32 for the CIFAR networks, 224 for others. Other sizes may follow where they need no other nets.
 
@@ -188,8 +180,8 @@ class LocalTrainer:
         modes = self._plan_for(images)
         if images.is_inference():  # which autograd cannot use
             images, labels = images.clone(), labels.clone()
-        for head in self.aux_nets:
-            head.follow(self._backbone.classifier)
+        for module in self.local_modules:
+            module.head.follow(self._backbone.classifier)
         inputs, modules = [images], self._current_programs(modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
         losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)

@@ -1,0 +1,16 @@
+"""What a training step computed."""
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["StepResult"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed, before its parameters changed. Tensors on the model's device, detached."""
+
+    loss: torch.Tensor  # (): the criterion of the model's own classifier; NaN where the batch was refused
+    logits: torch.Tensor  # (N, num_classes), of the model's own classifier
+    module_losses: torch.Tensor  # (modules,): each local module's loss, the classifier's last
