@@ -1,5 +1,6 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
+import gc
 import os
 import zlib
 from collections import Counter
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(items):
         cases[test] += item.get_closest_marker("cuda") is None  # of which few machines run any
         if cases[test] > MEASURED:
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays. Each full collection of garbage, of which a training makes several,
+    would walk over thousands of tests otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from ops_helpers import DEVICES, DISPATCHED, LAYOUTS, error, make, rounding
+from ops_helpers import DEVICES, DISPATCHED, LAYOUTS, REGISTERED, error, make, rounding
 from torch.library import opcheck
 
 from auglocal_ext.ops import (
@@ -99,9 +99,8 @@ def test_gradcheck(layout, residual, relu):
 
 
 @pytest.mark.parametrize("device", DISPATCHED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 1, 1), (0, 3, 2, 2)])
+@pytest.mark.parametrize(("shape", "dtype"), REGISTERED)
 @pytest.mark.parametrize(("residual", "relu"), KINDS)
 def test_opcheck(shape, layout, dtype, residual, relu, device):
     x, weight, bias, added, grad = make(shape, dtype, layout, residual, device=device)
