@@ -1,7 +1,9 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
+import gc
 import os
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import emulation
@@ -14,6 +16,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, a core each
     torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MEASURED = 4  # cases of a test
+
+
+def pytest_collection_modifyitems(items):
+    """Coverage is measured in the first cases of each test. It nearly doubles what a case takes, and later cases run
+    the same lines on other values; where they do not, the figure is too low, never too high."""
+    cases = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        cases[test] += item.get_closest_marker("cuda") is None  # of which few machines run any
+        if cases[test] > MEASURED:
+            item.add_marker("no_cover")
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays. Each full collection of garbage, of which a training makes several,
+    would walk over thousands of tests otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

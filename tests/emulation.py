@@ -1,11 +1,12 @@
 """The CUDA kernels on the CPU: builds csrc/emulation with the .cu files, and lets the ops of CPU tensors run on it.
 
 No GPU and nothing but a C++ compiler is needed, and torch's headers. The library is kept in build/emulation, under a
-name made of everything it was built from.
+name made of everything it was built from. Of processes that want it at once, one builds it and the others wait.
 """
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,9 +51,15 @@ def compiler():
 
 def build(csrc=ROOT / "csrc", into=ROOT / "build" / "emulation"):
     """Builds the library from a csrc folder, as far as that was not done before; returns its path."""
-    csrc, into, cxx = Path(csrc), Path(into), compiler()
+    into = Path(into)
     into.mkdir(parents=True, exist_ok=True)
-    torchs = Path(torch.__path__[0])
+    with open(into / "lock", "w") as lock:  # let go of where it is closed, or its process is killed
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_alone(Path(csrc), into)
+
+
+def build_alone(csrc, into):
+    cxx, torchs = compiler(), Path(torch.__path__[0])
     headers = [*csrc.glob("*.h"), *csrc.glob("ops/*.h"), *csrc.glob("cuda/*.cuh"), *csrc.glob("emulation/*.h")]
     same = [torch.__version__, cxx, *(file.read_text() for file in sorted(headers))]
 

@@ -10,6 +10,13 @@ CUDA = pytest.param(
 DEVICES = ["cpu", pytest.param("cpu", marks=pytest.mark.emulated, id="emulated"), CUDA]
 DISPATCHED = ["cpu", CUDA]  # for tests of how an op is registered, which is the same for emulated kernels
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# Shapes and dtypes that a registration is checked with, by tracing, which takes long.
+REGISTERED = [
+    ((2, 3, 4, 5), torch.float32),
+    ((2, 3, 4, 5), torch.bfloat16),
+    ((2, 1, 1, 1), torch.float32),
+    ((0, 3, 2, 2), torch.bfloat16),
+]
 
 
 def make(shape, dtype, layout, residual, *, device="cpu", mean=0.5, seed=0):

@@ -196,15 +196,15 @@ def test_rebuilding_stays_below_a_third_of_the_traffic(torchvision):
         assert all(module.rebuild_share < 1 / 3 for module in plan(model, (64, 3, size, size), **cutting).modules)
 
 
-def test_memory_is_flat_over_a_thousand_steps():
+def test_memory_is_flat_over_hundreds_of_steps():
     torch.manual_seed(0)
-    trainer = LocalTrainer(models.CifarResNet(1, num_classes=4), 2)
+    trainer = LocalTrainer(models.CifarResNet(1, num_classes=4), 2, modules=2)
     images, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
     trainer.step(images, labels)
     gc.collect()
     with LiveBytes([*trainer.tensors(), images, labels]) as live:
         trainer.step(images, labels)
         after, peak = live.now, live.peak
-        for _ in range(1000):
+        for _ in range(250):
             trainer.step(images, labels)
         assert (live.now, live.peak) == (after, peak)

@@ -99,7 +99,7 @@ def test_what_comes_out_is_the_plain_torchvision_model(torchvision):
     model = torchvision.models.resnet18(num_classes=10)
     keys = list(model.state_dict())
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    train(model, [(images, labels)] * 2, depth=4, epochs=1, progress=False)
+    train(model, [(images, labels)] * 2, depth=4, modules=3, epochs=1, progress=False)
     assert type(model) is torchvision.models.ResNet and list(model.state_dict()) == keys
     fresh = torchvision.models.resnet18(num_classes=10)
     fresh.load_state_dict(model.state_dict())
@@ -528,7 +528,7 @@ def test_a_buffer_that_was_infinite_from_the_start_is_no_divergence():
 def test_a_classifier_that_ends_far_worse_than_it_began_has_diverged(monkeypatch):
     losses, real, saved = iter([0.9, 3.0, 2.19, 0.5, 1.9, 0.1, 0.9, 1.79]), Sums.entry, []
     monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"loss": next(losses)})
-    options = {"depth": 2, "progress": False, "on_epoch": saved.append}
+    options = {"rule": "bp", "progress": False, "on_epoch": saved.append}
     train(small(), toy(), epochs=3, **options)  # in the middle it may; 2 ln 3 = 2.197 is the bound at the end
     train(small(), toy(), epochs=3, **options)
     train(small(), toy(), epochs=2, **options)
