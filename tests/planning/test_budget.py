@@ -164,7 +164,7 @@ def test_recomputation_unit_by_unit_is_a_choice():
 
 def test_nets_are_a_choice_border_by_border():
     model, shape = models.CifarResNet(1), (64, 3, 16, 16)
-    budget = plan(model, shape, rule="bp").peak_bytes * 4 // 5
+    budget = plan(model, shape, rule="bp").peak_bytes - 1
     options = {"memory_budget": budget, "recompute": "auto"}
     asked = {aux: plan(model, shape, 3, auxiliary=aux, **options) for aux in ("paper", "light", "auto")}
     assert asked["auto"].macs <= min(asked["paper"].macs, asked["light"].macs)
