@@ -14,8 +14,9 @@ class UnitWay:
 
     Attributes:
         again: whether its convolutions run again. Its own output is then kept.
-        forward, backward: 9 segments, one a variant, index 3 * a + b.
-            a: 0 the unit is its module's first, else the output of the unit before it is 1 derived, 2 kept;
+        forward, backward: 12 segments, one a variant, index 3 * a + b.
+            a: 0 the unit is its module's first, else the output of the unit before it is 1 derived, 2 kept, 3 kept of a
+                unit that runs again, which keeps nothing else of that shape;
             b: its own output is 0 derived, 1 kept, or 2 it is its module's last.
         macs: (as a module's first unit, otherwise).
     """
@@ -98,8 +99,8 @@ def check_table(table):
         raise ValueError("CutTable.units and the last of CutTable.heads must have at least one way for each unit")
     for way in (way for ways in table.units for way in ways):
         for name in ("forward", "backward"):
-            if len(getattr(way, name)) != 9:
-                raise ValueError(f"UnitWay.{name} must have 9 variants")
+            if len(getattr(way, name)) != 12:
+                raise ValueError(f"UnitWay.{name} must have 12 variants")
             _check_segments(f"UnitWay.{name}", getattr(way, name))
         _check_numbers("UnitWay.macs", way.macs, _MOST_MACS)
     for way in (way for ways in table.heads for way in ways):

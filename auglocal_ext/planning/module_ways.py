@@ -55,7 +55,7 @@ def _longer(table, i, j, beginnings):
             kept = way.again or length > table.longest_rebuild
             variant, more = 3 * before + kept, way.macs[j > i]
             (higher, fuller), (higher_back, fuller_back) = way.forward[variant], way.backward[variant]
-            made = longer.setdefault((2, 0) if kept else (1, length), [])
+            made = longer.setdefault((3, 0) if way.again else (2, 0) if kept else (1, length), [])
             for macs, high, net, both, both_net, again in labels:
                 # Its backward comes before those so far: what is left by it lifts theirs.
                 lifted = max(net + fuller + higher_back, both + fuller + fuller_back)

@@ -61,7 +61,7 @@ class Walker:
             rebuilds = [self.rebuild(k) for k in units]
             return CutTable(
                 input_bytes=[0] + [x.nbytes for x in self.inputs[1:]],
-                units=[[self.unit(k, way) for way in again[k]] for k in units],
+                units=[[self.unit(k, way, again[k - 1]) for way in again[k]] for k in units],
                 heads=[*([self.head(j, made[j], again[j]) for made in heads] for j in units[:-1]), [self.classifier()]],
                 identity=[identity for identity, _ in rebuilds],
                 rebuild_length=[length for _, length in rebuilds],
@@ -89,10 +89,12 @@ class Walker:
 
     # ---- units -----------------------------------------------------------------------------------------------------
 
-    def unit(self, k, again):
-        """Its `UnitWay`."""
-        forward, backward = [(0, 0)] * 9, [(0, 0)] * 9
-        for before, behind in itertools.product(*_places(k, self.end, again)):
+    def unit(self, k, again, before_again):
+        """Its `UnitWay`, behind a unit that may run so."""
+        forward, backward = [(0, 0)] * 12, [(0, 0)] * 12
+        befores = [0, *((1, 2) if False in before_again else ()), *((3,) if True in before_again else ())]
+        behinds = (2,) if k == self.end else (1, 2) if again else (0, 1, 2)
+        for before, behind in itertools.product(befores if k else (0,), behinds):
             variant = 3 * before + behind
             forward[variant], backward[variant] = self.segments(k, again, before, behind)
         key = self.key(k)
@@ -119,8 +121,8 @@ class Walker:
         """(first unit, what becomes of each unit's output) of the walks of up to three units that tell of a variant."""
         # What may become of the unit's own output, of the one before it, and of any other.
         own = _AGAIN if again else _KEPT if behind == 1 else _PLAIN
-        others = (_PLAIN, _KEPT, _AGAIN) if again else (_PLAIN, _KEPT)
-        left = ((_PLAIN,), others[1:])[before - 1] if before else ()
+        others = (_PLAIN, _KEPT, _AGAIN) if again or before == 3 else (_PLAIN, _KEPT)
+        left = ((), (_PLAIN,), (_KEPT,), (_AGAIN,))[before]
         for first in range(max(0, k - 2), k) if before else (k,):
             for last in range(k + 1, min(self.end, k + 2) + 1) if behind != 2 else (k,):
                 if last - first > 2:
@@ -136,7 +138,7 @@ class Walker:
         for index, output in enumerate(outputs):
             behind = 2 if index == len(outputs) - 1 else int(output != _PLAIN)
             yield first + index, output == _AGAIN, before, behind
-            before = 1 + behind
+            before = (_PLAIN, _KEPT, _AGAIN).index(output) + 1
 
     def _news(self, first, outputs):
         """How much of what a walk tells is not known."""
@@ -204,11 +206,6 @@ class Walker:
             return True, 0
         # What cannot be rebuilt, an island's output, is always kept.
         return False, length if out is None and length else LONGEST_REBUILD + 1
-
-
-def _places(k, end, again):
-    """The values that `a` and `b` of `UnitWay`'s variants have for a unit."""
-    return (0, 1, 2) if k else (0,), (2,) if k == end else (1, 2) if again else (0, 1, 2)
 
 
 def _unit_segments(line, name):

@@ -15,8 +15,8 @@ namespace planner {
 
 using std::vector;
 
-using Segment = std::pair<int64_t, int64_t>;  // high, net
-using UnitWay = std::tuple<bool, vector<Segment>, vector<Segment>, std::array<int64_t, 2>>;  // again, ..., macs
+using Segment = std::pair<int64_t, int64_t>;                                                   // high, net
+using UnitWay = std::tuple<bool, vector<Segment>, vector<Segment>, std::array<int64_t, 2>>;    // again, ..., macs
 using HeadWay = std::tuple<std::array<Segment, 2>, std::array<int64_t, 2>, int64_t, int64_t>;  // ..., state, scratch
 using Way = std::tuple<int64_t, int64_t, int64_t, int, std::string>;  // macs, state, peak, head, again
 using Ways = vector<vector<vector<Way>>>;                             // [i][j - i]
@@ -68,7 +68,7 @@ class Modules {
   }
 
  private:
-  using State = std::pair<int, int64_t>;  // the output before: kept or not; passes of its rebuild
+  using State = std::pair<int, int64_t>;  // the output before, `a` of a UnitWay; passes of its rebuild
   using Beginning = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, std::string>;
 
   vector<Way> ended(int i, int j, const std::map<State, vector<Beginning>>& beginnings, int64_t scratch) const {
@@ -83,8 +83,7 @@ class Modules {
           for (const Segment& s : {forward[variant], segments[again], backward[variant]})
             middle = std::max(middle, middle_net + s.first), middle_net += s.second;
           for (const auto& [macs, high, net, both, both_net, flags] : labels) {
-            const int64_t peak =
-                std::max({high, net + middle, both + middle_net, both_net + middle_net + most});
+            const int64_t peak = std::max({high, net + middle, both + middle_net, both_net + middle_net + most});
             made.emplace_back(macs + more, head_state, table_.input_bytes[i] + peak, head, flags + "01"[again]);
           }
         }
@@ -100,7 +99,7 @@ class Modules {
         const bool kept = again || length > table_.longest_rebuild;
         const auto [higher, fuller] = forward[3 * state.first + kept];
         const auto [higher_back, fuller_back] = backward[3 * state.first + kept];
-        vector<Beginning>& made = longer[kept ? State{2, 0} : State{1, length}];
+        vector<Beginning>& made = longer[again ? State{3, 0} : kept ? State{2, 0} : State{1, length}];
         for (const auto& [macs, high, net, both, both_net, flags] : labels)
           made.emplace_back(macs + unit_macs[j > i], std::max(high, net + higher), net + fuller,
                             std::max(net + fuller + higher_back, both + fuller + fuller_back),

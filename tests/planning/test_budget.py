@@ -1,5 +1,6 @@
 """The cheapest cut under a memory budget: what the search works on is exact, what it finds fits, its errors help."""
 
+import itertools
 import random
 import re
 from dataclasses import replace
@@ -56,9 +57,39 @@ def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, s
         made = [*(heads[rule][b] for b, rule in zip(borders, which, strict=True)), None]
         cuts = cut(planner.backbone, rules[0], borders=borders)
         planned = planner.with_recompute(names).plan(cuts, shape, rules[0], made)
-        assert table.constant + sum(states) + max(peaks) == planned.peak_bytes
-        # What fits under the peak is kept, not run again.
-        assert sum(macs) >= planned.macs if names else sum(macs) == planned.macs
+        predicted = table.constant + sum(states) + max(peaks)
+        if names:  # what fits under the peak is kept, not run again, which can lower the peak
+            assert planned.peak_bytes <= predicted <= 1.07 * planned.peak_bytes and planned.macs <= sum(macs)
+        else:
+            assert (planned.peak_bytes, planned.macs) == (predicted, sum(macs))
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "vgg11", "resnet18"])
+def test_any_units_of_a_module_may_run_again(torchvision, name, monkeypatch):
+    """Each beside each other one that does or does not: the bytes are those of the walk of the whole module, before
+    anything is kept that need not be."""
+    monkeypatch.setattr(
+        Planner, "_filled", lambda planner, parts, *batch: planner._walks(parts, *batch, [()] * len(parts))
+    )
+    with torch.device("meta"):
+        planner = Planner(models.create(name, 10))
+    shape, rules, units = (8, 3, 64, 64), [AugLocal(2, None, "light")], planner.backbone.units
+    table = Walker(planner, shape, rules).table(rules, (False, True))
+    heads = planner.heads_by_unit(rules[0], shape)
+    for first in range(len(units) - 2):
+        for flags in itertools.product((False, True), repeat=3):
+            again = [first <= k <= first + 2 and flags[k - first] for k in range(len(units))]
+            only = replace(table, units=[[ways[a]] for ways, a in zip(table.units, again, strict=True)])
+            borders = [b for b in (first - 1, first + 2) if 0 <= b < len(units) - 1]
+            parts = list(zip((0, *(b + 1 for b in borders)), (*borders, len(units) - 1), strict=True))
+            peak = max(module_ways(only)[i][j - i][0][2] for i, j in parts)
+            names = tuple(unit.name for unit, a in zip(units, again, strict=True) if a) or False
+            made = [*(heads[b] for b in borders), None]
+            planned = planner.with_recompute(names).plan(
+                cut(planner.backbone, rules[0], borders=borders), shape, rules[0], made
+            )
+            state = sum(table.heads[b][0].state for b in borders)
+            assert planned.peak_bytes == table.constant + state + peak, (first, flags)
 
 
 def test_the_choice_is_the_cheapest_that_fits():
@@ -163,15 +194,15 @@ def test_recomputation_unit_by_unit_is_a_choice():
 
 
 def test_nets_are_a_choice_border_by_border():
-    model, shape = models.CifarResNet(1), (64, 3, 16, 16)
-    budget = plan(model, shape, rule="bp").peak_bytes - 1
+    model, shape = models.CifarResNet(2), (64, 3, 16, 16)
+    budget = plan(model, shape, 3, modules=3).peak_bytes
     options = {"memory_budget": budget, "recompute": "auto"}
-    asked = {aux: plan(model, shape, 3, auxiliary=aux, **options) for aux in ("paper", "light", "auto")}
-    assert asked["auto"].macs <= min(asked["paper"].macs, asked["light"].macs)
-    assert asked["light"].choice.more is None
+    asked = {aux: plan(model, shape, 3, auxiliary=aux, **options) for aux in ("light", "auto")}
+    assert asked["auto"].macs <= asked["light"].macs and asked["light"].choice.more is None
     plain = plan(model, shape, 3, memory_budget=budget)
     words, point = plain.choice.more
     assert words == "auxiliary='light', recompute='auto'" and point.cost < plain.macs and words in str(plain)
+    assert asked["auto"].macs <= plain.macs
     free = plan(model, shape, "auto", auxiliary="auto", **options)
     assert free.macs <= asked["auto"].macs
     trainer = LocalTrainer(model, plan=free)

@@ -45,7 +45,7 @@ def flat(*, forward, backward, unit_macs, head, head_macs, head_state, head_scra
 def blank(units, **fields):
     """A table of zeros but for some fields of `flat`."""
     zeros = [0] * units
-    segments = [[(0, 0)] * 9 for _ in range(units)]
+    segments = [[(0, 0)] * 12 for _ in range(units)]
     made = dict.fromkeys(("input_bytes", "head_macs", "head_state", "unit_scratch", "head_scratch"), zeros)
     made |= {"forward": segments, "backward": segments, "head": [(0, 0)] * units, "unit_macs": [(0, 0)] * units}
     made |= {"identity": [False] * units, "rebuild_length": [1] * units}
@@ -64,7 +64,7 @@ def random_table(draw, units, most, ways=1):
         return max(0, net) + number(), net
 
     def unit(again):
-        forward, backward = ([segment() for _ in range(9)] for _ in "fb")
+        forward, backward = ([segment() for _ in range(12)] for _ in "fb")
         return UnitWay(again, forward, backward, (number(), number()))
 
     def head(state):
@@ -96,7 +96,7 @@ def resnet_table(blocks, seed=0):
     macs = [128 * weight * (32 >> s) ** 2 for weight, s in zip(weights, stage, strict=True)]
     forward, backward = [], []
     for k in range(units):
-        variants = list(itertools.product(range(3), range(3)))
+        variants = list(itertools.product(range(4), range(3)))
         kept = [2 * map_bytes[k] + (b != 0) * map_bytes[k] - (a == 1) * input_bytes[k] for a, b in variants]
         freed = [4 * weights[k] + input_bytes[k] - (2 + (b == 1)) * map_bytes[k] for _, b in variants]
         forward.append([(max(0, net) + map_bytes[k], net) for net in kept])
@@ -129,7 +129,7 @@ def peak_of(table, first, units, head):
         variant = 3 * before + (2 if k == last else int(kept))
         forward.append(way.forward[variant])
         backward.append(way.backward[variant])
-        before, walked = (2, 0) if kept else (1, length)
+        before, walked = (3, 0) if way.again else (2, 0) if kept else (1, length)
     live = peak = table.input_bytes[first]
     for high, net in [*forward, head.segments[units[-1].again], *reversed(backward)]:
         peak = max(peak, live + high)
@@ -179,7 +179,7 @@ def by_bytes(point):
 
 def test_which_variant_a_unit_is_in():
     # A peak of one digit for each forward segment: 10 ** its variant.
-    digits = [[(10**v, 10**v) for v in range(9)]] * 5
+    digits = [[(10**v, 10**v) for v in range(12)]] * 5
     table = blank(5, forward=digits, identity=[False, True, True, True, True], longest_rebuild=2)
     peaks = peaks_of(table)
     assert [peaks[k][0] for k in range(5)] == [10**2] * 5  # first and last at once
@@ -196,15 +196,15 @@ def test_which_variant_a_unit_is_in():
 def test_where_the_peak_of_a_module_is():
     numbers = {
         "input_bytes": [5, 7],
-        "forward": [[(10, 4)] * 9, [(3, 2)] * 9],
-        "backward": [[(1, -4)] * 9, [(2, -6)] * 9],
+        "forward": [[(10, 4)] * 12, [(3, 2)] * 12],
+        "backward": [[(1, -4)] * 12, [(2, -6)] * 12],
         "head": [(2, 1), (2, 1)],
     }
     assert peaks_of(blank(2, **numbers)) == [
         [15, 15],
         [12],
     ]  # forward of unit 0: 5 + 10; backward of unit 1: 7 + 2 + 1 + 2
-    late = blank(2, **(numbers | {"backward": [[(20, -4)] * 9, [(9, -6)] * 9]}))
+    late = blank(2, **(numbers | {"backward": [[(20, -4)] * 12, [(9, -6)] * 12]}))
     # live at the backward of unit 1: 5 + 4 + 2 + 1, at that of unit 0: 6 less
     assert peaks_of(late) == [[30, 26], [19]]
     scratch = blank(2, **numbers, unit_scratch=[40, 0], head_scratch=[0, 30])
@@ -216,7 +216,7 @@ def test_cuts_by_hand(front):
     # Peaks: 10 a unit and what the units before keep.
     table = blank(
         3,
-        forward=[[(10, 10)] * 9] * 3,
+        forward=[[(10, 10)] * 12] * 3,
         unit_macs=[(1, 2)] * 3,
         head_macs=[5, 6, 1],
         head_state=[3, 2, 0],
@@ -247,12 +247,12 @@ def test_of_equal_costs_fewer_modules_then_smaller_borders(front):
     points = front(blank(5))
     assert cheapest(points, 0) == smallest(points) == Point(1, 0, 0, ())
     assert cheapest(of(3, points), 0) == Point(3, 0, 0, (0, 1), (0, 0))
-    one_must_end_at_two = blank(5, head_macs=[1, 1, 0, 1, 0], forward=[[(k, k)] * 9 for k in (1, 1, 1, 2, 1)])
+    one_must_end_at_two = blank(5, head_macs=[1, 1, 0, 1, 0], forward=[[(k, k)] * 12 for k in (1, 1, 1, 2, 1)])
     assert cheapest(of(3, front(one_must_end_at_two)), 5) == Point(3, 3, 1, (0, 2), (0, 0))
 
 
 def test_of_equal_macs_fewer_bytes(front):
-    points = front(blank(3, forward=[[(10, 10)] * 9] * 3, head_state=[3, 20, 0]))
+    points = front(blank(3, forward=[[(10, 10)] * 12] * 3, head_state=[3, 20, 0]))
     assert cheapest(points, 1000) == smallest(points) == Point(2, 23, 0, (0,), (0,))
 
 
@@ -394,15 +394,15 @@ def test_which_search_serves(monkeypatch):
         ({"input_bytes": []}, "a CutTable must have from 1 to 1000 units, given 0"),
         ({"unit_scratch": [0]}, "CutTable.unit_scratch must have an entry for each of the 2 units, given 1"),
         ({"identity": [True] * 3}, "CutTable.identity must have an entry for each of the 2 units, given 3"),
-        ({"forward": [[(0, 0)] * 9, [(0, 0)] * 8]}, "UnitWay.forward must have 9 variants"),
+        ({"forward": [[(0, 0)] * 12, [(0, 0)] * 8]}, "UnitWay.forward must have 12 variants"),
         (
             {"head": [(0, 0), (1, 2)]},
             r"HeadWay.segments must be pairs .* with max\(0, net\) <= high, .*; given \(1, 2\)",
         ),
-        ({"backward": [[(-1, -1)] * 9] * 2}, r"UnitWay.backward must be pairs .* with max\(0, net\) <= high"),
+        ({"backward": [[(-1, -1)] * 12] * 2}, r"UnitWay.backward must be pairs .* with max\(0, net\) <= high"),
         ({"head": [(0, 0), 1]}, "HeadWay.segments must be pairs of whole numbers .*; given 1"),
-        ({"forward": [[(0, 0, 0)] * 9] * 2}, "UnitWay.forward must be pairs of whole numbers"),
-        ({"forward": [[(0, 0.5)] * 9] * 2}, "UnitWay.forward must be pairs of whole numbers"),
+        ({"forward": [[(0, 0, 0)] * 12] * 2}, "UnitWay.forward must be pairs of whole numbers"),
+        ({"forward": [[(0, 0.5)] * 12] * 2}, "UnitWay.forward must be pairs of whole numbers"),
         ({"unit_scratch": [0, -1]}, "CutTable.unit_scratch must be whole numbers from 0 to 1099511627776"),
         ({"input_bytes": [0.5, 1]}, "CutTable.input_bytes must be whole numbers from 0 to"),
         ({"longest_rebuild": "4"}, "CutTable.longest_rebuild must be whole numbers from 0 to"),
