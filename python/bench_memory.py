@@ -102,7 +102,7 @@ class Eager:
 
     def __init__(self, model, checkpointed=False, run=None):
         self.model, self.backbone, self.checkpointed = model, as_backbone(model), checkpointed
-        self.run = run or model
+        self.run = model if run is None else run  # what is compiled has no length to ask for
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def tensors(self):
