@@ -281,7 +281,7 @@ MISTAKES = [
     (["train", "--rule", "dgl", "--form", "cifar"], "--form is a choice of rule 'auglocal': leave it out with 'dgl'"),
     (["train", "--rule", "dgl", "--budget", "6GB"], "--budget chooses the cut of rules .*: with 'dgl' give --modules"),
     (["train", "--rule", "magic"], "argument --rule: invalid choice: 'magic'"),
-    (["train", "--recompute=maybe"], "argument --recompute: invalid choice: 'maybe' (choose from "),
+    (["train", "--recompute=maybe"], "argument --recompute: invalid choice: 'maybe'"),
     (["train", "--budget", "-5GB"], "--budget must be a size such as '6GB', '500 MB' or '4GiB', given '-5GB'"),
     (["train", "--budget", "0"], "--budget must be a size .* given '0'"),
     (["train", "--budget", f"1{'0' * 400}GB"], "--budget must be a size"),
