@@ -33,7 +33,7 @@ def check_cut(options):
             )
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper")
     rules = [as_rule(*rule)] if budget is None else candidates(*rule, len(backbone.units))
-    cut(backbone, rules[0], options.modules)
+    cut(backbone, rules[0], options.modules if budget is None else options.modules or 1)
     return model
 
 

@@ -6,7 +6,7 @@ it are dropped or kept, and on whether its convolutions run again; a head's on t
 is walked once (`cut_table`), and the search (`search`) puts them together to the peak of any module, to the byte.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,9 +35,10 @@ PREFER = ("arithmetic", "memory", "time")
 class Choice:
     """What a search under a budget found.
 
-    point: the cheapest cut that fits: modules, bytes of the step, macs, borders, and which units run again.
+    point: the cut that was chosen, as it is planned: what fits under its peak is kept, not run again, which can make
+        it better than what was found.
     rule: whose aux nets it has.
-    front: for each number of modules, its cuts that no other of them beats in both bytes and macs.
+    front: for each number of modules, its cuts that no other of them beats in both bytes and cost.
     next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
     next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
     more: what cheaper nets and recomputation would reach within the budget, (arguments, Point); None: no less.
@@ -55,6 +56,11 @@ class Choice:
     prefer: str = "arithmetic"
     bp_macs: int = 0
     comparison: Comparison | None = None
+
+    def planned(self, plan):
+        """The choice, of which this is the Plan."""
+        cost = self.point.cost if self.prefer == "time" else plan.macs
+        return replace(self, point=replace(self.point, bytes=plan.peak_bytes, cost=cost), bp_macs=plan.bp_macs)
 
     def __str__(self):
         depth = f", depth {self.rule.depth}" if self.rule.depth and self.point.modules > 1 else ""
@@ -88,7 +94,7 @@ def candidates(rule, depth, form, auxiliary, units):
             f"{rule.depth}"
         )
     if named:
-        depths = [d for d in DEPTHS if d <= units] if depth == "auto" else [depth]
+        depths = [d for d in DEPTHS if d <= max(units, 2)] if depth == "auto" else [depth]
         nets = NETS if auxiliary == "auto" else [auxiliary]
         return [AugLocal(d, form, each) for d in depths for each in nets]
     rule = as_rule(rule, 2 if depth == "auto" else depth, form, "paper" if auxiliary == "auto" else auxiliary)
@@ -127,7 +133,8 @@ def choose(planner, shape, budget, rules, modules=None, recompute=False, prefer=
         point = search.smallest(front)
     cheaper, smaller = search.next_cheaper(front, point), search.next_smaller(front, point)
     rule, again = _rule_of(menu, point), menu.recomputed(point)
-    choice = Choice(budget, point, rule, front, cheaper, smaller, _more(menu, budget, point), prefer)
+    more = _more(menu, budget, point) if prefer != "memory" else None
+    choice = Choice(budget, point, rule, front, cheaper, smaller, more, prefer)
     return cut(planner.backbone, rule, borders=point.borders), menu.heads(point), again, choice
 
 

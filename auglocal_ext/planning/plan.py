@@ -77,7 +77,8 @@ def plan(
     else:
         budget = parse_bytes(memory_budget)
         rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
-    spans = cut(backbone, rules[0], modules)
+    # Under a budget the cut is not the rule's own: only whether there can be so many modules is to be known.
+    spans = cut(backbone, rules[0], modules if memory_budget is None else modules or 1)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
     planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
@@ -88,7 +89,7 @@ def plan(
         spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)
         planner = planner.with_recompute(recompute)
         planned = planner.plan(spans, shape, choice.rule, heads)
-        return compared(planner, replace(planned, choice=replace(choice, bp_macs=planned.bp_macs)))
+        return compared(planner, replace(planned, choice=choice.planned(planned)))
 
 
 def check_shape(backbone, input_shape):

@@ -102,7 +102,7 @@ class Planner:
         }
 
     def with_recompute(self, recompute):
-        """This planner, with or without `recompute`; what was read of the model serves both."""
+        """This planner with another `recompute`; what was read of the model serves both."""
         other = copy.copy(self)
         other.recompute, other.options = recompute, self.options | {"recompute": recompute}
         return other

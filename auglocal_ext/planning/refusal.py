@@ -11,12 +11,14 @@ def too_small(menu, budget):
     """The error of a budget that nothing fits. menu: `Menu`."""
     smallest, state = _least(menu.points(menu.asked)), menu.planner.state_bytes()
     fits = _largest_batch(menu, budget) if budget > state else 0
-    remedy = f"or batches of {fits}" if fits else "and no batch of two images fits it"
+    remedy = f"give at least that, or batches of {fits}"
+    if not fits:
+        remedy = "give at least that, and no batch of two images fits it"
     if budget <= state:
         remedy = f"the model's parameters and optimizer state alone are {format_bytes(state)}"
     return ValueError(
         f"memory_budget {format_bytes(budget)} is too small for batches of {menu.shape[0]}: the smallest step of this "
-        f"model needs {format_bytes(smallest)} ({smallest:,} bytes); give at least that, {remedy}"
+        f"model needs {format_bytes(smallest)} ({smallest:,} bytes); {remedy}"
         f"{_otherwise(menu, budget, smallest)}"
     )
 

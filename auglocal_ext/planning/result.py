@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from .. import report
 from ..common.memory import format_bytes
 from ..engine.timeline import Timeline
+from ..rules.auxiliary import nets_of
 from .budget import Choice
 from .comparison import Comparison
 from .origin import Origin
@@ -136,6 +137,8 @@ class Plan:
     def title(self):
         count = len(self.modules)
         what = f", depth {self.depth}" if self.depth else ""
+        nets = nets_of(self.origin.rule)
+        what += f", nets {nets}" if nets else ""
         return (
             f"{self.model}, rule {self.rule}{what}: {count} local module{'s' * (count > 1)}, "
             f"input {'x'.join(str(size) for size in self.input_shape)}"

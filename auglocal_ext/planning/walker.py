@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from ..common.memory import bytes_of, tensors_of
-from ..engine.nodes import Norm, PooledNorm
+from ..engine.nodes import Activation, Norm, PooledNorm
 from ..engine.schedule import LONGEST_REBUILD
 from ..engine.timeline import timeline
 from ..rules.auglocal import AugLocal
@@ -198,14 +198,23 @@ class Walker:
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
         nodes, out = self.nodes(k)
-        by_name, length = {node.out: node for node in nodes}, 0
-        while out in by_name and isinstance(by_name[out], Norm | PooledNorm):
+        dropped = {node.out: node for node in nodes if _is_dropped(node)}
+        length = 0
+        while out in dropped:
             length += 1
-            out = getattr(by_name[out], "residual", None)
+            node = dropped[out]
+            out = node.source if isinstance(node, Activation) else getattr(node, "residual", None)
+            if isinstance(node, Activation) and out not in dropped and out != self.names[k]:
+                out = None  # what it is made of is kept
         if out == self.names[k]:
             return True, 0
         # What cannot be rebuilt, an island's output, is always kept.
         return False, length if out is None and length else LONGEST_REBUILD + 1
+
+
+def _is_dropped(node):
+    """Whether a node's value is elementwise in what is kept."""
+    return isinstance(node, Norm | PooledNorm) or (isinstance(node, Activation) and not node.in_place)
 
 
 def _unit_segments(line, name):

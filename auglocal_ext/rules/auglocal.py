@@ -1,7 +1,9 @@
 """AugLocal: aux nets that are uniform samples of the layers behind a module (arXiv:2402.17318)."""
 
+import torch
 from torch import nn
 
+from ..backbone.units import Shapes
 from ..common.checks import whole_number
 from .auxiliary import Auxiliary, as_auxiliary, aux_depth, build_aux_net, copied_width, sample_units
 from .rule import Rule
@@ -79,6 +81,15 @@ class AugLocal(Rule):
         net = self.auxiliary(border)
         if not isinstance(net, nn.Module):
             raise TypeError(f"auxiliary must make a torch.nn.Module of a border, it made {type(net).__name__}")
+        name = border.backbone.units[border.unit].name
+        dtype = next((parameter.dtype for parameter in net.parameters()), torch.float32)
+        features = torch.empty(2, *border.shape, device="meta", dtype=dtype)
+        logits = Shapes(f"the auxiliary net behind {name}", net)(features)
+        if logits.shape != (2, border.num_classes):
+            raise ValueError(
+                f"auxiliary must make nets of (N, {border.num_classes}) logits, the one behind {name} puts out "
+                f"{('N', *logits.shape[1:])}"
+            )
         return net
 
     def describe(self, border):
@@ -89,6 +100,6 @@ class AugLocal(Rule):
             f"{units[unit].name} ({copied_width(units[unit], self.auxiliary)}, /{stride})"
             for unit, stride in zip(sample.units, sample.strides, strict=True)
         ]
-        return " ".join(
-            [*[f"pool /{sample.pool}"] * (sample.pool > 1), *copies, *["+ BatchNorm1d"] * sample.batch_norm_head]
-        )
+        words = [f"pool /{sample.pool}"] * (sample.pool > 1) + ["separable"] * self.auxiliary.separable + copies
+        words += ["+ BatchNorm1d"] * sample.batch_norm_head + ["+ shared readout"] * self.shares_readout
+        return " ".join(words)

@@ -11,7 +11,17 @@ from torch import nn
 
 from ..models import init_weights
 
-__all__ = ["AUXILIARIES", "Auxiliary", "Sample", "as_auxiliary", "aux_depth", "build_aux_net", "sample_units"]
+__all__ = [
+    "AUXILIARIES",
+    "Auxiliary",
+    "Sample",
+    "as_auxiliary",
+    "aux_depth",
+    "build_aux_net",
+    "copied_width",
+    "nets_of",
+    "sample_units",
+]
 
 
 PYRAMID = 0.5  # the paper's c: how much less deep the last aux net is than the first
@@ -25,13 +35,13 @@ class Auxiliary:
 
     pooled: the features are averaged to the network's last resolution first, where the copies then run; a VGG's net
         ends in pooling and one linear layer, as others do, instead of three.
-    width: of the copies, as a factor.
+    width: of the copies, as a factor, above 0 and at most 4.
     separable: each k x k convolution of a copy, k > 1, is a depthwise one and a 1 x 1 one.
-    share: copies at most this share of the units that are left, but one.
+    share: copies at most this share of the units that are left, above 0 and at most 1; one at least.
     readout: "own", or "shared": the linear layer is a copy of the network's own from the step before, which the module
         does not train. Copies of another width than the network's last unit then end in a 1 x 1 convolution.
 
-    As text: "paper", "light", or what differs, as in "pooled width=0.5 separable".
+    As text: "paper", "light", or what differs, as in "pooled width=0.5 separable". ValueError: out of range.
     """
 
     pooled: bool = False
@@ -41,7 +51,10 @@ class Auxiliary:
     readout: str = "own"
 
     def __post_init__(self):
-        if not isinstance(self.width, int | float) or not 0 < self.width <= 4:
+        for name in ("pooled", "separable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"an auxiliary net's {name} must be True or False, given {getattr(self, name)!r}")
+        if isinstance(self.width, bool) or not isinstance(self.width, int | float) or not 0 < self.width <= 4:
             raise ValueError(f"an auxiliary net's width must be a factor above 0, at most 4, given {self.width!r}")
         if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"an auxiliary net's share must be above 0, at most 1, given {self.share!r}")
@@ -65,11 +78,19 @@ def as_auxiliary(given):
         "(pooled, width=, separable, share=, readout=own|shared), an auglocal_ext.rules.Auxiliary, or a function of a "
         "border that makes a net"
     )
+    if given == "auto":
+        raise ValueError("auxiliary='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
     if isinstance(given, str):
         return AUXILIARIES[given] if given in AUXILIARIES else _parse(given, expected)
-    if isinstance(given, Auxiliary) or (callable(given) and not isinstance(given, type)):
+    if isinstance(given, Auxiliary) or (callable(given) and not isinstance(given, type | nn.Module)):
         return given
     raise ValueError(f"{expected}, given {given!r}")
+
+
+def nets_of(rule):
+    """The member of the family that a rule's nets are, as text; None: the paper's, or of another rule."""
+    auxiliary = getattr(rule, "auxiliary", None)
+    return str(auxiliary) if isinstance(auxiliary, Auxiliary) and auxiliary != AUXILIARIES["paper"] else None
 
 
 def _parse(text, expected):

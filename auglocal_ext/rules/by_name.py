@@ -17,6 +17,8 @@ def as_rule(rule, depth=4, form=None, auxiliary="paper"):
     """The Rule that is meant: one of RULES by name, a subclass of Rule, or an object of one, which is given back as it
     is. depth, form and auxiliary are AugLocal's and its subclasses'."""
     if isinstance(rule, Rule):
+        if auxiliary != "paper":
+            raise ValueError("auxiliary goes with a rule by name, given a rule that has its own: leave it out")
         return rule
     kind = RULES.get(rule) if isinstance(rule, str) else rule
     if not (isinstance(kind, type) and issubclass(kind, Rule)):

@@ -73,8 +73,8 @@ def as_recompute(given, backbone):
     expected = "recompute must be True, False, 'auto' under a memory budget, or names of units"
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ValueError(f"{expected}, given {given!r}")
-    given = set(given)
-    if unknown := sorted(given - set(names), key=str):
+    given = list(given)
+    if unknown := [name for name in given if name not in names]:
         raise ValueError(f"{expected}, {names[0]} to {names[-1]}, given {unknown[0]!r}")
     return tuple(name for name in names if name in given) or False
 

@@ -6,10 +6,13 @@ __all__ = ["mixed"]
 
 
 def mixed(choices):
-    """The rule whose net behind each of these units is that unit's own.
+    """The rule whose net behind each of these units is that unit's own; where all are alike, that rule.
 
     Args:
         choices: {unit: AugLocal}.
+
+    Returns:
+        AugLocal; its depth and auxiliary are None where they differ.
     """
     rules = list(choices.values())
     if all(_kind(rule) == _kind(rules[0]) for rule in rules):
@@ -25,9 +28,11 @@ class _Mixed(AugLocal):
     name = "auglocal"
 
     def __init__(self, choices):
-        depths = {rule.depth for rule in choices.values()}
+        depths, nets = ({getattr(rule, what) for rule in choices.values()} for what in ("depth", "auxiliary"))
         super().__init__(max(depths), next(iter(choices.values())).form)
-        self.depth, self.choices = depths.pop() if len(depths) == 1 else None, choices
+        self.choices = choices
+        self.depth = depths.pop() if len(depths) == 1 else None
+        self.auxiliary = nets.pop() if len(nets) == 1 else None
 
     def check(self, backbone):
         for rule in self.choices.values():

@@ -88,7 +88,7 @@ class LocalHead(nn.Module):
         """Where the readout is shared, takes the classifier's last layer as it is now; to be called before a step."""
         if self.shares_readout:
             for ours, theirs in zip(self.net[-1].parameters(), classifier[-1].parameters(), strict=True):
-                ours.copy_(theirs)
+                ours.requires_grad_(False).copy_(theirs)
 
 
 class Rule:

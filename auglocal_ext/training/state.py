@@ -6,6 +6,8 @@ import numpy
 import torch
 from torch import nn
 
+from ..rules.auxiliary import nets_of
+
 __all__ = ["check_state", "load_state", "random_state", "set_random_state", "state_of"]
 
 VERSION = 2
@@ -79,6 +81,7 @@ def _made_of(trainer):
         "model": type(trainer.model).__name__,
         "rule": rule.name,
         "depth": rule.depth,
+        "auxiliary": nets_of(rule),
         "borders": [span.last for span in trainer._spans[:-1]],
         "precision": trainer.precision,
         "recompute": trainer.recompute,

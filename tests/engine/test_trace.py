@@ -185,7 +185,7 @@ def test_relus_that_may_not_write_over_what_they_read():
         nn.MaxPool2d(2, dilation=2),
         nn.MaxPool2d(17, 1, 8),
         nn.MaxPool2d((17, 1)),
-        nn.AvgPool2d(2),
+        nn.LPPool2d(2, 2),
         nn.Identity(),
     ],
     ids=repr,

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibration_helpers import samples as calibration_samples
 from torch import nn
 
 from auglocal_ext import LocalTrainer, models, plan, train
 from auglocal_ext.common.memory import format_bytes, parse_bytes
 from auglocal_ext.planning import budget as budget_module
-from auglocal_ext.planning import search
+from auglocal_ext.planning import calibration, search
 from auglocal_ext.planning.menu import Menu
 from auglocal_ext.planning.module_ways import module_ways
 from auglocal_ext.planning.planner import Planner
@@ -208,6 +209,41 @@ def test_nets_are_a_choice_border_by_border():
     trainer = LocalTrainer(model, plan=free)
     trainer.step(torch.randn(shape).to(memory_format=torch.channels_last), torch.arange(64) % 10)
     assert len(trainer.aux_nets) == len(free.borders) > 0 and trainer.plan is free
+
+
+def test_what_to_prefer(monkeypatch, tmp_path):
+    model, shape = models.CifarResNet(2), (64, 3, 16, 16)
+    budget = plan(model, shape, rule="bp").peak_bytes
+    small = plan(model, shape, 2, memory_budget=budget, prefer="memory")
+    assert small.peak_bytes == min(point.bytes for point in small.choice.front) and small.choice.more is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="run `auglocal calibrate --device cpu --precision fp32`"):
+        plan(model, shape, 2, memory_budget=budget, prefer="time")
+    calibration.save(calibration.machine("cpu", "fp32"), calibration_samples())
+    fast = plan(model, shape, 2, memory_budget=budget, prefer="time")
+    assert fast.choice.point.cost == min(p.cost for p in fast.choice.front if p.bytes <= budget)
+    assert fast.choice.point.cost == pytest.approx(1e6 * fast.milliseconds, rel=0.05)
+    assert " ms predicted" in str(fast) and fast.comparison.bp.milliseconds > 0
+    fast.save_front(tmp_path / "front.png")
+    for arguments, words in (({"prefer": "speed"}, "prefer must be one of"), ({"prefer": "time"}, "under a budget")):
+        with pytest.raises(ValueError, match=words):
+            plan(model, shape, 2, **arguments)
+
+
+def test_other_activations_are_predicted_too():
+    model = models.CifarResNet(1)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.SiLU())
+    for rule in ("bp", "auglocal"):
+        planned = plan(model, (8, 3, 16, 16), 2, rule=rule, memory_budget="1GB", prefer="memory")
+        found = plan(model, (8, 3, 16, 16), 2, rule=rule, memory_budget=planned.peak_bytes)
+        assert found.peak_bytes <= planned.peak_bytes
+
+
+def test_a_depth_that_the_rules_own_cut_cannot_have():
+    assert len(plan(models.CifarResNet(1), (4, 3, 32, 32), 4, memory_budget="1GB").modules) == 1
 
 
 def test_a_net_of_ones_own_goes_with_a_budget():

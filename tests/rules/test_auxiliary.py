@@ -14,6 +14,7 @@ from auglocal_ext.common.memory import LiveBytes
 from auglocal_ext.rules import AugLocal, Auxiliary
 from auglocal_ext.rules.auxiliary import AUXILIARIES, as_auxiliary
 from auglocal_ext.rules.cutting import Span, borders_of
+from auglocal_ext.rules.mixed import mixed
 
 MEMBERS = [
     "light",
@@ -189,6 +190,41 @@ def test_a_shared_readout_is_the_classifiers_of_the_step_before():
 def test_a_shared_readout_needs_a_classifier_of_one_layer(torchvision):
     with pytest.raises(ValueError, match="readout=shared needs a classifier that is a pooling and one linear layer"):
         plan(torchvision.models.vgg11(), (2, 3, 64, 64), 3, auxiliary="readout=shared")
+
+
+def test_a_mix_keeps_what_its_parts_have_in_common():
+    shared = [AugLocal(depth, None, "pooled readout=shared") for depth in (2, 3)]
+    both = mixed(dict(enumerate(shared)))
+    assert both.shares_readout and both.auxiliary == shared[0].auxiliary and both.depth is None
+    other = mixed({0: AugLocal(3), 1: AugLocal(3, None, "light")})
+    assert (other.depth, other.auxiliary, other.shares_readout) == (3, None, False)
+    assert mixed({0: shared[0], 4: AugLocal(2, None, "pooled readout=shared")}) is shared[0]
+    border = border_of(models.resnet20(), 1)
+    assert isinstance(other.aux_net(border)[0], nn.AvgPool2d)  # of unit 1
+    assert other.describe(border).startswith("pool /4 ")
+
+
+def test_nets_that_do_not_fit():
+    def net(inputs, outputs):
+        return lambda border: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs))
+
+    model = models.CifarResNet(1)
+    with pytest.raises(ValueError, match=r"nets of \(N, 10\) logits, the one behind stem puts out \('N', 3\)"):
+        LocalTrainer(model, auxiliary=net(16, 3), modules=4)
+    with pytest.raises(ValueError, match=r"the auxiliary net behind stem \(Sequential\) cannot take an input of shape"):
+        LocalTrainer(model, auxiliary=net(7, 10), modules=4)
+    with pytest.raises(ValueError, match="auxiliary must be 'paper', .* given Sequential"):
+        LocalTrainer(model, auxiliary=nn.Sequential(nn.Flatten()))
+    with pytest.raises(ValueError, match="auxiliary goes with a rule by name, given a rule that has its own"):
+        plan(model, (4, 3, 16, 16), rule=AugLocal(2), auxiliary="light")
+    with pytest.raises(ValueError, match="pooled must be True or False, given 'no'"):
+        Auxiliary(pooled="no")
+
+
+def test_a_checkpoint_of_other_nets_is_refused():
+    one, other = (LocalTrainer(models.CifarResNet(1), 2, auxiliary=aux) for aux in ("paper", "readout=shared"))
+    with pytest.raises(ValueError, match="saved with auxiliary None, this trainer has readout=shared"):
+        other.load_state_dict(one.state_dict())
 
 
 def test_nets_of_ones_own():
