@@ -48,7 +48,7 @@ def test_a_trainers_planning_too(tiny_model, batch, terminal):
 
 
 def test_a_refusal_names_the_batches_that_it_walks(tiny_model, terminal):
-    with pytest.raises(ValueError, match="or batches of [23]$"):
+    with pytest.raises(ValueError, match=r"or batches of [23]\b"):
         plan(tiny_model, (4, *SHAPE[1:]), 2, memory_budget=_least(tiny_model, 4) - 1)
     text = terminal.getvalue()
     assert walks(text, 2) and walks(text, 4)
