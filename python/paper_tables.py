@@ -90,7 +90,12 @@ MEMORY = {
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
-UNUSUAL = set(recipes.MORE_SETTINGS) - {"budget", "recompute", "image_size"}  # in a record where no recipe has it so
+UNUSUAL = set(recipes.MORE_SETTINGS) - {
+    "budget",
+    "recompute",
+    "auxiliary",
+    "image_size",
+}  # in a record where no recipe has it so
 CUT = (
     "rule",
     "depth",

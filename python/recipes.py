@@ -25,6 +25,8 @@ MORE_SETTINGS = (
     "image_size",
     "budget",
     "recompute",
+    "auxiliary",
+    "prefer",
     "patience",
     "nonfinite",
 )

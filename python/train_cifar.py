@@ -51,7 +51,6 @@ def run(options):
         "depth": options.depth if auglocal else None,  # None: no choice of this rule, whatever was given
         "modules": None if one_module else options.modules,
         "form": options.form if auglocal else None,
-        "auxiliary": options.auxiliary if auglocal and options.auxiliary != "paper" else None,
         "epochs": options.epochs,
         "batch_size": options.batch_size,
         "lr": options.lr,
