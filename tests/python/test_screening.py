@@ -22,7 +22,7 @@ def record(rule, accuracy, macs=1.0, modules=1, seed=0, **more):
 
 
 def test_the_table_and_the_picture(screening, tmp_path, capsys):
-    made = [record("bp", 0.75), record("bp", 0.73, seed=1), record("dgl", 0.7, 0.95, 4, modules=4)]
+    made = [record("bp", 0.75), record("bp", 0.73, seed=1), record("dgl", 0.7, 0.95, 4)]
     made += [record("auglocal", 0.72, 1.1, 4, depth=4, auxiliary="light"), record("auglocal", 0.74, 1.7, 4, depth=4)]
     file, picture = tmp_path / "found.jsonl", tmp_path / "front.svg"
     file.write_text("".join(json.dumps(one) + "\n" for one in made))
