@@ -174,8 +174,15 @@ def _units(parts, first_conv, plain=False):
     for name, module, width, copy in parts:
         x, kept = _trace(name, module, x)
         reduction = side // x.shape[2]
-        units.append(Unit(name, module, width or x.shape[1], x.shape[1], reduction, kept / side**2, copy, plain))
+        numbers = width or x.shape[1], x.shape[1], reduction, kept / side**2
+        units.append(Unit(name, module, *numbers, copy, plain, _least_width(module, width)))
     return tuple(units)
+
+
+def _least_width(module, width):
+    """The least base width that leaves a channel in each group of a block's convolutions."""
+    grouped = [m.out_channels // m.groups for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    return math.ceil(width / min(grouped)) if grouped and width else 1
 
 
 _SIDE = 256  # a power of two, so that every stride divides it: strides are read off traced shapes
@@ -231,7 +238,6 @@ def _read_torchvision_block(block):
         }
 
     def copy(in_channels, stride, width=own):
-        width = max(width, math.ceil(64 / options.get("base_width", 64)))  # a channel in each group
         downsample, out_channels = None, width * kind.expansion
         if stride != 1 or in_channels != out_channels:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)

@@ -31,6 +31,7 @@ class Unit:
     # (in_channels, stride, width=its own) -> new block like it, of that base width; None: the stem
     copy: Callable[..., nn.Module] | None
     plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
+    least_width: int = 1  # that a copy can have
 
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched.

@@ -208,7 +208,7 @@ def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"]):
 
 def copied_width(unit, auxiliary):
     """The base width of a unit's copy."""
-    return max(1, round(unit.width * auxiliary.width))
+    return max(unit.least_width, round(unit.width * auxiliary.width))
 
 
 def _separable(block):
