@@ -6,10 +6,10 @@ __all__ = ["accuracy_picture"]
 
 
 _PLACES = (
-    ((9, 0), "left", "center"),
-    ((-9, 0), "right", "center"),
-    ((0, 9), "center", "bottom"),
-    ((0, -9), "center", "top"),
+    ((12, 0), "left", "center"),
+    ((-12, 0), "right", "center"),
+    ((0, 12), "center", "bottom"),
+    ((0, -12), "center", "top"),
     ((8, 8), "left", "bottom"),
     ((8, -8), "left", "top"),
     ((-8, 8), "right", "bottom"),
@@ -51,7 +51,7 @@ def accuracy_picture(path, title, runs, baseline=None):
         shade = str(0.75 * index / max(len(groups) - 1, 1))
         axes.scatter([], [], 60, marker=_MARKS[index % len(_MARKS)], color=shade, ec="k", lw=0.8, label=group)
     axes.set(xlabel="multiply-accumulates / BP", ylabel="test accuracy, %")
-    axes.margins(0.12)
+    axes.margins(0.2, 0.12)  # room for the labels
     axes.grid(alpha=0.3)
     about = f"area: memory of a step, largest {most / scale:.3g} {unit}"
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, title=about)
