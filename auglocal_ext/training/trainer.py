@@ -264,7 +264,7 @@ class LocalTrainer:
         planned = planner.plan(self._spans, shape, self._rule, heads, images, self.optimizers)
         if compare or (self.plan is not None and self.plan.comparison is not None):
             planned = compared(planner, planned, images)
-        if self.plan is not None and shape == self.plan.input_shape:  # what is known of the cut
+        if self.plan is not None:  # what is known of the cut
             planned = replace(planned, choice=self.plan.choice)
         self.plan, self._planned_for = planned, (modes, *_kind(images))
         self._programs = None
