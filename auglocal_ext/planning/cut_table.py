@@ -1,8 +1,8 @@
 """What every cut of a backbone costs, as plain numbers by unit."""
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
-__all__ = ["CutTable", "HeadWay", "UnitWay", "between", "check_table"]
+__all__ = ["CutTable", "HeadWay", "UnitWay", "between", "check_table", "without_costs"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class CutTable:
     longest_rebuild: int
     unit_scratch: list[int]
     constant: int
+
+
+def without_costs(table):
+    """The table with no arithmetic in it."""
+    free = {"macs": (0, 0)}
+    units, heads = ([[replace(way, **free) for way in ways] for ways in each] for each in (table.units, table.heads))
+    return replace(table, units=units, heads=heads)
 
 
 def between(one, other, part, whole):

@@ -6,6 +6,7 @@ from ..rules.auglocal import AugLocal
 from ..rules.auxiliary import AUXILIARIES
 from ..rules.bp import BP
 from . import search
+from .cut_table import without_costs
 from .walker import Walker
 
 __all__ = ["Kind", "Menu"]
@@ -31,6 +32,10 @@ class Kind:
     def points(self, table):
         """The Points of these in a `CutTable` of them."""
         return [point for point in search.front(table) if self.modules in (None, point.modules)]
+
+    def least(self, table):
+        """The fewest bytes of these in a `CutTable` of them: found sooner where all cost the same."""
+        return search.smallest(self.points(without_costs(table))).bytes
 
 
 class Menu:

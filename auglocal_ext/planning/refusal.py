@@ -1,7 +1,6 @@
 """What is said of a budget that nothing fits: the least that would, the largest batch that does, what else would."""
 
 from ..common.memory import format_bytes
-from . import search
 from .cut_table import between
 
 __all__ = ["too_small"]
@@ -9,7 +8,7 @@ __all__ = ["too_small"]
 
 def too_small(menu, budget):
     """The error of a budget that nothing fits. menu: `Menu`."""
-    smallest, state = _least(menu.points(menu.asked)), menu.planner.state_bytes()
+    smallest, state = menu.asked.least(menu.table(menu.asked)), menu.planner.state_bytes()
     fits = _largest_batch(menu, budget) if budget > state else 0
     remedy = f"give at least that, or batches of {fits}"
     if not fits:
@@ -26,7 +25,7 @@ def too_small(menu, budget):
 def _otherwise(menu, budget, smallest):
     """What needs less, kind by kind, with a batch that would fit; as a sentence."""
     tables = {kind: menu.table(kind) for kind in menu.others}
-    least = {kind: _least(kind.points(table)) for kind, table in tables.items()}
+    least = {kind: kind.least(table) for kind, table in tables.items()}
     said = []
     for kind in sorted(least, key=least.get):
         if least[kind] < smallest:
@@ -38,17 +37,13 @@ def _fits(menu, kind, table, budget):
     """The batch of a Kind that fits, about: by a table between those of this batch and of two images."""
 
     def fit(table):
-        return _least(kind.points(table)) <= budget
+        return kind.least(table) <= budget
 
     if fit(table):
         return ", which fits"
     if menu.shape[0] <= 2 or not fit(few := menu.table(kind, (2, *menu.shape[1:]))):
         return ""
     return f" (batches of about {_guess(table, few, menu.shape[0], 2, fit)})"
-
-
-def _least(points):
-    return search.smallest(points).bytes
 
 
 def _largest_batch(menu, budget):
@@ -61,7 +56,7 @@ def _largest_batch(menu, budget):
     known = {beyond: menu.table(menu.asked)}
 
     def fit(table):
-        return _least(menu.asked.points(table)) <= budget
+        return menu.asked.least(table) <= budget
 
     def walked(batch):
         known[batch] = menu.table(menu.asked, (batch, *menu.shape[1:]))
