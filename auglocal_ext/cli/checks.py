@@ -5,9 +5,8 @@ import torch
 from .. import models
 from ..backbone.families import as_backbone
 from ..common.messages import first_line
-from ..planning.budget import candidates
-from ..rules.by_name import RULES, as_rule
-from ..rules.cutting import cut
+from ..planning.budget import rules_of
+from ..rules.by_name import RULES
 
 __all__ = ["check_cut", "check_image_size", "on_meta"]
 
@@ -25,15 +24,9 @@ def check_cut(options):
     """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
     given = vars(options)
     model = on_meta(options.model, given.get("num_classes") or 10)
-    backbone, budget = as_backbone(model), given.get("budget")
-    for name in ("depth", "auxiliary", "recompute"):
-        if given.get(name) == "auto" and budget is None:
-            raise ValueError(
-                f"{name}='auto' chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
-            )
-    rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper")
-    rules = [as_rule(*rule)] if budget is None else candidates(*rule, len(backbone.units))
-    cut(backbone, rules[0], options.modules if budget is None else options.modules or 1)
+    rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper"), options.modules
+    more = {name: given[name] for name in ("recompute", "prefer") if name in given}
+    rules_of(as_backbone(model), *rule, budgeted=given.get("budget") is not None, **more)
     return model
 
 

@@ -3,7 +3,7 @@
 A step's peak is made of segments that do not depend on the rest of the cut: what a unit's forward and backward do to
 memory depends on its own shape, on whether it is its module's first or last, on whether its output and the one before
 it are dropped or kept, and on whether its convolutions run again; a head's on the unit it is behind. So every segment
-is walked once (`cut_table`), and the search (`search`) puts them together to the peak of any module, to the byte.
+is walked once (`Walker`), and the search (`search`) puts them together to the peak of any module, to the byte.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .comparison import Comparison, Cost
 from .menu import Menu
 from .refusal import too_small
 
-__all__ = ["Choice", "DEPTHS", "PREFER", "candidates", "check_device", "choose"]
+__all__ = ["Choice", "DEPTHS", "PREFER", "candidates", "check_device", "choose", "rules_of"]
 
 
 DEPTHS = range(2, 7)  # the paper's; what depth="auto" looks at
@@ -82,6 +82,27 @@ class Choice:
 
 def _modules(point):
     return f"{point.modules} module{'s' * (point.modules > 1)}" if point else ""
+
+
+def rules_of(backbone, rule, depth, form, auxiliary, modules, *, budgeted, recompute=False, prefer="arithmetic"):
+    """The rules that a plan looks at, one without a budget, `candidates` with one; for arguments see
+    `auglocal_ext.plan`. ValueError where they do not go together, or with the backbone."""
+    if prefer not in PREFER:
+        raise ValueError(f"prefer must be one of {', '.join(PREFER)}, given {prefer!r}")
+    if not budgeted:
+        asked = {"prefer": prefer != "arithmetic", "depth": depth == "auto", "auxiliary": auxiliary == "auto"}
+        for name, needs_one in (asked | {"recompute": recompute == "auto"}).items():
+            if needs_one:
+                value = prefer if name == "prefer" else "auto"
+                raise ValueError(
+                    f"{name}={value!r} chooses under a budget: give memory_budget too, for instance memory_budget='6GB'"
+                )
+        rules = [as_rule(rule, depth, form, auxiliary)]
+    else:
+        rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
+    # Under a budget the cut is not the rule's own: only whether there can be so many modules is to be known.
+    cut(backbone, rules[0], (modules or 1) if budgeted else modules)
+    return rules
 
 
 def candidates(rule, depth, form, auxiliary, units):

@@ -11,7 +11,7 @@ the same, ties included.
 
 from bisect import bisect_right
 
-__all__ = ["chain", "module_ways", "undominated"]
+__all__ = ["module_ways", "undominated"]
 
 
 def module_ways(table):
@@ -39,7 +39,7 @@ def _ended(table, i, j, beginnings, scratch):
             forward, backward = way.forward[3 * before + 2], way.backward[3 * before + 2]
             for index, head in enumerate(table.heads[j]):
                 more = way.macs[j > i] + head.macs[way.again]
-                middle, middle_net = chain(forward, head.segments[way.again], backward)
+                middle, middle_net = _chain(forward, head.segments[way.again], backward)
                 most = max(scratch, head.scratch)
                 for macs, high, net, both, both_net, again in labels:
                     peak = max(high, net + middle, both + middle_net, both_net + middle_net + most)
@@ -91,7 +91,7 @@ def undominated(labels):
     return kept
 
 
-def chain(*segments):
+def _chain(*segments):
     """The segment of several, one after another."""
     high = net = 0
     for higher, more in segments:

@@ -10,10 +10,9 @@ from ..backbone.families import as_backbone
 from ..common.checks import whole_number
 from ..common.memory import parse_bytes
 from ..rules.auxiliary import Auxiliary
-from ..rules.by_name import as_rule
 from ..rules.cutting import as_recompute, cut
 from ..rules.rule import Rule
-from .budget import PREFER, candidates, check_device, choose
+from .budget import check_device, choose, rules_of
 from .calibration import load
 from .comparison import compared
 from .planner import Planner
@@ -65,26 +64,15 @@ def plan(
     """
     backbone = as_backbone(model)
     shape = check_shape(backbone, input_shape)
-    if prefer not in PREFER:
-        raise ValueError(f"prefer must be one of {', '.join(PREFER)}, given {prefer!r}")
-    if memory_budget is None:
-        if prefer != "arithmetic":
-            raise ValueError(f"prefer={prefer!r} chooses under a budget: give memory_budget too, for instance '6GB'")
-        for name, value in (("depth", depth), ("auxiliary", auxiliary), ("recompute", recompute)):
-            if value == "auto":
-                raise ValueError(f"{name}='auto' chooses under a budget: give memory_budget too, for instance '6GB'")
-        rules = [as_rule(rule, depth, form, auxiliary)]
-    else:
-        budget = parse_bytes(memory_budget)
-        rules = candidates(rule, depth, form, auxiliary, len(backbone.units))
-    # Under a budget the cut is not the rule's own: only whether there can be so many modules is to be known.
-    spans = cut(backbone, rules[0], modules if memory_budget is None else modules or 1)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    options = {"budgeted": budget is not None, "recompute": recompute, "prefer": prefer}
+    rules = rules_of(backbone, rule, depth, form, auxiliary, modules, **options)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
     planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
     with planner.progress(f"planning batches of {shape[0]}"):
-        if memory_budget is None:
-            return compared(planner, planner.plan(spans, shape, rules[0]))
+        if budget is None:
+            return compared(planner, planner.plan(cut(backbone, rules[0], modules), shape, rules[0]))
         check_device(planner.device, budget)
         spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)
         planner = planner.with_recompute(recompute)
