@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import auglocal_ext
+from auglocal_ext.common.device import name_of_processor
 from auglocal_ext.common.files import append_line
 
 FIELDS = {"settings", "machine", "local_modules", "macs_per_bp", "accuracy", "seconds", "peak_bytes"}
@@ -30,9 +31,10 @@ FIELDS = {"settings", "machine", "local_modules", "macs_per_bp", "accuracy", "se
 def machine(device):
     """What a figure depends on besides the code and its settings."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    on_cpu = device.type != "cuda"
+    name = name_of_processor() if on_cpu else torch.cuda.get_device_name(device)
     return {
-        "device": name,
+        "device": f"{name}, {torch.get_num_threads()} threads" if on_cpu else name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "auglocal_ext": auglocal_ext.__version__,
@@ -47,13 +49,6 @@ def _commit():
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
         return ""
-
-
-def _processor():
-    if not Path("/proc/cpuinfo").exists():
-        return platform.processor() or platform.machine()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0].split(': ')[1]}, {torch.get_num_threads()} threads" if models else platform.machine()
 
 
 def record(settings, device, result, data_bytes=0):

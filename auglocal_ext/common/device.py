@@ -1,10 +1,13 @@
 """Devices by name."""
 
+import platform
+from pathlib import Path
+
 import torch
 
 from .messages import first_line
 
-__all__ = ["usable_device"]
+__all__ = ["name_of_processor", "usable_device"]
 
 
 def usable_device(name):
@@ -19,3 +22,11 @@ def usable_device(name):
             f"device {str(name)!r} cannot be used here: {first_line(error)}; leave it out, or say 'cpu'"
         ) from None
     return device
+
+
+def name_of_processor():
+    """What this machine's CPU calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

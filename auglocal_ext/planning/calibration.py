@@ -7,7 +7,6 @@ samples of the same group on `costs`, times what the samples at the nearest `pla
 import json
 import math
 import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.device import usable_device
+from ..common.device import name_of_processor, usable_device
 from ..common.files import write_json
 from ..engine.nodes import Island
 from ..optim import make_optimizer
@@ -163,15 +162,9 @@ def machine(device, precision):
         precision: "fp32" or "bf16".
     """
     device = usable_device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name_of_processor()
     threads = torch.get_num_threads() if device.type == "cpu" else None
     return {"device": name, "threads": threads, "precision": precision, "torch": torch.__version__}
-
-
-def _processor():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def calibration_file(about):
