@@ -40,6 +40,10 @@ FIRST = [
     ("auglocal", 4, 4, "pooled separable"),
     ("auglocal", 4, 2, None),
     ("dgl", None, 4, None),
+]
+FINALISTS = [BP, ("auglocal", 4, 4, None), ("auglocal", 4, 4, "light"), ("auglocal", 4, 2, "light")]
+FINALISTS += [("auglocal", 4, 4, "pooled separable")]
+OTHERS = [
     ("auglocal", 2, 2, "light"),
     ("auglocal", 4, 4, "pooled width=0.5 readout=shared"),
     ("auglocal", 3, 2, "light"),
@@ -50,11 +54,9 @@ FIRST = [
     ("auglocal", 4, 4, "width=0.5"),
     ("auglocal", 4, 4, "pooled width=0.5 share=0.5"),
 ]
-FINALISTS = [BP, ("auglocal", 4, 4, None), ("auglocal", 4, 4, "light"), ("auglocal", 4, 4, "pooled separable")]
-FINALISTS += [("auglocal", 4, 2, "light"), ("auglocal", 4, 2, "pooled separable")]
-QUEUE = [("resnet20", 0, cut) for cut in FIRST]
-QUEUE += [("resnet20", seed, cut) for seed in (1, 2) for cut in FINALISTS]
-QUEUE += [("resnet32", seed, cut) for seed in (0, 1, 2) for cut in FINALISTS]
+PARTS = [("resnet20", 0, FIRST), ("resnet20", 1, FINALISTS), ("resnet32", 0, FINALISTS), ("resnet20", 2, FINALISTS)]
+PARTS += [("resnet20", 0, OTHERS), ("resnet32", 1, FINALISTS), ("resnet32", 2, FINALISTS)]
+QUEUE = [(network, seed, cut) for network, seed, cuts in PARTS for cut in cuts]
 
 
 def runs(data):
