@@ -1,5 +1,7 @@
 """AugLocal: aux nets that are uniform samples of the layers behind a module (arXiv:2402.17318)."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -76,6 +78,14 @@ class AugLocal(Rule):
         if not isinstance(self.auxiliary, Auxiliary):
             return self._made(border)
         return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit), self.auxiliary)
+
+    def net_key(self, border):
+        """What tells which net `aux_net` makes: borders of equal keys have nets alike."""
+        if not isinstance(self.auxiliary, Auxiliary):
+            return border.unit
+        sample, backbone = self.sample(border.backbone, border.unit), border.backbone
+        before, kinds = backbone.units[border.unit], [str(backbone.units[unit].module) for unit in sample.units]
+        return before.out_channels, before.plain, replace(sample, units=()), *kinds
 
     def _made(self, border):
         net = self.auxiliary(border)

@@ -7,7 +7,7 @@ from ..common.checks import whole_number
 from .bp import BP
 from .rule import Border, LocalHead
 
-__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "local_heads"]
+__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "head_behind", "local_heads"]
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,13 @@ def local_heads(backbone, rule, spans, image_shape):
     Returns:
         list of LocalHead
     """
-    heads = [
-        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border), rule.shares_readout)
-        for border in borders_of(backbone, spans, image_shape)
-    ]
+    heads = [head_behind(border, rule) for border in borders_of(backbone, spans, image_shape)]
     return [*heads, LocalHead(backbone.classifier)]
+
+
+def head_behind(border, rule):
+    """A rule's new LocalHead behind a border."""
+    return LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border), rule.shares_readout)
 
 
 def borders_of(backbone, spans, image_shape):
