@@ -14,7 +14,7 @@ from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 from ..common.meta import meta_copy
 from .node import is_as_its_class
 
-__all__ = ["Untraceable", "symbolic_graph"]
+__all__ = ["Tracer", "Untraceable", "symbolic_graph"]
 
 # Functions that models wrap by torch.fx.wrap are replaced while a trace runs, by ones that record what they are given
 # of the trace and do as before with everything else. Two traces must not undo each other's replacements.
@@ -37,7 +37,7 @@ def symbolic_graph(module, inside):
     """
     copied = meta_copy(module)
     try:
-        graph = _Tracer(inside).record(copied)
+        graph = Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
     for node in graph.nodes:
@@ -49,7 +49,9 @@ def symbolic_graph(module, inside):
     return graph
 
 
-class _Tracer(torch.fx.Tracer):
+class Tracer(torch.fx.Tracer):
+    """Records a module, on the meta device and used for nothing else, by what only its own modules are told."""
+
     def __init__(self, inside):
         super().__init__()
         self.inside = inside
@@ -62,16 +64,23 @@ class _Tracer(torch.fx.Tracer):
         self.root, self.graph, self.tensor_attrs = root, torch.fx.Graph(tracer_cls=type(self)), {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         for module in self.submodule_paths:
-            if type(module).__call__ is not nn.Module.__call__:
-                raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
+            self.check(module)
             if module is not root:
                 vars(module)["_compiled_call_impl"] = partial(self._called, module)
         x = self.create_proxy("placeholder", "x", (), {})
+        self.before(root)
         with _WRAPPING, _Patcher() as patcher:
             _patch_wrapped_functions(patcher)
             out = root(x)
         self.create_node("output", "output", (self.create_arg(out),), {})
         return self.graph
+
+    def check(self, module):
+        if type(module).__call__ is not nn.Module.__call__:
+            raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
+
+    def before(self, root):
+        """Is called when all is ready to record."""
 
     def _called(self, module, *args, **kwargs):
         return self.call_module(module, module.forward, args, kwargs)

@@ -29,6 +29,8 @@ class AugLocal(Rule):
             shape alone.
     """
 
+    takes_any_layout = True
+
     def __init__(self, depth=4, form=None, auxiliary="paper"):
         if form is not None and form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)} or None, given {form!r}")
@@ -106,10 +108,13 @@ class AugLocal(Rule):
         if not isinstance(self.auxiliary, Auxiliary):
             return super().describe(border)
         sample, units = self.sample(border.backbone, border.unit), border.backbone.units
-        copies = [
-            f"{units[unit].name} ({copied_width(units[unit], self.auxiliary)}, /{stride})"
-            for unit, stride in zip(sample.units, sample.strides, strict=True)
-        ]
+        copies = [self._words(units[unit], stride) for unit, stride in zip(sample.units, sample.strides, strict=True)]
         words = [f"pool /{sample.pool}"] * (sample.pool > 1) + ["separable"] * self.auxiliary.separable + copies
         words += ["+ BatchNorm1d"] * sample.batch_norm_head + ["+ shared readout"] * self.shares_readout
         return " ".join(words)
+
+    def _words(self, unit, stride):
+        """Of a unit's copy."""
+        width = copied_width(unit, self.auxiliary)
+        as_block = ", a residual block" if unit.is_copied_as_residual(width, stride) else ""
+        return f"{unit.name} ({width}, /{stride}{as_block})"
