@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .calls import is_size
 from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
@@ -67,7 +68,7 @@ def _read(module, inside, part, source):
             values[fx_node] = source
         elif fx_node.op == "output":
             return nodes, values[fx_node.args[0]]
-        elif fx_node not in done:
+        elif fx_node not in done and not is_size(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
             node, last = next(found for kind in KINDS if (found := kind.match(at)))
             done.update(_chain(fx_node, last))

@@ -5,12 +5,27 @@ from .avg_pool import AvgPool
 from .conv import Conv
 from .head import Head
 from .island import Island
+from .linear import Linear
 from .loss import Loss
 from .max_pool import MaxPool
 from .norm import Norm
 from .pooled_norm import PooledNorm
+from .reshape import Reshape
 
-__all__ = ["KINDS", "Activation", "AvgPool", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "PooledNorm"]
+__all__ = [
+    "KINDS",
+    "Activation",
+    "AvgPool",
+    "Conv",
+    "Head",
+    "Island",
+    "Linear",
+    "Loss",
+    "MaxPool",
+    "Norm",
+    "PooledNorm",
+    "Reshape",
+]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, PooledNorm, Norm, Island)
+KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, Reshape, Island)
