@@ -5,6 +5,7 @@ from .avg_pool import AvgPool
 from .conv import Conv
 from .head import Head
 from .island import Island
+from .layer_norm import LayerNorm
 from .linear import Linear
 from .loss import Loss
 from .max_pool import MaxPool
@@ -19,6 +20,7 @@ __all__ = [
     "Conv",
     "Head",
     "Island",
+    "LayerNorm",
     "Linear",
     "Loss",
     "MaxPool",
@@ -28,4 +30,4 @@ __all__ = [
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, Reshape, Island)
+KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, LayerNorm, Reshape, Island)
