@@ -1,6 +1,7 @@
 """The kinds of nodes, one a file. A new kind is a file here and a line in KINDS."""
 
 from .activation import Activation
+from .attention import Attention
 from .avg_pool import AvgPool
 from .conv import Conv
 from .head import Head
@@ -16,6 +17,7 @@ from .reshape import Reshape
 __all__ = [
     "KINDS",
     "Activation",
+    "Attention",
     "AvgPool",
     "Conv",
     "Head",
@@ -30,4 +32,4 @@ __all__ = [
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, LayerNorm, Reshape, Island)
+KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, LayerNorm, Attention, Reshape, Island)
