@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.meta import METHODS
 
-__all__ = ["At", "Node", "computes", "has_own_weight", "is_as_its_class"]
+__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Node:
     data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
     keeps_its_source: ClassVar[bool] = True  # what it reads of another part, one that is recomputed, is a checkpoint
     is_a_loss: ClassVar[bool] = False  # a term of the module's loss
+    holds_attributes: ClassVar[bool] = False  # it may be given parameters and buffers, not only values
 
     @property
     def sources(self):
@@ -64,6 +65,22 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A parameter or buffer that a forward uses directly."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self):
+        return getattr(self.owner, self.name)
+
+    @property
+    def trained(self):
+        return self.value.requires_grad
+
+
+@dataclass(frozen=True)
 class At:
     """A place in an fx graph, where a node may begin.
 
@@ -94,6 +111,17 @@ class At:
     def source(self, node=None):
         """The name of the value that an fx node of one input reads."""
         return self.values[(node or self.node).all_input_nodes[0]]
+
+    @staticmethod
+    def is_attribute(node):
+        return node.op == "get_attr"
+
+    def attribute(self, node):
+        """The `Attribute` that an fx node stands for, or None: it is a value."""
+        if not self.is_attribute(node):
+            return None
+        path, _, name = node.target.rpartition(".")
+        return Attribute(self.modules[path], name)
 
     @staticmethod
     def only_reader(node):

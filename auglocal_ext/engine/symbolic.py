@@ -22,11 +22,12 @@ _WRAPPING = threading.RLock()
 
 
 class Untraceable(Exception):
-    """The forward has no graph of modules and functions: it branches on values, uses parameters directly, ..."""
+    """The forward has no graph of modules and functions: it branches on values, puts out several, ..."""
 
 
 def symbolic_graph(module, inside):
-    """The torch.fx.Graph of a module of one input, whose every node is used.
+    """The torch.fx.Graph of a module of one input, whose every node is used. What it uses of its own parameters and
+    buffers directly are nodes "get_attr", whose targets are their paths.
 
     Args:
         module: left alone; a copy of it is traced.
@@ -40,11 +41,13 @@ def symbolic_graph(module, inside):
         graph = _Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
+    own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     for node in graph.nodes:
-        if node.op == "get_attr" or (node.op not in ("placeholder", "output") and not node.users):
+        made = node.op == "get_attr" and node.target not in own  # a tensor of the trace's, which has no data
+        if made or (node.op not in ("placeholder", "output") and not node.users):
             raise Untraceable(f"{node.name} is no step of a chain of modules and functions")
     (output,) = (node for node in graph.nodes if node.op == "output")
-    if not isinstance(output.args[0], torch.fx.Node) or output.args[0].op == "placeholder":
+    if not isinstance(output.args[0], torch.fx.Node) or output.args[0].op in ("placeholder", "get_attr"):
         raise Untraceable("it does not put out one new tensor")
     return graph
 
