@@ -1,16 +1,33 @@
 """The kinds of nodes, one a file. A new kind is a file here and a line in KINDS."""
 
 from .activation import Activation
+from .add import Add
 from .avg_pool import AvgPool
 from .conv import Conv
+from .global_pool import GlobalPool
 from .head import Head
 from .island import Island
 from .loss import Loss
 from .max_pool import MaxPool
+from .mul import Mul
 from .norm import Norm
 from .pooled_norm import PooledNorm
 
-__all__ = ["KINDS", "Activation", "AvgPool", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "PooledNorm"]
+__all__ = [
+    "KINDS",
+    "Activation",
+    "Add",
+    "AvgPool",
+    "Conv",
+    "GlobalPool",
+    "Head",
+    "Island",
+    "Loss",
+    "MaxPool",
+    "Mul",
+    "Norm",
+    "PooledNorm",
+]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, PooledNorm, Norm, Island)
+KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Island)

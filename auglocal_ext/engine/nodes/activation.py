@@ -98,8 +98,7 @@ class Activation(Node):
         (before,) = at.node.all_input_nodes
         alone = at.only_reader(before) is at.node
         behind_conv = is_plain_conv(at.module(before)) and not before.kwargs and alone
-        # A ReLU elsewhere is an Island; one that changes what others read too.
-        if not behind_conv and (function == RELU or (writes_over and not alone)):
+        if writes_over and not alone:  # it changes what others read
             return None
         return cls(at.out, at.part, at.values[before], function, behind_conv and function.by_output), at.node
 
@@ -131,7 +130,8 @@ class Activation(Node):
         others = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh")
         behind_convs = (nn.Sequential(nn.Conv2d(4, 6, 1), other, nn.Conv2d(6, 4, 1)) for other in others)
         first = nn.Sequential(nn.SiLU(), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.SiLU(inplace=True))
-        return (*relus, *behind_convs, first)
+        again = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+        return (*relus, *behind_convs, first, again)
 
 
 def function_at(node, at):

@@ -6,12 +6,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.utils import _pair
 
 from ..criterion import CrossEntropy
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
 from .activation import RELU
+from .global_pool import GlobalPool
 from .island import Island
 from .norm import Norm, affine, batch_statistics, is_plain_norm, statistics
 
@@ -89,9 +89,13 @@ def take_in_head(nodes, features, weight, criterion):
     """
     names = {node.out: node for node in nodes}
     readers = [features, *(source for node in nodes for source in node.sources)]
-    # pool, flatten, [BatchNorm1d,] linear, each an island whose call is the module itself
+    # pool, [flatten,] [BatchNorm1d,] linear, all but the pool islands whose call is the module itself
     tail = [nodes[-1]]
-    while isinstance(tail[0], Island) and len(tail[0].sources) == 1 and readers.count(tail[0].sources[0]) == 1:
+    while (
+        isinstance(tail[0], Island | GlobalPool)
+        and len(tail[0].sources) == 1
+        and readers.count(tail[0].sources[0]) == 1
+    ):
         before = names.get(tail[0].sources[0])
         if before is None:
             break
@@ -99,12 +103,9 @@ def take_in_head(nodes, features, weight, criterion):
         if isinstance(before, Norm):
             break
     match [getattr(node, "call", node) for node in tail]:
-        case [Norm() as norm, pool, flatten, *middle, nn.Linear() as linear] if (
-            norm.function in (None, RELU)
-            and computes(pool, nn.AdaptiveAvgPool2d)
-            and _pair(pool.output_size) == (1, 1)
-            and computes(flatten, nn.Flatten)
-            and (flatten.start_dim, flatten.end_dim) == (1, -1)
+        case [Norm() as norm, GlobalPool() as pool, *between, nn.Linear() as linear] if (
+            (norm.function == RELU or (norm.function is None and norm.residual is None))
+            and (middle := _behind_flatten(between, pool.keepdim)) is not None
             and (not middle or (len(middle) == 1 and is_plain_norm(middle[0], nn.BatchNorm1d)))
             and computes(linear, nn.Linear)
             and has_own_weight(linear)
@@ -113,6 +114,14 @@ def take_in_head(nodes, features, weight, criterion):
             head = Head(nodes[-1].out, nodes[-1].part, norm, middle[0] if middle else None, linear, weight, criterion)
             return [node for node in nodes if node not in tail] + [head]
     return None
+
+
+def _behind_flatten(modules, expected):
+    """The modules without the Flatten that they begin with, where one is expected; None: they do not."""
+    if not expected:
+        return modules
+    begins = modules and computes(modules[0], nn.Flatten) and (modules[0].start_dim, modules[0].end_dim) == (1, -1)
+    return modules[1:] if begins else None
 
 
 def _pooled_norm(bn, relu, x, mean, var, residual=None):

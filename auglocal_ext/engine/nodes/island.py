@@ -125,7 +125,7 @@ class _Own(nn.Module):
 def _may_write(node, module):
     """Whether what runs may write over its input: in-place modules, and what torch did not define."""
     if module is None:
-        known = node.target in (operator.add, torch.add, F.relu, torch.relu)
+        known = node.target in (operator.add, torch.add)
         return not known or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     own = (type(part).__module__.startswith("torch.nn.") for part in module.modules())
     return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
