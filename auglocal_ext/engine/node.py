@@ -133,8 +133,8 @@ class At:
 _FORWARDS = {
     kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
-        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.GELU,
-        nn.Hardswish, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU
+        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
+        nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
 from ..common.meta import meta_copy
+from .dropping import is_identity
 from .node import is_as_its_class
 
 __all__ = ["Untraceable", "symbolic_graph"]
@@ -26,7 +27,8 @@ class Untraceable(Exception):
 
 
 def symbolic_graph(module, inside):
-    """The torch.fx.Graph of a module of one input, whose every node is used. What it uses of its own parameters and
+    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is
+    given. What it uses of its own parameters and
     buffers directly are nodes "get_attr", whose targets are their paths.
 
     Args:
@@ -41,6 +43,7 @@ def symbolic_graph(module, inside):
         graph = _Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
+    _erase_identities(graph, dict(copied.named_modules()))
     own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     for node in graph.nodes:
         made = node.op == "get_attr" and node.target not in own  # a tensor of the trace's, which has no data
@@ -50,6 +53,13 @@ def symbolic_graph(module, inside):
     if not isinstance(output.args[0], torch.fx.Node) or output.args[0].op in ("placeholder", "get_attr"):
         raise Untraceable("it does not put out one new tensor")
     return graph
+
+
+def _erase_identities(graph, modules):
+    for node in graph.nodes:
+        if is_identity(node, modules.get(node.target) if node.op == "call_module" else None):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
 
 
 class _Tracer(torch.fx.Tracer):

@@ -4,6 +4,7 @@ from .activation import Activation
 from .add import Add
 from .avg_pool import AvgPool
 from .conv import Conv
+from .dropout import Dropout
 from .global_pool import GlobalPool
 from .head import Head
 from .island import Island
@@ -19,6 +20,7 @@ __all__ = [
     "Add",
     "AvgPool",
     "Conv",
+    "Dropout",
     "GlobalPool",
     "Head",
     "Island",
@@ -30,4 +32,4 @@ __all__ = [
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Island)
+KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Island)
