@@ -3,6 +3,7 @@
 from .activation import Activation
 from .add import Add
 from .avg_pool import AvgPool
+from .concat import Concat
 from .conv import Conv
 from .dropout import Dropout
 from .global_pool import GlobalPool
@@ -19,6 +20,7 @@ __all__ = [
     "Activation",
     "Add",
     "AvgPool",
+    "Concat",
     "Conv",
     "Dropout",
     "GlobalPool",
@@ -32,4 +34,4 @@ __all__ = [
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Island)
+KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Concat, Island)
