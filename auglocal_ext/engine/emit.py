@@ -168,6 +168,20 @@ class Emit:
         self._given += 1
         return f"{value}{_GRADIENT}{self._given}"
 
+    def contribute(self, node, kind, first, add, reads, value):
+        """Adds a step that gives a contribution to a value's gradient which need not be made as a map of its own.
+
+        Args:
+            first: (*reads) -> the gradient, where nothing was given yet.
+            add: (the gradient so far, *reads) -> the gradient, written over the one so far.
+        """
+        before = self._gradient_of.get(value)
+        if before is None:
+            self.step(node, kind, first, reads, [self.give(value)])
+            return
+        total = self._gradient_of[value] = self.give(value)
+        self.steps.append(Step(kind, self.phase, False, node.part, add, (before, *reads), (total,)))
+
     def owns(self, value):
         """Whether the backward of the node that reads a value may write over it."""
         return value in self._ours and self.readers[value] == 1 and value != self.features

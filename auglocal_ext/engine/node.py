@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.meta import METHODS
 
-__all__ = ["At", "Node", "computes", "has_own_weight", "is_as_its_class", "is_torchvisions"]
+__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class", "is_torchvisions"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Node:
     data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
     keeps_its_source: ClassVar[bool] = True  # what it reads of another part, one that is recomputed, is a checkpoint
     is_a_loss: ClassVar[bool] = False  # a term of the module's loss
+    holds_attributes: ClassVar[bool] = False  # it may be given parameters and buffers, not only values
 
     @property
     def sources(self):
@@ -64,6 +65,22 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A parameter or buffer that a forward uses directly."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self):
+        return getattr(self.owner, self.name)
+
+    @property
+    def trained(self):
+        return self.value.requires_grad
+
+
+@dataclass(frozen=True)
 class At:
     """A place in an fx graph, where a node may begin.
 
@@ -96,6 +113,17 @@ class At:
         return self.values[(node or self.node).all_input_nodes[0]]
 
     @staticmethod
+    def is_attribute(node):
+        return node.op == "get_attr"
+
+    def attribute(self, node):
+        """The `Attribute` that an fx node stands for, or None: it is a value."""
+        if not self.is_attribute(node):
+            return None
+        path, _, name = node.target.rpartition(".")
+        return Attribute(self.modules[path], name)
+
+    @staticmethod
     def only_reader(node):
         """The one fx node that reads another one's value, or None: there are several."""
         return next(iter(node.users)) if len(node.users) == 1 else None
@@ -105,9 +133,9 @@ class At:
 _FORWARDS = {
     kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
-        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.GELU,
-        nn.Hardswish, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.MultiheadAttention, nn.ReLU, nn.ReLU6,
-        nn.SiLU, nn.Unflatten
+        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
+        nn.Hardswish, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.MultiheadAttention, nn.ReLU,
+        nn.ReLU6, nn.SiLU, nn.Unflatten
     )
 }  # fmt: skip
 

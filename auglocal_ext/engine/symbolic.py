@@ -14,6 +14,7 @@ from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
 from ..common.meta import meta_copy
 from .calls import is_size
+from .dropping import is_identity
 from .node import is_as_its_class
 
 __all__ = ["Untraceable", "symbolic_graph"]
@@ -24,11 +25,13 @@ _WRAPPING = threading.RLock()
 
 
 class Untraceable(Exception):
-    """The forward has no graph of modules and functions: it branches on values, uses parameters directly, ..."""
+    """The forward has no graph of modules and functions: it branches on values, puts out several, ..."""
 
 
 def symbolic_graph(module, inside):
-    """The torch.fx.Graph of a module of one input, whose every node is used.
+    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is
+    given. What it uses of its own parameters and
+    buffers directly are nodes "get_attr", whose targets are their paths.
 
     Args:
         module: left alone; a copy of it is traced.
@@ -43,13 +46,16 @@ def symbolic_graph(module, inside):
     except Exception as error:
         raise Untraceable(str(error)) from error
     _erase_checks(graph)
+    _erase_identities(graph, dict(copied.named_modules()))
+    own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     for node in graph.nodes:
+        made = node.op == "get_attr" and node.target not in own  # a tensor of the trace's, which has no data
         used = any(not is_size(user) for user in node.users) or (node.users and is_size(node))
-        if node.op == "get_attr" or (node.op not in ("placeholder", "output") and not used):
+        if made or (node.op not in ("placeholder", "output") and not used):
             raise Untraceable(f"{node.name} is no step of a chain of modules and functions")
     (output,) = (node for node in graph.nodes if node.op == "output")
     (out,) = output.args
-    if not isinstance(out, torch.fx.Node) or out.op == "placeholder" or is_size(out):
+    if not isinstance(out, torch.fx.Node) or out.op in ("placeholder", "get_attr") or is_size(out):
         raise Untraceable("it does not put out one new tensor")
     return graph
 
@@ -65,6 +71,13 @@ def _erase_checks(graph):
 
 
 _COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+
+
+def _erase_identities(graph, modules):
+    for node in graph.nodes:
+        if is_identity(node, modules.get(node.target) if node.op == "call_module" else None):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
 
 
 class _Tracer(torch.fx.Tracer):

@@ -68,9 +68,11 @@ def _read(module, inside, part, source):
             values[fx_node] = source
         elif fx_node.op == "output":
             return nodes, values[fx_node.args[0]]
-        elif fx_node not in done and not is_size(fx_node):
+        elif fx_node not in done and not is_size(fx_node) and not At.is_attribute(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
-            node, last = next(found for kind in KINDS if (found := kind.match(at)))
+            plain = not any(map(at.is_attribute, fx_node.all_input_nodes))
+            kinds = (kind for kind in KINDS if plain or kind.holds_attributes)
+            node, last = next(found for kind in kinds if (found := kind.match(at)))
             done.update(_chain(fx_node, last))
             values[last] = node.out
             nodes.append(node)

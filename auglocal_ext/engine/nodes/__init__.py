@@ -1,15 +1,20 @@
 """The kinds of nodes, one a file. A new kind is a file here and a line in KINDS."""
 
 from .activation import Activation
+from .add import Add
 from .attention import Attention
 from .avg_pool import AvgPool
+from .concat import Concat
 from .conv import Conv
+from .dropout import Dropout
+from .global_pool import GlobalPool
 from .head import Head
 from .island import Island
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .loss import Loss
 from .max_pool import MaxPool
+from .mul import Mul
 from .norm import Norm
 from .pooled_norm import PooledNorm
 from .reshape import Reshape
@@ -17,19 +22,27 @@ from .reshape import Reshape
 __all__ = [
     "KINDS",
     "Activation",
+    "Add",
     "Attention",
     "AvgPool",
+    "Concat",
     "Conv",
+    "Dropout",
+    "GlobalPool",
     "Head",
     "Island",
     "LayerNorm",
     "Linear",
     "Loss",
     "MaxPool",
+    "Mul",
     "Norm",
     "PooledNorm",
     "Reshape",
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Linear, Activation, MaxPool, AvgPool, PooledNorm, Norm, LayerNorm, Attention, Reshape, Island)
+KINDS = (
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention, Add, Mul, Dropout,
+    Concat, Reshape, Island,
+)  # fmt: skip

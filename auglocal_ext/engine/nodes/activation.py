@@ -101,8 +101,7 @@ class Activation(Node):
         alone = at.only_reader(before) is at.node
         made = at.module(before)
         behind_product = (is_plain_conv(made) or is_plain_linear(made)) and not before.kwargs and alone
-        # A ReLU elsewhere is an Island; one that changes what others read too.
-        if not behind_product and (function == RELU or (writes_over and not alone)):
+        if writes_over and not alone:  # it changes what others read
             return None
         return cls(at.out, at.part, at.values[before], function, behind_product and function.by_output), at.node
 
@@ -134,8 +133,9 @@ class Activation(Node):
         others = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh")
         behind_convs = (nn.Sequential(nn.Conv2d(4, 6, 1), other, nn.Conv2d(6, 4, 1)) for other in others)
         first = nn.Sequential(nn.SiLU(), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.SiLU(inplace=True))
+        again = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
         rows = nn.Sequential(nn.Flatten(2), nn.Linear(42, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 5))
-        return (*relus, *behind_convs, first, rows)
+        return (*relus, *behind_convs, first, again, rows)
 
 
 def function_at(node, at):

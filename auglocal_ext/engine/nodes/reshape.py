@@ -45,7 +45,7 @@ class Reshape(Node):
             found = _of_call(node)
             tensors, call = call_at(node, at.modules)
             found = found and (call, found[1])
-        if found is None or not node.args or tensors[0] is not node.args[0]:
+        if found is None or tensors[0] is not node.args[0] or any(map(at.is_attribute, tensors)):
             return None
         source, *sized = (at.values[tensor] for tensor in tensors)
         return cls(at.out, at.part, source, tuple(sized), *found), node
