@@ -42,6 +42,11 @@ class Node:
         return False
 
     @classmethod
+    def takes_whole(cls, module):
+        """Whether a node of this kind may be the whole of a module of more than one layer: none looks into it."""
+        return False
+
+    @classmethod
     def match(cls, at):
         """(node, the last fx node that it takes in) where a node of this kind begins at `at`, an `At`; else None."""
         return None

@@ -18,6 +18,7 @@ from .mul import Mul
 from .norm import Norm
 from .pooled_norm import PooledNorm
 from .reshape import Reshape
+from .window_attention import WindowAttention
 
 __all__ = [
     "KINDS",
@@ -39,10 +40,11 @@ __all__ = [
     "Norm",
     "PooledNorm",
     "Reshape",
+    "WindowAttention",
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
 KINDS = (
-    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention, Add, Mul, Dropout,
-    Concat, Reshape, Island,
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention,
+    WindowAttention, Add, Mul, Dropout, Concat, Reshape, Island,
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """Island: what no other kind describes, differentiated by autograd within the program."""
 
-import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from ..as_real import MetaAutocast
+from ..as_real import MetaAutocast, autocasting
 from ..calls import call_at
 from ..node import Attribute, Node
 from ..tensors import as_gradient, dense
@@ -123,13 +122,7 @@ def _may_write(node, module):
 def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
     first = (*given, *(a.value for a in node.attributes if a is not None))[0]
-    autocast = None if first.dtype == torch.float64 else autocast  # which autocast leaves alone
-    if autocast is None:
-        around = contextlib.nullcontext()
-    elif first.is_meta:
-        around = MetaAutocast(autocast, device_type)
-    else:
-        around = torch.autocast(first.device.type, autocast, cache_enabled=False)
+    around = autocasting(first, autocast, device_type)
     with torch.enable_grad(), around:
         try:
             out, parameters = _called(node, given)
