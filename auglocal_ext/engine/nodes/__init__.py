@@ -3,6 +3,7 @@
 from .activation import Activation
 from .add import Add
 from .avg_pool import AvgPool
+from .chunk import Chunk
 from .concat import Concat
 from .conv import Conv
 from .dropout import Dropout
@@ -20,6 +21,7 @@ __all__ = [
     "Activation",
     "Add",
     "AvgPool",
+    "Chunk",
     "Concat",
     "Conv",
     "Dropout",
@@ -34,4 +36,4 @@ __all__ = [
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Concat, Island)
+KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Concat, Chunk, Island)
