@@ -33,7 +33,7 @@ class Step:
 @dataclass(frozen=True)
 class Recipe:
     """How a value that is dropped is made again: run(over, *reads), over telling which of the reads may be written
-    over. By a convolution: it then stays until its last reader."""
+    over. By a convolution: it then stays until its last reader. Alias: it may be a view of what it is made from."""
 
     kind: str
     part: str
@@ -42,6 +42,7 @@ class Recipe:
     writes: tuple[str, ...]
     macs: Callable | None
     by_convolution: bool
+    alias: bool
 
 
 class Emit:
@@ -124,14 +125,14 @@ class Emit:
             self.step(last, "add", torch.add, self.losses, ["loss"])
         self.phase = Phase.BACKWARD
 
-    def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False):
+    def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False, alias=False):
         """Lets values be dropped and made again.
 
         Args:
-            run: see `Recipe`.
+            run, by_convolution, alias: see `Recipe`.
             like: the name of a value of the shape and layout of the first one, for where only those are needed.
         """
-        recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution)
+        recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution, alias)
         self.recipes.update(dict.fromkeys(writes, recipe))
         if like is not None and writes[0] not in self.pinned:
             self._layouts[writes[0]] = self._layouts.get(like, like)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.meta import METHODS
 
-__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class"]
+__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class", "is_torchvisions"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ _FORWARDS = {
     kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
         nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
-        nn.Hardswish, nn.Identity, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU
+        nn.Hardswish, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.MultiheadAttention, nn.ReLU,
+        nn.ReLU6, nn.SiLU, nn.Unflatten
     )
 }  # fmt: skip
 
@@ -170,6 +171,13 @@ def is_as_its_class(module):
         and getattr(forward, "__qualname__", None) == f"{home.__qualname__}.forward"
         and not hasattr(forward, "__wrapped__")
     )
+
+
+def is_torchvisions(module, name):
+    """Whether a module is of torchvision's class of this name, such as "ops.misc.Permute", and computes what it does.
+    By name, so that nothing imports torchvision."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" == f"torchvision.{name}" and is_as_its_class(module)
 
 
 def has_own_weight(module):

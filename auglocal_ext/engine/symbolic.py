@@ -4,6 +4,7 @@ torch.fx.symbolic_trace replaces nn.Module.__call__ while it runs: a model that 
 copy of the module is traced, and only the copy's modules are told to be recorded.
 """
 
+import operator
 import threading
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
 from ..common.meta import meta_copy
+from .calls import is_size
 from .dropping import is_identity
 from .node import is_as_its_class
 
@@ -43,16 +45,32 @@ def symbolic_graph(module, inside):
         graph = _Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
+    _erase_checks(graph)
     _erase_identities(graph, dict(copied.named_modules()))
     own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     for node in graph.nodes:
         made = node.op == "get_attr" and node.target not in own  # a tensor of the trace's, which has no data
-        if made or (node.op not in ("placeholder", "output") and not node.users):
+        used = any(not is_size(user) for user in node.users) or (node.users and is_size(node))
+        if made or (node.op not in ("placeholder", "output") and not used):
             raise Untraceable(f"{node.name} is no step of a chain of modules and functions")
     (output,) = (node for node in graph.nodes if node.op == "output")
-    if not isinstance(output.args[0], torch.fx.Node) or output.args[0].op in ("placeholder", "get_attr"):
+    (out,) = output.args
+    if not isinstance(out, torch.fx.Node) or out.op in ("placeholder", "get_attr") or is_size(out):
         raise Untraceable("it does not put out one new tensor")
     return graph
+
+
+def _erase_checks(graph):
+    """Erases what is there for torch._assert alone, and items of a tuple that nothing uses. A step on tensors checks
+    what it is given, and a plan walks the model's own forward first."""
+    for node in reversed(graph.nodes):
+        comparison = node.op == "call_function" and node.target in _COMPARISONS
+        unused = not node.users and (is_size(node) or comparison or node.target is operator.getitem)
+        if unused or node.target is torch._assert:
+            graph.erase_node(node)
+
+
+_COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
 
 
 def _erase_identities(graph, modules):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .calls import is_size
 from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
@@ -70,7 +71,7 @@ def _read(module, inside, part, source):
             return nodes, values[fx_node.args[0]]
         elif is_cut(fx_node):
             values[fx_node] = values[fx_node.args[0]]  # of which each reader takes a part
-        elif fx_node not in done and not At.is_attribute(fx_node):
+        elif fx_node not in done and not is_size(fx_node) and not At.is_attribute(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
             plain = not any(map(at.is_attribute, fx_node.all_input_nodes))
             kinds = (kind for kind in KINDS if plain or kind.holds_attributes)

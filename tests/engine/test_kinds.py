@@ -27,8 +27,10 @@ class Block(nn.Module):
         super().__init__()
         before = nn.Identity() if alone else nn.Conv2d(4, 4, 3, padding=1)
         self.body = nn.Sequential(before, copy.deepcopy(sample))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.LazyLinear(5))
-        self.head(self.body(torch.zeros(2, 4, 7, 6)))
+        features = self.body(torch.zeros(2, 4, 7, 6))
+        pool = nn.AdaptiveAvgPool2d(1) if features.dim() == 4 else nn.Flatten(1)  # of tokens (N, L, C)
+        self.head = nn.Sequential(pool, nn.Flatten(1), nn.LazyLinear(5))
+        self.head(features)
 
     def forward(self, x):
         features = self.body(x)

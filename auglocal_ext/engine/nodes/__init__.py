@@ -2,6 +2,7 @@
 
 from .activation import Activation
 from .add import Add
+from .attention import Attention
 from .avg_pool import AvgPool
 from .chunk import Chunk
 from .concat import Concat
@@ -10,16 +11,20 @@ from .dropout import Dropout
 from .global_pool import GlobalPool
 from .head import Head
 from .island import Island
+from .layer_norm import LayerNorm
+from .linear import Linear
 from .loss import Loss
 from .max_pool import MaxPool
 from .mul import Mul
 from .norm import Norm
 from .pooled_norm import PooledNorm
+from .reshape import Reshape
 
 __all__ = [
     "KINDS",
     "Activation",
     "Add",
+    "Attention",
     "AvgPool",
     "Chunk",
     "Concat",
@@ -28,12 +33,18 @@ __all__ = [
     "GlobalPool",
     "Head",
     "Island",
+    "LayerNorm",
+    "Linear",
     "Loss",
     "MaxPool",
     "Mul",
     "Norm",
     "PooledNorm",
+    "Reshape",
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, Add, Mul, Dropout, Concat, Chunk, Island)
+KINDS = (
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention, Add, Mul, Dropout,
+    Concat, Chunk, Reshape, Island,
+)  # fmt: skip

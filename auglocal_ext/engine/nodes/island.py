@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
 from ..as_real import MetaAutocast
+from ..calls import call_at
 from ..node import Attribute, Node
 from ..tensors import as_gradient, dense
 
@@ -45,21 +45,10 @@ class Island(Node):
     @classmethod
     def match(cls, at):
         node, module = at.node, at.module()
-        tensors = list(node.all_input_nodes)
-        if module is not None and len(tensors) == 1 and node.args == (tensors[0],) and not node.kwargs:
+        tensors, call = call_at(node, at.modules)
+        what = f"{at.part}: {getattr(node.target, '__name__', node.target)}"
+        if module is not None and node.args == tuple(tensors) and len(tensors) == 1 and not node.kwargs:
             call, what = module, f"{node.target.partition('.')[2] or at.part} ({type(module).__name__})"
-        else:
-            function = node.target if module is None else module
-            what = f"{at.part}: {getattr(node.target, '__name__', node.target)}"
-
-            def call(*given):
-                at = dict(zip(tensors, given, strict=True))
-                args = torch.fx.map_arg(node.args, at.__getitem__)
-                kwargs = torch.fx.map_arg(node.kwargs, at.__getitem__)
-                if node.op == "call_method":
-                    return getattr(args[0], node.target)(*args[1:], **kwargs)
-                return function(*args, **kwargs)
-
         attributes = tuple(at.attribute(argument) for argument in tensors)
         held = (attribute.value for attribute in attributes if attribute is not None)
         parameters = [*(() if module is None else module.parameters()), *held]
