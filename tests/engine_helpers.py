@@ -32,12 +32,12 @@ def looked_into(module):
 
 
 def read(net):
-    """The block's nodes, and all of the net's."""
+    """The net's nodes."""
     inside = looked_into(net)
     stem, out = trace(net.stem, inside, "stem", "images")
     block, out = trace(net.block, inside, "block", out)
     head, _ = trace(net.classifier, inside, "head", out)
-    return block, join([*stem, *block], head, None)
+    return join([*stem, *block], head, None)
 
 
 def assert_trains_as_autograd(block, channels, size=8, memory_format=torch.contiguous_format):
@@ -49,7 +49,7 @@ def assert_trains_as_autograd(block, channels, size=8, memory_format=torch.conti
     torch.manual_seed(1)
     F.cross_entropy(own(images), labels).backward()
     torch.manual_seed(1)
-    build(read(net)[1], "images", None).run([images], labels)
+    build(read(net), "images", None).run([images], labels)
     for (name, a), b in zip(net.named_parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=name)
     for (name, a), b in zip(net.named_buffers(), own.buffers(), strict=True):
@@ -67,5 +67,5 @@ def kept_share(block, channels, size=64):
         loss = F.cross_entropy(net(images), labels)
         saved = live.now - before
     del loss
-    program = build(read(net)[1], "images", None)
+    program = build(read(net), "images", None)
     return timeline(program, images, labels, tensors_of(net), count_input=False, images=images)[0].kept / saved

@@ -113,6 +113,15 @@ class At:
         alone = len(node.all_input_nodes) == 1 and len(node.args) == 1 and not node.kwargs
         return module if module is not None and computes(module, kind) and alone else None
 
+    def as_module(self, kind, function, node=None):
+        """The same, or where an fx node calls the function that such modules run, one of the kind, made with what the
+        function is given; None: neither."""
+        node = node or self.node
+        if node.op != "call_function":
+            return self.calls(kind, node)
+        known = node.target is function and list(node.args[:1]) == list(node.all_input_nodes)
+        return kind(*node.args[1:], **node.kwargs) if known else None
+
     def source(self, node=None):
         """The name of the value that an fx node of one input reads."""
         return self.values[(node or self.node).all_input_nodes[0]]

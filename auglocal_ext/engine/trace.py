@@ -13,6 +13,7 @@ from .calls import is_size
 from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
+from .nodes.chunk import is_cut
 from .nodes.head import take_in_head
 from .nodes.loss import cross_entropy
 from .symbolic import Untraceable, symbolic_graph
@@ -69,6 +70,8 @@ def _read(module, inside, part, source):
             values[fx_node] = source
         elif fx_node.op == "output":
             return nodes, values[fx_node.args[0]]
+        elif is_cut(fx_node):
+            values[fx_node] = values[fx_node.args[0]]  # of which each reader takes a part
         elif fx_node not in done and not is_size(fx_node) and not At.is_attribute(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
             plain = not any(map(at.is_attribute, fx_node.all_input_nodes))

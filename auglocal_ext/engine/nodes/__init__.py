@@ -4,6 +4,7 @@ from .activation import Activation
 from .add import Add
 from .attention import Attention
 from .avg_pool import AvgPool
+from .chunk import Chunk
 from .concat import Concat
 from .conv import Conv
 from .dropout import Dropout
@@ -26,6 +27,7 @@ __all__ = [
     "Add",
     "Attention",
     "AvgPool",
+    "Chunk",
     "Concat",
     "Conv",
     "Dropout",
@@ -46,5 +48,5 @@ __all__ = [
 # What tracing looks for, in order of priority; the last one matches everything.
 KINDS = (
     Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention,
-    WindowAttention, Add, Mul, Dropout, Concat, Reshape, Island,
+    WindowAttention, Add, Mul, Dropout, Concat, Chunk, Reshape, Island,
 )  # fmt: skip

@@ -92,7 +92,7 @@ class Island(Node):
             nn.Sequential(
                 nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.ELU(inplace=True), nn.Conv2d(4, 4, 1)
             ),
-            nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), nn.Dropout(0.0), nn.AvgPool2d(2)),
+            nn.Sequential(nn.ConvTranspose2d(4, 6, 3, padding=1), nn.Softmax2d(), nn.AvgPool2d(2)),
             nn.Sequential(nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
             _Own(),
         )
