@@ -110,16 +110,6 @@ class _ModelTracer(Tracer):
         finally:  # no call is recorded any more
             for module in self.submodule_paths:
                 vars(module)["_compiled_call_impl"] = module.forward
-                for name in (*module._parameters, *module._buffers):
-                    vars(module).pop(name, None)
-
-    def before(self, root):
-        """Lets what looks at a parameter or buffer of its own find the graph's node of it."""
-        for module, path in self.submodule_paths.items():
-            if not self.is_leaf_module(module, path):
-                for name in (*module._parameters, *module._buffers):
-                    if getattr(module, name) is not None:
-                        vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
 
     def _called(self, module, *args, **kwargs):
         path = self.submodule_paths[module]

@@ -4,6 +4,8 @@ A plan is made on the meta device. Its bytes are those of a real step only if ev
 there too.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
@@ -11,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["MetaAutocast", "RealLayouts"]
+__all__ = ["MetaAutocast", "RealLayouts", "autocasting"]
 
 _aten = torch.ops.aten
 
@@ -23,6 +25,7 @@ class RealLayouts(TorchDispatchMode):
     - what only moves channels in the input's format;
     - normalisation over groups with statistics in the weight's dtype, its backward without scratch;
     - a BatchNorm in eval mode without statistics of the batch;
+    - a LayerNorm without a weight with statistics in its input's dtype;
     - where a layer reads a value (a count, whether anything is NaN), with some value, unless values=False.
 
     What a walk calls most is answered here at once: torch's own answers come from decompositions in Python, of
@@ -81,6 +84,20 @@ def _group_norm_backward(grad, x, mean, rstd, weight, n, channels, size, groups,
     return torch.empty_like(x) if mask[0] else None, *affine
 
 
+def _layer_norm(x, shape, weight, bias, eps):
+    mixed = weight is not None and weight.dtype != x.dtype
+    rows = (*x.shape[: x.dim() - len(shape)], *(1 for _ in shape))
+    statistics = [x.new_empty(rows, dtype=weight.dtype if mixed else x.dtype) for _ in range(2)]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *statistics
+
+
+def _layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, mask):
+    affine = [
+        torch.empty_like(given) if wanted else None for given, wanted in zip((weight, bias), mask[1:], strict=True)
+    ]
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if mask[0] else None, *affine
+
+
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     return _like(x), *(_vector(x.shape[1] if training else 0, dtype) for _ in range(2))
@@ -130,6 +147,8 @@ def _vector(size, dtype):
 _ANSWERS = {
     _aten.native_group_norm.default: _group_norm,
     _aten.native_group_norm_backward.default: _group_norm_backward,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
     _aten.empty_like.default: _empty_like,
@@ -173,6 +192,20 @@ class MetaAutocast(TorchFunctionMode):
         elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
             args, kwargs = _cast((args, kwargs), torch.float32)
         return function(*args, **kwargs)
+
+
+def autocasting(x, autocast, device_type):
+    """The context in which torch's functions of a tensor cast as a real step's do.
+
+    Args:
+        autocast: None, or the dtype that is cast to; float64 is left alone.
+        device_type: of the real step, where x is on the meta device.
+    """
+    if autocast is None or x.dtype == torch.float64:
+        return contextlib.nullcontext()
+    if x.is_meta:
+        return MetaAutocast(autocast, device_type)
+    return torch.autocast(x.device.type, autocast, cache_enabled=False)
 
 
 def _mode(_x, _pad, mode="constant", value=None):

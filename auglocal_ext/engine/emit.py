@@ -33,7 +33,7 @@ class Step:
 @dataclass(frozen=True)
 class Recipe:
     """How a value that is dropped is made again: run(over, *reads), over telling which of the reads may be written
-    over. By a convolution: it then stays until its last reader."""
+    over. By a convolution: it then stays until its last reader. Alias: it may be a view of what it is made from."""
 
     kind: str
     part: str
@@ -42,6 +42,7 @@ class Recipe:
     writes: tuple[str, ...]
     macs: Callable | None
     by_convolution: bool
+    alias: bool
 
 
 class Emit:
@@ -124,14 +125,14 @@ class Emit:
             self.step(last, "add", torch.add, self.losses, ["loss"])
         self.phase = Phase.BACKWARD
 
-    def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False):
+    def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False, alias=False):
         """Lets values be dropped and made again.
 
         Args:
-            run: see `Recipe`.
+            run, by_convolution, alias: see `Recipe`.
             like: the name of a value of the shape and layout of the first one, for where only those are needed.
         """
-        recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution)
+        recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution, alias)
         self.recipes.update(dict.fromkeys(writes, recipe))
         if like is not None and writes[0] not in self.pinned:
             self._layouts[writes[0]] = self._layouts.get(like, like)
@@ -166,6 +167,20 @@ class Emit:
         """A name for one contribution to a value's gradient."""
         self._given += 1
         return f"{value}{_GRADIENT}{self._given}"
+
+    def contribute(self, node, kind, first, add, reads, value):
+        """Adds a step that gives a contribution to a value's gradient which need not be made as a map of its own.
+
+        Args:
+            first: (*reads) -> the gradient, where nothing was given yet.
+            add: (the gradient so far, *reads) -> the gradient, written over the one so far.
+        """
+        before = self._gradient_of.get(value)
+        if before is None:
+            self.step(node, kind, first, reads, [self.give(value)])
+            return
+        total = self._gradient_of[value] = self.give(value)
+        self.steps.append(Step(kind, self.phase, False, node.part, add, (before, *reads), (total,)))
 
     def owns(self, value):
         """Whether the backward of the node that reads a value may write over it."""

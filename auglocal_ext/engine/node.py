@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common.meta import METHODS
 
-__all__ = ["At", "Node", "computes", "has_own_weight", "is_as_its_class"]
+__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class", "is_torchvisions"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Node:
     data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
     keeps_its_source: ClassVar[bool] = True  # what it reads of another part, one that is recomputed, is a checkpoint
     is_a_loss: ClassVar[bool] = False  # a term of the module's loss
+    holds_attributes: ClassVar[bool] = False  # it may be given parameters and buffers, not only values
 
     @property
     def sources(self):
@@ -38,6 +39,11 @@ class Node:
     @property
     def without_parameters(self):
         """Whether its value needs no gradient where none of its sources does."""
+        return False
+
+    @classmethod
+    def takes_whole(cls, module):
+        """Whether a node of this kind may be the whole of a module of more than one layer: none looks into it."""
         return False
 
     @classmethod
@@ -61,6 +67,22 @@ class Node:
     def samples(cls):
         """Small modules of maps (N, 4, H, W) that have such a node: what the test of all kinds runs."""
         return ()
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A parameter or buffer that a forward uses directly."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def value(self):
+        return getattr(self.owner, self.name)
+
+    @property
+    def trained(self):
+        return self.value.requires_grad
 
 
 @dataclass(frozen=True)
@@ -91,9 +113,29 @@ class At:
         alone = len(node.all_input_nodes) == 1 and len(node.args) == 1 and not node.kwargs
         return module if module is not None and computes(module, kind) and alone else None
 
+    def as_module(self, kind, function, node=None):
+        """The same, or where an fx node calls the function that such modules run, one of the kind, made with what the
+        function is given; None: neither."""
+        node = node or self.node
+        if node.op != "call_function":
+            return self.calls(kind, node)
+        known = node.target is function and list(node.args[:1]) == list(node.all_input_nodes)
+        return kind(*node.args[1:], **node.kwargs) if known else None
+
     def source(self, node=None):
         """The name of the value that an fx node of one input reads."""
         return self.values[(node or self.node).all_input_nodes[0]]
+
+    @staticmethod
+    def is_attribute(node):
+        return node.op == "get_attr"
+
+    def attribute(self, node):
+        """The `Attribute` that an fx node stands for, or None: it is a value."""
+        if not self.is_attribute(node):
+            return None
+        path, _, name = node.target.rpartition(".")
+        return Attribute(self.modules[path], name)
 
     @staticmethod
     def only_reader(node):
@@ -105,8 +147,9 @@ class At:
 _FORWARDS = {
     kind: {name: getattr(kind, name) for name in (*METHODS, "__call__") if hasattr(kind, name)}
     for kind in (
-        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Flatten, nn.GELU,
-        nn.Hardswish, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU
+        nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
+        nn.Hardswish, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.MultiheadAttention, nn.ReLU,
+        nn.ReLU6, nn.SiLU, nn.Unflatten
     )
 }  # fmt: skip
 
@@ -133,6 +176,13 @@ def is_as_its_class(module):
         and getattr(forward, "__qualname__", None) == f"{home.__qualname__}.forward"
         and not hasattr(forward, "__wrapped__")
     )
+
+
+def is_torchvisions(module, name):
+    """Whether a module is of torchvision's class of this name, such as "ops.misc.Permute", and computes what it does.
+    By name, so that nothing imports torchvision."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" == f"torchvision.{name}" and is_as_its_class(module)
 
 
 def has_own_weight(module):

@@ -35,6 +35,7 @@ def with_rebuilds(emit, kept_gaps, pinned):
         pinned: names of values that are never dropped.
     """
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: of what can be made again
+    shared = set()  # of what was made again: what may be in the memory of something that lives
     reads_of = {name: [] for name in emit.recipes}
     for index, step in enumerate(emit.steps):
         for name in step.reads:
@@ -47,10 +48,14 @@ def with_rebuilds(emit, kept_gaps, pinned):
         for read in missing:
             if read not in live:
                 rebuild(read, reader)
-        # Made for this rebuild alone: it may write there. A convolution's output stays, once it is there again.
-        over = {read for read in missing if read not in reader.reads and not emit.recipes[read].by_convolution}
-        live.difference_update(over)
+        # Made for this rebuild alone: it may go. A convolution's output stays, once it is there again.
+        gone = {read for read in missing if read not in reader.reads and not emit.recipes[read].by_convolution}
+        live.difference_update(gone)
         live.update(recipe.writes)
+        over = gone - shared  # and may be written over
+        shared.difference_update(recipe.writes)
+        if recipe.alias and recipe.reads[0] not in over:
+            shared.update((recipe.reads[0], *recipe.writes))
         run = partial(recipe.run, [read in over for read in recipe.reads])
         made = reader.phase, True, reader.part, run, recipe.reads, recipe.writes, recipe.macs
         steps.append(Step(recipe.kind, *made))
@@ -84,7 +89,7 @@ def block_outputs_to_pin(emit):
         if recipe.part in emit.recomputed:  # whose checkpoints are there
             continue
         walked = [length[read] for read in recipe.reads if read in length and read not in pinned]
-        length[name] = 1 + max(walked, default=0)
+        length[name] = max(walked, default=0) + (not recipe.alias)
         if name == emit.features:
             length[name] = 0
         elif length[name] > LONGEST_REBUILD:

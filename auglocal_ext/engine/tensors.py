@@ -5,7 +5,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..ops.batch_norm_act import memory_format
 
-__all__ = ["as_gradient", "dense", "layout_of", "like", "lower"]
+__all__ = ["as_gradient", "dense", "layout_of", "like", "lower", "raised"]
 
 
 def dense(x):
@@ -29,6 +29,13 @@ def like(given, x):
 def lower(x, autocast):
     """x as autocast hands it to a convolution; float64 stays."""
     return x if autocast is None or x.dtype == torch.float64 else x.to(autocast)
+
+
+def raised(x, autocast, device_type):
+    """x as autocast hands it to a norm or a softmax, which it computes in float32 on CUDA; device_type: of the real
+    step, where x is on the meta device."""
+    device_type = device_type if x.is_meta else x.device.type
+    return x.float() if autocast is not None and device_type == "cuda" and x.dtype != torch.float64 else x
 
 
 def as_gradient(grad, parameter):

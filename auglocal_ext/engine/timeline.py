@@ -134,6 +134,8 @@ class _Walk:
         for index, step in enumerate(program.steps):
             for name in step.reads:
                 self.last_read[name] = index
+        self.input = x.untyped_storage()._cdata
+        self.count_input = count_input
         if count_input:
             self._open(program.input, "input", x.untyped_storage(), 0, "input")
 
@@ -186,6 +188,8 @@ class _Walk:
 
     def _open(self, name, kind, storage, index, part):
         key = storage._cdata
+        if key == self.input and not self.count_input:  # a view of it
+            return
         if key in self.open:  # written over: the memory goes on in another role
             self._close(key, index)
         else:
@@ -199,7 +203,7 @@ class _Walk:
         if key is None or key in self.held.values() or key not in self.open:
             return
         self.live -= self.open[key][3]
-        if name == self.program.input:
+        if key == self.input:
             self.base += self.open[key][3]  # the walk's caller holds it, unlike the program's
         self._close(key, index)
         del self.open[key]

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from .calls import is_size
 from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
+from .nodes.chunk import is_cut
 from .nodes.head import take_in_head
 from .nodes.loss import cross_entropy
 from .symbolic import Untraceable, symbolic_graph
@@ -56,8 +58,9 @@ class Reader:
 
 def _read(module, inside, part, source):
     root = nn.Sequential(module)
+    taken = {type(inner) for inner in module.modules() if any(kind.takes_whole(inner) for kind in KINDS)}
     try:
-        graph = symbolic_graph(root, {nn.Sequential, *inside})
+        graph = symbolic_graph(root, {nn.Sequential, *inside} - taken)
     except Untraceable:
         whole = Island.of_module(module, part, source)
         return [whole], whole.out
@@ -67,9 +70,13 @@ def _read(module, inside, part, source):
             values[fx_node] = source
         elif fx_node.op == "output":
             return nodes, values[fx_node.args[0]]
-        elif fx_node not in done:
+        elif is_cut(fx_node):
+            values[fx_node] = values[fx_node.args[0]]  # of which each reader takes a part
+        elif fx_node not in done and not is_size(fx_node) and not At.is_attribute(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
-            node, last = next(found for kind in KINDS if (found := kind.match(at)))
+            plain = not any(map(at.is_attribute, fx_node.all_input_nodes))
+            kinds = (kind for kind in KINDS if plain or kind.holds_attributes)
+            node, last = next(found for kind in kinds if (found := kind.match(at)))
             done.update(_chain(fx_node, last))
             values[last] = node.out
             nodes.append(node)

@@ -1,16 +1,52 @@
 """The kinds of nodes, one a file. A new kind is a file here and a line in KINDS."""
 
 from .activation import Activation
+from .add import Add
+from .attention import Attention
 from .avg_pool import AvgPool
+from .chunk import Chunk
+from .concat import Concat
 from .conv import Conv
+from .dropout import Dropout
+from .global_pool import GlobalPool
 from .head import Head
 from .island import Island
+from .layer_norm import LayerNorm
+from .linear import Linear
 from .loss import Loss
 from .max_pool import MaxPool
+from .mul import Mul
 from .norm import Norm
 from .pooled_norm import PooledNorm
+from .reshape import Reshape
+from .window_attention import WindowAttention
 
-__all__ = ["KINDS", "Activation", "AvgPool", "Conv", "Head", "Island", "Loss", "MaxPool", "Norm", "PooledNorm"]
+__all__ = [
+    "KINDS",
+    "Activation",
+    "Add",
+    "Attention",
+    "AvgPool",
+    "Chunk",
+    "Concat",
+    "Conv",
+    "Dropout",
+    "GlobalPool",
+    "Head",
+    "Island",
+    "LayerNorm",
+    "Linear",
+    "Loss",
+    "MaxPool",
+    "Mul",
+    "Norm",
+    "PooledNorm",
+    "Reshape",
+    "WindowAttention",
+]
 
 # What tracing looks for, in order of priority; the last one matches everything.
-KINDS = (Conv, Activation, MaxPool, AvgPool, PooledNorm, Norm, Island)
+KINDS = (
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention,
+    WindowAttention, Add, Mul, Dropout, Concat, Chunk, Reshape, Island,
+)  # fmt: skip

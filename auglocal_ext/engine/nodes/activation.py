@@ -1,7 +1,7 @@
 """Activation: an elementwise function of one value, ReLU and its like.
 
-Where a convolution's output is not needed but for it, and its own output tells its derivative, it is written over that
-output. Elsewhere it is dropped, and made again from its source.
+Where the output of a convolution or a linear layer is not needed but for it, and its own output tells its derivative,
+it is written over that output. Elsewhere it is dropped, and made again from its source.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from torch import nn
 from ..node import Node, computes
 from ..tensors import like
 from .conv import is_plain_conv
+from .linear import is_plain_linear
 
 __all__ = ["RELU", "Activation", "Function", "function_at", "is_relu"]
 
@@ -73,7 +74,8 @@ _SETTINGS = {"leaky_relu": {"negative_slope": 0.01}, "gelu": {"approximate": "no
 
 @dataclass(frozen=True)
 class Activation(Node):
-    """out = function(source); in_place: written over the source, which a Conv or a MaxPool made and nothing else reads.
+    """out = function(source); in_place: written over the source, which a Conv, Linear or MaxPool made and nothing
+    else reads.
 
     Keeps its output where that is in place; else its source, and the output is dropped after its last reader and
     rebuilt where the backward needs it.
@@ -97,11 +99,11 @@ class Activation(Node):
         function, writes_over = found
         (before,) = at.node.all_input_nodes
         alone = at.only_reader(before) is at.node
-        behind_conv = is_plain_conv(at.module(before)) and not before.kwargs and alone
-        # A ReLU elsewhere is an Island; one that changes what others read too.
-        if not behind_conv and (function == RELU or (writes_over and not alone)):
+        made = at.module(before)
+        behind_product = (is_plain_conv(made) or is_plain_linear(made)) and not before.kwargs and alone
+        if writes_over and not alone:  # it changes what others read
             return None
-        return cls(at.out, at.part, at.values[before], function, behind_conv and function.by_output), at.node
+        return cls(at.out, at.part, at.values[before], function, behind_product and function.by_output), at.node
 
     def plain(self, x):
         return self.function(x)
@@ -131,7 +133,9 @@ class Activation(Node):
         others = nn.ReLU6(), nn.LeakyReLU(0.2, inplace=True), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh")
         behind_convs = (nn.Sequential(nn.Conv2d(4, 6, 1), other, nn.Conv2d(6, 4, 1)) for other in others)
         first = nn.Sequential(nn.SiLU(), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.SiLU(inplace=True))
-        return (*relus, *behind_convs, first)
+        again = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
+        rows = nn.Sequential(nn.Flatten(2), nn.Linear(42, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 5))
+        return (*relus, *behind_convs, first, again, rows)
 
 
 def function_at(node, at):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...ops.batch_norm_act import memory_format
 from ..node import Node
+from .max_pool import derive_pool
 
 __all__ = ["AvgPool"]
 
@@ -19,7 +20,8 @@ _aten = torch.ops.aten
 class AvgPool(Node):
     """out = avg_pool(source)
 
-    The output stays until its last reader: it is smaller than what it is made of, which can go.
+    The output stays until its last reader: it is smaller than what it is made of, which can go. Where it is not, and is
+    made of what is made again, it is dropped.
     """
 
     source: str
@@ -34,7 +36,7 @@ class AvgPool(Node):
 
     @classmethod
     def match(cls, at):
-        pool = at.calls(nn.AvgPool2d)
+        pool = at.as_module(nn.AvgPool2d, F.avg_pool2d)
         return None if pool is None else (cls(at.out, at.part, at.source(), pool), at.node)
 
     def plain(self, x):
@@ -42,6 +44,7 @@ class AvgPool(Node):
 
     def forward(self, emit):
         emit.step(self, "average pool", partial(_avg_pool, self.pool), [self.source], [self.out, f"{self.out}.like"])
+        derive_pool(self, emit)
 
     def backward(self, emit):
         if self.out not in emit.constants:
@@ -51,7 +54,15 @@ class AvgPool(Node):
     @classmethod
     def samples(cls):
         pools = nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d((2, 3), count_include_pad=False)
+        pools = *pools, _Function()
         return tuple(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), pool, nn.Conv2d(4, 4, 1)) for pool in pools)
+
+
+class _Function(nn.Module):
+    """As a function, for `samples`; of the two one is not smaller than its source."""
+
+    def forward(self, x):
+        return F.avg_pool2d(F.avg_pool2d(x, kernel_size=3, stride=1, padding=1), 2)
 
 
 def _settings(pool):

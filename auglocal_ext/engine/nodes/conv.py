@@ -82,6 +82,7 @@ class Conv(Node):
             nn.Conv2d(4, 6, 3, 2, 1),
             nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 8, (3, 1), padding=(1, 0), groups=2)),
             nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
+            nn.Sequential(nn.Conv2d(4, 8, (1, 7), padding="same", groups=4), nn.Conv2d(8, 4, 3, padding="valid")),
         )
 
 
@@ -89,13 +90,23 @@ def is_plain_conv(module):
     return (
         computes(module, nn.Conv2d)
         and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        and _padding(module) is not None
         and has_own_weight(module)
     )
 
 
+def _padding(conv):
+    """The rows and columns on each side, or None: they differ, and torch pads a copy of the map."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding != "same":
+        return conv.padding
+    both = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return None if any(total % 2 for total in both) else tuple(total // 2 for total in both)
+
+
 def _geometry(conv):
-    return conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+    return conv.stride, _padding(conv), conv.dilation, False, (0, 0), conv.groups
 
 
 def _conv(conv, autocast, x):

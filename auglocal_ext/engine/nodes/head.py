@@ -6,14 +6,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.utils import _pair
 
 from ..criterion import CrossEntropy
-from ..node import Node, computes, has_own_weight
+from ..node import Node
 from ..tensors import like
 from .activation import RELU
+from .global_pool import GlobalPool
 from .island import Island
+from .linear import Linear
 from .norm import Norm, affine, batch_statistics, is_plain_norm, statistics
+from .reshape import Reshape
 
 __all__ = ["Head", "take_in_head"]
 
@@ -89,30 +91,41 @@ def take_in_head(nodes, features, weight, criterion):
     """
     names = {node.out: node for node in nodes}
     readers = [features, *(source for node in nodes for source in node.sources)]
-    # pool, flatten, [BatchNorm1d,] linear, each an island whose call is the module itself
+    # pool, [flatten,] [BatchNorm1d,] linear
     tail = [nodes[-1]]
-    while isinstance(tail[0], Island) and len(tail[0].sources) == 1 and readers.count(tail[0].sources[0]) == 1:
-        before = names.get(tail[0].sources[0])
+    while isinstance(tail[0], Island | Linear | Reshape | GlobalPool) and len(tail[0].sources) == 1:
+        (source,) = tail[0].sources
+        before = names.get(source) if readers.count(source) == 1 else None
         if before is None:
             break
         tail.insert(0, before)
         if isinstance(before, Norm):
             break
-    match [getattr(node, "call", node) for node in tail]:
-        case [Norm() as norm, pool, flatten, *middle, nn.Linear() as linear] if (
-            norm.function in (None, RELU)
-            and computes(pool, nn.AdaptiveAvgPool2d)
-            and _pair(pool.output_size) == (1, 1)
-            and computes(flatten, nn.Flatten)
-            and (flatten.start_dim, flatten.end_dim) == (1, -1)
-            and (not middle or (len(middle) == 1 and is_plain_norm(middle[0], nn.BatchNorm1d)))
-            and computes(linear, nn.Linear)
-            and has_own_weight(linear)
+    match tail:
+        case [Norm() as norm, GlobalPool() as pool, *between, Linear(linear=linear)] if (
+            (norm.function == RELU or (norm.function is None and norm.residual is None))
+            and (middle := _behind_flatten(between, pool.keepdim)) is not None
+            and (not middle or (len(middle) == 1 and is_plain_norm(_called(middle[0]), nn.BatchNorm1d)))
             and linear.weight.is_contiguous()
         ):
-            head = Head(nodes[-1].out, nodes[-1].part, norm, middle[0] if middle else None, linear, weight, criterion)
+            head = Head(nodes[-1].out, nodes[-1].part, norm, _called(*middle), linear, weight, criterion)
             return [node for node in nodes if node not in tail] + [head]
     return None
+
+
+def _behind_flatten(nodes, expected):
+    """The nodes without what makes rows of pooled maps, where they begin with that and it is expected; None: they do
+    not."""
+    if not expected:
+        return nodes
+    pooled = torch.empty(2, 3, 1, 1, device="meta")
+    begins = nodes and isinstance(nodes[0], Reshape) and nodes[0].plain(pooled).shape == (2, 3)
+    return nodes[1:] if begins else None
+
+
+def _called(node=None):
+    """What an island calls; of another node, or none, None."""
+    return getattr(node, "call", None)
 
 
 def _pooled_norm(bn, relu, x, mean, var, residual=None):

@@ -1,20 +1,19 @@
 """Island: what no other kind describes, differentiated by autograd within the program."""
 
-import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from ..as_real import MetaAutocast
-from ..node import Node
+from ..as_real import MetaAutocast, autocasting
+from ..calls import call_at
+from ..node import Attribute, Node
 from ..tensors import as_gradient, dense
 
 __all__ = ["Island"]
@@ -22,13 +21,16 @@ __all__ = ["Island"]
 
 @dataclass(frozen=True)
 class Island(Node):
-    """out = call(*sources)"""
+    """out = call(*sources), or with parameters and buffers among what it is given."""
 
     sources: tuple[str, ...] = ()
     call: Callable | None = None
     what: str = ""  # for people: the name and kind of what runs
     parameters: tuple[nn.Parameter, ...] = ()
     may_write: bool = False  # whether the call may write over what it is given
+    attributes: tuple[Attribute | None, ...] = ()  # of what the call is given, in order; None: the next source
+
+    holds_attributes = True
 
     @property
     def trained(self):
@@ -42,24 +44,16 @@ class Island(Node):
     @classmethod
     def match(cls, at):
         node, module = at.node, at.module()
-        tensors = list(node.all_input_nodes)
-        if module is not None and len(tensors) == 1 and node.args == (tensors[0],) and not node.kwargs:
+        tensors, call = call_at(node, at.modules)
+        what = f"{at.part}: {getattr(node.target, '__name__', node.target)}"
+        if module is not None and node.args == tuple(tensors) and len(tensors) == 1 and not node.kwargs:
             call, what = module, f"{node.target.partition('.')[2] or at.part} ({type(module).__name__})"
-        else:
-            function = node.target if module is None else module
-            what = f"{at.part}: {getattr(node.target, '__name__', node.target)}"
-
-            def call(*given):
-                at = dict(zip(tensors, given, strict=True))
-                args = torch.fx.map_arg(node.args, at.__getitem__)
-                kwargs = torch.fx.map_arg(node.kwargs, at.__getitem__)
-                if node.op == "call_method":
-                    return getattr(args[0], node.target)(*args[1:], **kwargs)
-                return function(*args, **kwargs)
-
-        parameters = () if module is None else tuple(module.parameters())
-        sources = tuple(at.values[argument] for argument in tensors)
-        return cls(at.out, at.part, sources, call, what, parameters, _may_write(node, module)), node
+        attributes = tuple(at.attribute(argument) for argument in tensors)
+        held = (attribute.value for attribute in attributes if attribute is not None)
+        parameters = [*(() if module is None else module.parameters()), *held]
+        parameters = tuple(dict.fromkeys(p for p in parameters if isinstance(p, nn.Parameter)))
+        sources = tuple(at.values[argument] for argument in tensors if not at.is_attribute(argument))
+        return cls(at.out, at.part, sources, call, what, parameters, _may_write(node, module), attributes), node
 
     @classmethod
     def of_module(cls, module, part, source):
@@ -68,8 +62,16 @@ class Island(Node):
         return cls(f"{part}/whole", part, (source,), module, what, parameters, _may_write(None, module))
 
     def plain(self, *values):
-        # What may write over what it is given gets copies, as in a step.
-        return self.call(*(value.clone() for value in values) if self.may_write else values)
+        return self.call(*self.given(values))
+
+    def given(self, values):
+        """What the call is given where the sources have these values."""
+        if self.may_write:
+            values = [value.clone() for value in values]
+        if not any(self.attributes):
+            return tuple(values)
+        values = iter(values)
+        return tuple(next(values) if a is None else a.value for a in self.attributes)
 
     def forward(self, emit):
         emit.pinned.update(self.sources)
@@ -90,15 +92,28 @@ class Island(Node):
             nn.Sequential(
                 nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.ELU(inplace=True), nn.Conv2d(4, 4, 1)
             ),
-            nn.Sequential(nn.Conv2d(4, 6, 3, padding="same"), nn.Dropout(0.0), nn.AvgPool2d(2)),
+            nn.Sequential(nn.ConvTranspose2d(4, 6, 3, padding=1), nn.Softmax2d(), nn.AvgPool2d(2)),
             nn.Sequential(nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+            _Own(),
         )
+
+
+class _Own(nn.Module):
+    """A forward that uses parameters and a buffer directly, one without any value beside it, for `samples`."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.shift = nn.Parameter(torch.full((4,), 0.3)), nn.Parameter(torch.arange(4.0).view(4, 1, 1))
+        self.register_buffer("low", torch.tensor(-0.5))
+
+    def forward(self, x):
+        return torch.maximum(F.prelu(x, self.slope), self.low).sub(self.shift.sigmoid())
 
 
 def _may_write(node, module):
     """Whether what runs may write over its input: in-place modules, and what torch did not define."""
     if module is None:
-        known = node.target in (operator.add, torch.add, F.relu, torch.relu)
+        known = node.target in (operator.add, torch.add)
         return not known or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
     own = (type(part).__module__.startswith("torch.nn.") for part in module.modules())
     return not all(own) or any(getattr(part, "inplace", False) for part in module.modules())
@@ -106,13 +121,8 @@ def _may_write(node, module):
 
 def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
-    autocast = None if given[0].dtype == torch.float64 else autocast  # which autocast leaves alone
-    if autocast is None:
-        around = contextlib.nullcontext()
-    elif given[0].is_meta:
-        around = MetaAutocast(autocast, device_type)
-    else:
-        around = torch.autocast(given[0].device.type, autocast, cache_enabled=False)
+    first = (*given, *(a.value for a in node.attributes if a is not None))[0]
+    around = autocasting(first, autocast, device_type)
     with torch.enable_grad(), around:
         try:
             out, parameters = _called(node, given)
@@ -134,8 +144,10 @@ def _called(node, given):
     if not any(parameter._backward_hooks for parameter in node.trained):
         return node.plain(*given), node.trained
     aliases = {p: p.detach().requires_grad_() for p in node.trained}
+    given = tuple(aliases.get(x, x) for x in node.given(given))
+    if not isinstance(node.call, nn.Module):
+        return node.call(*given), list(aliases.values())
     by_name = {name: aliases.get(p, p) for name, p in node.call.named_parameters()}
-    given = tuple(value.clone() for value in given) if node.may_write else tuple(given)
     return functional_call(node.call, by_name, given), list(aliases.values())
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.utils import _pair
 
 from ...ops.batch_norm_act import memory_format
-from ..node import Node, computes
+from ..node import Node
 
-__all__ = ["MaxPool", "is_plain_pool", "plain_max_pool"]
+__all__ = ["MaxPool", "derive_pool", "plain_max_pool", "pool_at"]
 
 _aten = torch.ops.aten
 
@@ -31,10 +31,8 @@ class MaxPool(Node):
 
     @classmethod
     def match(cls, at):
-        pool = at.module()
-        if is_plain_pool(pool) and not at.node.kwargs:
-            return cls(at.out, at.part, at.values[at.node.args[0]], pool), at.node
-        return None
+        pool = pool_at(at)
+        return None if pool is None else (cls(at.out, at.part, at.source(), pool), at.node)
 
     def plain(self, x):
         return plain_max_pool(self.pool, x)
@@ -42,6 +40,7 @@ class MaxPool(Node):
     def forward(self, emit):
         made = [self.out, f"{self.out}.place", f"{self.out}.like"]
         emit.step(self, "max pool", partial(_max_pool, self.pool), [self.source], made)
+        derive_pool(self, emit)
 
     def backward(self, emit):
         if self.out not in emit.constants:
@@ -54,16 +53,33 @@ class MaxPool(Node):
         return (
             *(nn.Sequential(nn.Conv2d(4, 4, 1), pool) for pool in pools),
             nn.Sequential(pools[0], nn.Conv2d(4, 4, 1)),
+            nn.Sequential(nn.BatchNorm2d(4), _Function(), nn.Conv2d(4, 4, 1)),
         )
 
 
-def is_plain_pool(module):
-    return (
-        computes(module, nn.MaxPool2d)
-        and module.dilation in (1, (1, 1))
-        and not module.return_indices
-        and max(_pair(module.kernel_size)) <= 16
-    )
+class _Function(nn.Module):
+    """As a function, for `samples`; of the two one is not smaller than its source."""
+
+    def forward(self, x):
+        return F.max_pool2d(F.max_pool2d(x, 3, stride=1, padding=1), kernel_size=2)
+
+
+def pool_at(at, node=None):
+    """The max-pool of an fx node, a module, where it is one whose places fit in a byte; else None."""
+    pool = at.as_module(nn.MaxPool2d, F.max_pool2d, node)
+    plain = pool is not None and pool.dilation in (1, (1, 1)) and not pool.return_indices
+    return pool if plain and max(_pair(pool.kernel_size)) <= 16 else None
+
+
+def derive_pool(node, emit):
+    """Lets a pool's output be dropped where it is as large as its source, which is made again too."""
+    recipe = emit.recipes.get(node.source)
+    if recipe is not None and not recipe.by_convolution and _pair(node.pool.stride) == (1, 1):
+        emit.derive(node, "rebuild", partial(_again, node), [node.source], [node.out])
+
+
+def _again(node, _over, x):
+    return node.plain(x)
 
 
 def plain_max_pool(pool, x):

@@ -20,7 +20,7 @@ _ops = torch.ops.auglocal_ext
 
 @dataclass(frozen=True)
 class Norm(Node):
-    """out = [function](bn(source) [+ residual]), bn in training mode; with a residual the function is a ReLU.
+    """out = [function](bn(source) [+ residual]), bn in training mode; with a residual the function is a ReLU or none.
 
     Keeps the source and the statistics of the batch. The output is dropped after its last reader, and rebuilt where the
     backward needs it; the backward writes over the incoming gradient, with a residual also over the source.
@@ -55,9 +55,11 @@ class Norm(Node):
         if reader is not None and _is_add(reader):
             others = [argument for argument in reader.args if argument is not at.node]
             relu = at.only_reader(reader)
-            # Without a ReLU behind it an add keeps nothing. The other side must have been computed by then.
-            if len(others) == 1 and others[0] in at.values and relu is not None and is_relu(relu, at):
-                return cls(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
+            # The other side must have been computed by then.
+            if len(others) == 1 and others[0] in at.values:
+                if relu is not None and is_relu(relu, at):
+                    return cls(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
+                return cls(at.out, at.part, source, bn, None, at.values[others[0]]), reader
         found = None if reader is None else function_at(reader, at)
         if found is not None and _is_fused(found[0]):
             return cls(at.out, at.part, source, bn, found[0]), reader
@@ -77,9 +79,13 @@ class Norm(Node):
     def backward(self, emit):
         reads = [emit.take(self.out), self.source, *statistics(self)]
         parameters, gives = emit.gradient_names(self.bn.weight, self.bn.bias), [emit.give(self.source)]
-        if self.residual is not None:
+        if self.residual is not None and self.relu:
             run, reads = partial(_residual_backward, self.bn, emit.owns(self.source)), [*reads, self.out]
             gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
+        elif self.residual is not None and self.residual not in emit.constants:
+            run = partial(_shared_backward, self.bn, emit.owns(self.source))
+            reads += [self.out] if self.out == emit.features else []
+            gives.append(emit.give(self.residual))
         else:
             run = partial(_backward, self.bn, *self.act)
             reads += [self.out] if self.out == emit.features else []
@@ -93,19 +99,20 @@ class Norm(Node):
             nn.Sequential(nn.BatchNorm2d(4, eps=0.1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
             *(nn.Sequential(nn.BatchNorm2d(4), act) for act in (nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh"))),
             nn.Sequential(nn.BatchNorm2d(4), nn.ReLU6(), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 1)),
-            _Residual(),
+            _Residual(nn.ReLU()),
+            nn.Sequential(_Residual(nn.Identity()), nn.Conv2d(4, 4, 1)),
         )
 
 
 class _Residual(nn.Module):
     """A block with a shortcut, for `samples`."""
 
-    def __init__(self):
+    def __init__(self, act):
         super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), act
 
     def forward(self, x):
-        return self.relu(self.bn(self.conv(x)) + x)
+        return self.act(self.bn(self.conv(x)) + x)
 
 
 def is_plain_norm(bn, kind):
@@ -184,6 +191,13 @@ def _residual_backward(bn, over, grad, x, mean, var, y):
     dresidual, dx = like(grad, x), x if over else torch.empty_like(x)
     given = (dresidual, x, *affine(bn), mean, var, like(y, x), bn.eps, True, dx, dresidual)
     return dx, dresidual, *_ops.batch_norm_act_backward_out(*given)
+
+
+def _shared_backward(bn, over, grad, x, mean, var, _output=None):
+    """Where the residual's gradient is the output's, which goes on to it."""
+    grad, dx = like(grad, x), x if over else torch.empty_like(x)
+    given = (grad, x, *affine(bn), mean, var, None, bn.eps, False, dx, None)
+    return dx, grad, *_ops.batch_norm_act_backward_out(*given)
 
 
 def _update_running_statistics(bn, mean, var, x):

@@ -11,7 +11,7 @@ from ...ops.batch_norm_act_max_pool import pool_window
 from ..node import Node
 from ..tensors import like
 from .activation import is_relu
-from .max_pool import is_plain_pool, plain_max_pool
+from .max_pool import plain_max_pool, pool_at
 from .norm import affine, batch_statistics, is_plain_norm, plain_batch_norm, statistics
 
 __all__ = ["PooledNorm"]
@@ -37,8 +37,8 @@ class PooledNorm(Node):
         if not is_plain_norm(bn, nn.BatchNorm2d) or at.node.kwargs or relu is None or not is_relu(relu, at):
             return None
         behind = at.only_reader(relu)
-        pool = None if behind is None else at.module(behind)
-        if not is_plain_pool(pool):
+        pool = None if behind is None else pool_at(at, behind)
+        if pool is None:
             return None
         return cls(at.out, at.part, at.values[at.node.args[0]], bn, pool), behind
 
