@@ -69,6 +69,7 @@ SHAPES = [(5, 20, 7, 7), (3, 24, 8, 8), (2, 3, 33, 16), (9, 34, 2, 1), (7, 8, 1,
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
