@@ -73,9 +73,10 @@ def choose_measured(items):
             item.add_marker("no_cover")
 
 
-def pytest_collection_finish():
-    """What is there before the first test stays. Each full collection of garbage, of which a training makes several,
-    would walk over thousands of tests otherwise."""
+@pytest.fixture(scope="module", autouse=True)
+def _settled():
+    """What is there before a module's first test stays. Each full collection of garbage, of which a training makes
+    several, would walk over thousands of tests and all that torch imports late otherwise."""
     gc.collect()
     gc.freeze()
 
