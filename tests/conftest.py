@@ -1,9 +1,11 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
 import gc
+import importlib
 import os
 import zlib
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import emulation
@@ -12,6 +14,7 @@ import torch
 from covering import covering
 
 from auglocal_ext import models
+from auglocal_ext.planning.comparison import Comparison, Cost
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, a core each
     torch.set_num_threads(1)
@@ -117,6 +120,19 @@ def tiny_model():
 def batch():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 10
+
+
+@pytest.fixture
+def nothing_compared(monkeypatch):
+    """Nobody finds out what a step costs otherwise, which takes longer than the plan itself or a short training; the
+    tests of comparisons and of the command line do."""
+
+    def compared(planner, planned, like=None):
+        cost = Cost(planned.peak_bytes, 1.0)
+        return replace(planned, comparison=Comparison(len(planned.modules), cost, cost, cost, cost, cost, None))
+
+    for module in ("planning.plan", "training.trainer"):
+        monkeypatch.setattr(importlib.import_module(f"auglocal_ext.{module}"), "compared", compared)
 
 
 @pytest.fixture

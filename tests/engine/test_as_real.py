@@ -207,6 +207,7 @@ def with_attention():
     return model
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     "make", [lambda: models.CifarResNet(2), with_islands, with_a_stem_island, with_attention, None],
     ids=["plain", "islands", "stem", "attention", "vgg"],

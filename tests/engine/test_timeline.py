@@ -70,6 +70,7 @@ def test_a_whole_resnet50(torchvision):
     assert measured_peak(trainer, *batch(4, 64)) == trainer.plan.peak_bytes
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_resnet152_is_measured_on_meta_tensors(torchvision):
     """The tracker sees the same on tensors without data, so that the largest network can be measured anywhere."""
     with torch.device("meta"):

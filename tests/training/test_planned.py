@@ -120,6 +120,7 @@ def test_a_training_under_a_budget_plans_once(batch, monkeypatch):
     assert len(made) == 1 and result.plan.choice.point.bytes == result.plan.peak_bytes == result.peak_bytes
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{}, {"rule": "bp"}, {"memory_budget": "1GB"}])
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 1, 1, 1), (4, 3, 1, 1), (4, 3, 1, 5), (4, 3, 4, 1), (2, 1, 4, 4)])
@@ -141,6 +142,7 @@ def test_a_training_runs_in_channels_last(batch):
     assert result.plan == planned and result.plan.origin.memory_format == torch.channels_last
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     "change",
     [

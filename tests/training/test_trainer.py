@@ -149,7 +149,7 @@ def test_local_learning_needs_less_memory_than_bp():
     def activations(**options):
         torch.manual_seed(0)
         trainer = LocalTrainer(models.resnet32(), **options)
-        images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+        images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
         trainer.step(images, labels)
         with LiveBytes([*trainer.tensors(), images, labels]) as live:
             at_rest = live.now
