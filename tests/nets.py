@@ -13,6 +13,10 @@ def vgg(torchvision, layers, batch_norm=False, *, classifier, avgpool=None):
     features = module.make_layers(layers, batch_norm)
     with torch.device("meta"):
         model = module.VGG(features, init_weights=False)
+    for layer in features:  # as the class does
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
     model.avgpool, model.classifier = avgpool or nn.AdaptiveAvgPool2d(7), classifier
     return model
 
