@@ -39,9 +39,8 @@ def with_rebuilds(emit, kept_gaps, pinned):
     shared = set()  # of what was made again: what may be in the memory of something that lives
     reads_of = {name: [] for name in emit.recipes}
     for index, step in enumerate(emit.steps):
-        for name in step.reads:
-            if name in reads_of:
-                reads_of[name].append(index)
+        for name in _needed(step, emit.recipes, pinned):
+            reads_of[name].append(index)
 
     def rebuild(name, reader):
         recipe = emit.recipes[name]
@@ -80,6 +79,21 @@ def with_rebuilds(emit, kept_gaps, pinned):
         dropped.update(dict.fromkeys(gone, len(steps) - 1))
         live -= gone
     return steps, gaps
+
+
+def _needed(step, recipes, pinned):
+    """Of what can be made again the values that a step reads, and in the backward pass the pinned ones that these are
+    made from."""
+    needed = {name for name in step.reads if name in recipes}
+    left = list(needed - pinned) if step.phase is Phase.BACKWARD else []
+    seen = set(left)
+    while left:
+        made_from = [read for read in recipes[left.pop()].reads if read in recipes]
+        needed.update(read for read in made_from if read in pinned)
+        new = [read for read in made_from if read not in pinned | seen]
+        seen.update(new)
+        left += new
+    return needed
 
 
 def passes_of(emit):
