@@ -29,9 +29,8 @@ class Untraceable(Exception):
 
 
 def symbolic_graph(module, inside):
-    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is
-    given. What it uses of its own parameters and
-    buffers directly are nodes "get_attr", whose targets are their paths.
+    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is given. What it
+    uses of its own parameters and buffers directly are nodes "get_attr", whose targets are their paths.
 
     Args:
         module: left alone; a copy of it is traced.
@@ -41,13 +40,13 @@ def symbolic_graph(module, inside):
         Untraceable
     """
     copied = meta_copy(module)
+    own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     try:
         graph = _Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
     _erase_checks(graph)
     _erase_identities(graph, dict(copied.named_modules()))
-    own = {name for name, _ in (*copied.named_parameters(), *copied.named_buffers())}
     for node in graph.nodes:
         made = node.op == "get_attr" and node.target not in own  # a tensor of the trace's, which has no data
         used = any(not is_size(user) for user in node.users) or (node.users and is_size(node))
@@ -61,11 +60,12 @@ def symbolic_graph(module, inside):
 
 
 def _erase_checks(graph):
-    """Erases what is there for torch._assert alone, and items of a tuple that nothing uses. A step on tensors checks
-    what it is given, and a plan walks the model's own forward first."""
+    """Erases what is there for torch._assert alone, and attributes and items that nothing uses. A step on tensors
+    checks what it is given, and a plan walks the model's own forward first."""
     for node in reversed(graph.nodes):
         comparison = node.op == "call_function" and node.target in _COMPARISONS
-        unused = not node.users and (is_size(node) or comparison or node.target is operator.getitem)
+        read = node.op == "get_attr" or node.target is operator.getitem or is_size(node)
+        unused = not node.users and (read or comparison)
         if unused or node.target is torch._assert:
             graph.erase_node(node)
 
@@ -97,12 +97,23 @@ class _Tracer(torch.fx.Tracer):
                 raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
             if module is not root:
                 vars(module)["_compiled_call_impl"] = partial(self._called, module)
+            if not self.is_leaf_module(module, ""):
+                self._record_attributes(module)
         x = self.create_proxy("placeholder", "x", (), {})
         with _WRAPPING, _Patcher() as patcher:
             _patch_wrapped_functions(patcher)
             out = root(x)
         self.create_node("output", "output", (self.create_arg(out),), {})
         return self.graph
+
+    def _record_attributes(self, module):
+        """Lets a module's forward find nodes in place of its parameters and buffers: so all that it does with them is
+        recorded."""
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    path = f"{self.submodule_paths[module]}.{name}"
+                    tensors[name] = self.create_proxy("get_attr", path, (), {})
 
     def _called(self, module, *args, **kwargs):
         return self.call_module(module, module.forward, args, kwargs)
