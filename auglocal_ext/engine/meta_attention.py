@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 class MetaAttention(TorchFunctionMode):
     """Within, scaled_dot_product_attention of meta tensors runs what it does on a CPU where that is the fused kernel:
-    without a mask and dropout. Other devices' kernels hold the same tensors."""
+    without a mask and dropout, of rows without gaps. Other devices' kernels hold the same tensors."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,6 +38,7 @@ multi_head_attention_forward = types.FunctionType(
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
     alike = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    alike = alike and all(x.stride(-1) == 1 for x in (query, key, value))
     known = query.is_meta and attn_mask is None and not dropout_p and not options and alike
     if not known or not _takes_fused(query.dim()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
