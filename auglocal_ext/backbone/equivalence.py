@@ -38,14 +38,16 @@ def assert_same_function(model, backbone, images, reader=None):
     known = {}
     with RealLayouts(), _Expressions(known, names) as forward:
         try:
-            expected = forward.expression(model(images))
+            out = model(images)
+            expected = forward.expression(getattr(out, "logits", out))
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} cannot take images of shape {tuple(images.shape)}: {first_line(error)}"
                 f"{_replaced(model)}"
             ) from error
+    parts = _read(backbone, reader or Reader())  # now, since reading makes the constants of a forward too
     with RealLayouts(), _Expressions(known, names) as units:
-        ours = units.expression(_run(backbone, images, reader or Reader()))
+        ours = units.expression(_run(parts, images))
     if ours != expected:
         differs = next((made for made in forward.made if made not in units.made), None)
         where = f", first at {forward.made[differs]}" if differs is not None else ""
@@ -135,13 +137,21 @@ def _plain(argument):
     return argument if comparable else str(argument)  # NaN, which is not itself, too
 
 
-def _run(backbone, images, reader):
-    """The logits, by the nodes that were read of the units and of the classifier."""
-    x, out = images, "images"
+def _read(backbone, reader):
+    """[(nodes, the name of what they put out)] of the units and of the classifier."""
+    parts, out = [], "images"
     for name, module in [*((unit.name, unit.module) for unit in backbone.units), ("head", backbone.classifier)]:
-        values = {out: x}
         nodes, out = reader.read(module, backbone.looked_into, name, out)
+        parts.append((nodes, out))
+    return parts
+
+
+def _run(parts, images):
+    """The logits, by the nodes that were read."""
+    x, source = images, "images"
+    for nodes, out in parts:
+        values = {source: x}
         for node in nodes:
             values[node.out] = node.plain(*(values[source] for source in node.sources))
-        x = values[out]
+        x, source = values[out], out
     return x

@@ -1,31 +1,29 @@
-"""The families of networks that are read: torchvision's ResNets and VGGs, and the CIFAR ResNets."""
+"""Models as units; and for the families that AugLocal's authors trained, torchvision's ResNets and VGGs and the CIFAR
+ResNets, the blocks as they copied them."""
 
 import math
 import sys
-from functools import partial
+from dataclasses import replace
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import models
 from ..common.meta import meta_copy, replaced_methods
-from ..common.torchvision import import_torchvision
-from .units import Backbone, Shapes, Unit
+from .cutter import cut_by_graph
 
-__all__ = ["as_backbone", "families"]
+__all__ = ["as_backbone"]
 
 
 def as_backbone(model):
     """Reads a model as units and classifier.
 
     Args:
-        model: a torchvision ResNet (resnet*, wide_resnet*, resnext*), a torchvision VGG (vgg*, vgg*_bn) or one of
-            `auglocal_ext.models`; a ResNet's stem and fc and a VGG's classifier may have been replaced, and layers
-            of a VGG's features.
+        model: a network from images (N, C, H, W) to logits (N, classes) whose forward is a graph of layers and
+            functions: any of torchvision's classification models, `auglocal_ext.models`, or another.
 
     Raises:
-        ValueError: it is none of them, or a part of it is not understood; names the first such part.
+        ValueError: its forward cannot be followed, or has nothing to cut at; says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -48,135 +46,36 @@ def as_backbone(model):
 
 def _read(model):
     meta_copy(model)  # says what cannot be copied, by its path in the model
-    if isinstance(model, models.CifarResNet) and _keeps_forward(model, models.CifarResNet):
-        return _residual_backbone(model, stem=("conv1", "bn1"), form="cifar")
-    torchvision_resnet, torchvision_vgg = _imported("resnet"), _imported("vgg")
-    resnet = torchvision_resnet and torchvision_resnet.ResNet
-    if resnet and isinstance(model, resnet) and _keeps_forward(model, resnet):
-        return _residual_backbone(model, stem=("conv1", "bn1", "relu", "maxpool"), form="imagenet")
-    vgg = torchvision_vgg and torchvision_vgg.VGG
-    if vgg and isinstance(model, vgg) and _keeps_forward(model, vgg):
-        return _plain_backbone(model)
-    if hasattr(model, "layer1") or (vgg and isinstance(model, vgg)):
-        raise ValueError(f"cannot cut {type(model).__name__} into units: its own forward() is not understood")
-    first, child = next(model.named_children(), ("forward()", None))
-    kind = f" ({type(child).__name__})" if child is not None else ""
-    raise ValueError(
-        f"cannot cut {type(model).__name__} into units: its part {first!r}{kind} is not understood; expected a "
-        f"ResNet or VGG of torchvision.models, or a ResNet of auglocal_ext.models"
-    )
+    backbone = cut_by_graph(model)
+    plain = isinstance(model, _known("VGG", "vgg"))
+    form = "imagenet" if plain or isinstance(model, _known("ResNet", "resnet")) else None
+    form = "cifar" if isinstance(model, models.CifarResNet) else form
+    return replace(backbone, units=tuple(_with_copies(unit, model, plain) for unit in backbone.units), form=form)
 
 
-def families():
-    """The classes whose models are read."""
-    torchvision = import_torchvision("a list of what can be cut").models
-    return models.CifarResNet, torchvision.ResNet, torchvision.VGG
+def _with_copies(unit, model, plain):
+    """A unit with the authors' copies, where they have any for such a one."""
+    block = _found(model, unit.name)
+    if _is_residual(block):
+        width, copy = _read_block(block)
+        return replace(unit, module=block, width=width, copy=copy, least_width=_least_width(block, width))
+    layers = [*unit.module] if type(unit.module) is nn.Sequential else [unit.module]
+    if plain and type(layers[0]) is nn.Conv2d and not any(isinstance(m, nn.Conv2d) for m in layers[1:]):
+        return replace(unit, copy=_plain_copy(*layers), plain=True)
+    return unit
 
 
-def _imported(family):
-    """torchvision's module of that name if it was imported: a model made by it cannot exist otherwise."""
-    return sys.modules.get(f"torchvision.models.{family}")
+def _known(kind, family):
+    """torchvision's class of that name, in a tuple, if it was imported: a model made by it cannot exist otherwise."""
+    module = sys.modules.get(f"torchvision.models.{family}")
+    return () if module is None else (getattr(module, kind),)
 
 
-def _keeps_forward(model, base):
-    names = ("forward", "_forward_impl", "__call__")
-    return all(
-        name not in vars(model) and getattr(type(model), name, None) is getattr(base, name, None) for name in names
-    )
-
-
-def _residual_backbone(model, stem, form):
-    # ._modules, here and below: named_children() leaves out a module that stands at a second place.
-    stages = [name for name in model._modules if name.startswith("layer")]
-    known = {*stem, *stages, "avgpool", "fc"}
-    for name, child in model._modules.items():
-        if name not in known:
-            raise _not_understood(model, name, child)
-
-    stem_module = nn.Sequential(*(getattr(model, name) for name in stem))
-    if "relu" not in stem:
-        stem_module.append(nn.ReLU())
-    first_conv = next((m for m in stem_module.modules() if isinstance(m, nn.Conv2d)), None)
-    if first_conv is None:
-        raise _not_understood(model, "conv1", model.conv1)
-    parts = [("stem", stem_module, None, None)]
-    for stage in stages:
-        blocks = getattr(model, stage)
-        if type(blocks) is not nn.Sequential or "forward" in vars(blocks) or not len(blocks):
-            raise _not_understood(model, stage, blocks)
-        for name, block in blocks._modules.items():
-            width, copy = _read_block(model, f"{stage}.{name}", block)
-            parts.append((f"{stage}.{name}", block, width, copy))
-
-    classifier = nn.Sequential(getattr(model, "avgpool", nn.AdaptiveAvgPool2d(1)), nn.Flatten(1), model.fc)
-    units = _units(parts, first_conv)
-    return Backbone(units, classifier, first_conv.in_channels, _classes("fc", classifier, units[-1], model), form)
-
-
-def _plain_backbone(model):
-    """Of a VGG: a unit begins with each convolution. The pool behind it belongs to it: its BatchNorm and ReLU then run
-    with the pool, and what is handed on to the next module is small."""
-    for name, child in model._modules.items():
-        if name not in ("features", "avgpool", "classifier"):
-            raise _not_understood(model, name, child)
-    if type(model.features) is not nn.Sequential or "forward" in vars(model.features):
-        raise _not_understood(model, "features", model.features)
-    layers = []  # of each unit
-    for name, layer in model.features._modules.items():
-        if isinstance(layer, nn.Conv2d):
-            layers.append({})
-        elif not layers or any(isinstance(part, nn.Conv2d) for part in layer.modules()):
-            raise _not_understood(model, f"features.{name}", layer)
-        layers[-1][name] = layer
-    if not layers:
-        raise _not_understood(model, "features", model.features)
-    parts = []
-    for unit in layers:
-        name, conv = next(iter(unit.items()))
-        parts.append(
-            (f"features.{name}", nn.Sequential(*unit.values()), conv.out_channels, _plain_copy(*unit.values()))
-        )
-    units = _units(parts, parts[0][1][0], plain=True)
-    classifier = nn.Sequential(model.avgpool, nn.Flatten(1), model.classifier)
-    classes = _classes("classifier", classifier, units[-1], model)
-    return Backbone(units, classifier, parts[0][1][0].in_channels, classes, "imagenet")
-
-
-def _classes(name, classifier, last_unit, model):
-    """How many classes a classifier tells apart: what it puts out, not what its layers are called.
-
-    A pool of a fixed size, or none, makes it depend on the size of the images, which is not known here: maps are tried
-    until one fits, square ones and then those of one row.
-    """
-    if not list(getattr(model, name).parameters()):
-        raise _not_understood(model, name, getattr(model, name))
-    dtype = next(classifier.parameters()).dtype
-    shapes, error = Shapes(name, classifier), None
-    for height, width in [*((side, side) for side in range(1, 33)), *((1, length) for length in range(2, 1025))]:
-        try:
-            logits = shapes(torch.empty(2, last_unit.out_channels, height, width, dtype=dtype, device="meta"))
-        except ValueError as refused:
-            error = error or refused
-            continue
-        if logits.dim() != 2 or len(logits) != 2:
-            raise ValueError(
-                f"cannot cut {type(model).__name__} into units: its {name} must put out (N, classes), given "
-                f"{('N', *logits.shape[1:])} for N images"
-            )
-        return logits.shape[1]
-    raise ValueError(f"cannot cut {type(model).__name__} into units: {error}")
-
-
-def _units(parts, first_conv, plain=False):
-    """The units of (name, module, width or None for its output's, copy), with the shapes that tracing tells."""
-    units, side = [], _SIDE
-    x = torch.empty(2, first_conv.in_channels, side, side, device="meta", dtype=first_conv.weight.dtype)
-    for name, module, width, copy in parts:
-        x, kept = _trace(name, module, x)
-        reduction = side // x.shape[2]
-        numbers = width or x.shape[1], x.shape[1], reduction, kept / side**2
-        units.append(Unit(name, module, *numbers, copy, plain, _least_width(module, width)))
-    return tuple(units)
+def _found(model, path):
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _least_width(module, width):
@@ -185,43 +84,17 @@ def _least_width(module, width):
     return math.ceil(width / min(grouped)) if grouped and width else 1
 
 
-_SIDE = 256  # a power of two, so that every stride divides it: strides are read off traced shapes
+def _is_residual(block):
+    known = (models.BasicBlock, *_known("BasicBlock", "resnet"), *_known("Bottleneck", "resnet"))
+    return type(block) in known and isinstance(block.bn1, _BatchNorm)
 
 
-def _trace(name, module, x):
-    """The module's output on meta tensors, and the elements its convolutions put out, per image."""
-    elements = 0
-
-    def counted(forward, *given):
-        nonlocal elements
-        output = forward(*given)
-        elements += output[0].numel()
-        return output
-
-    traced = Shapes(name, module)
-    for part in traced.module.modules():
-        if isinstance(part, nn.Conv2d):
-            vars(part)["_compiled_call_impl"] = partial(counted, part.forward)
-    return traced(x), elements
-
-
-def _not_understood(model, name, part):
-    return ValueError(
-        f"cannot cut {type(model).__name__} into units: its part {name!r} ({type(part).__name__}) is not understood"
-    )
-
-
-def _read_block(model, name, block):
+def _read_block(block):
     """(base width, copy function) of a residual block."""
-    torchvision_resnet = _imported("resnet")
     if type(block) is models.BasicBlock:
         own = block.conv1.out_channels
         return own, lambda in_channels, stride, width=own: models.BasicBlock(in_channels, width, stride)
-    if torchvision_resnet and type(block) in (torchvision_resnet.BasicBlock, torchvision_resnet.Bottleneck):
-        if not isinstance(block.bn1, _BatchNorm):
-            raise _not_understood(model, f"{name}.bn1", block.bn1)
-        return _read_torchvision_block(block)
-    raise _not_understood(model, name, block)
+    return _read_torchvision_block(block)
 
 
 def _read_torchvision_block(block):

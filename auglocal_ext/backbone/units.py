@@ -14,13 +14,18 @@ from torch import nn
 from ..common.messages import first_line
 from ..common.meta import meta_copy
 from ..engine.as_real import RealLayouts
+from ..models import BasicBlock
+from .copies import Copies, TokenBlock
+from .layouts import MAPS
+from .segment import Segment
 
 __all__ = ["Backbone", "Shapes", "Unit"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of the backbone: (N, in, H, W) -> (N, out_channels, H / stride, W / stride)."""
+    """A part of the backbone: (N, in, H, W) -> (N, out_channels, H / stride, W / stride), or what `takes` and `layout`
+    say: maps whose channels come last, or tokens (N, L, C)."""
 
     name: str
     module: nn.Module
@@ -32,6 +37,18 @@ class Unit:
     copy: Callable[..., nn.Module] | None
     plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
     least_width: int = 1  # that a copy can have
+    takes: str = MAPS  # the layout of its input, see `layouts`
+    layout: str = MAPS  # of its output
+
+    def copied_channels(self, width, stride):
+        """Of what a copy of that base width and stride puts out."""
+        if isinstance(self.copy, Copies):
+            return self.copy.channels(width, stride)
+        return width * (self.out_channels // self.width)
+
+    def is_copied_as_residual(self, width, stride):
+        """Whether such a copy is no block like the unit but a residual one, see `Copies`."""
+        return isinstance(self.copy, Copies) and self.copy.is_residual(width, stride)
 
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched.
@@ -44,22 +61,31 @@ class Unit:
 
 @dataclass(frozen=True)
 class Backbone:
-    """`classifier` takes the last unit's output to (N, num_classes)."""
+    """`classifier` takes the last unit's output to (N, num_classes).
+
+    form: None where they used none.
+    image_side: pixels along a side of images that the model takes, and of which the units' numbers are.
+    class_token: whether the classifier reads the first one of tokens.
+    left_out: names of what the model puts out besides logits while it is trained, and is not trained here.
+    """
 
     units: tuple[Unit, ...]
     classifier: nn.Module
     image_channels: int
     num_classes: int
-    form: str  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+    form: str | None  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+    image_side: int = 224
+    class_token: bool = False
+    left_out: tuple[str, ...] = ()
     _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
 
     @property
     def looked_into(self):
         """The module types whose forward tracing looks into."""
-        return {type(unit.module) for unit in self.units} - {nn.Sequential}
+        return {type(unit.module) for unit in self.units} - {nn.Sequential} | {Segment, BasicBlock, TokenBlock}
 
     def feature_shapes(self, image_shape):
-        """(C, H, W) of each unit's output, for images of image_shape, (C, H, W)."""
+        """The shape of each unit's output without the batch, for images of image_shape, (C, H, W)."""
         image_shape = tuple(image_shape)
         if image_shape not in self._shapes:
             shapes = []

@@ -6,7 +6,7 @@ import warnings
 from tqdm import tqdm
 
 from .. import models
-from ..backbone.families import as_backbone, families
+from ..backbone.families import as_backbone
 from .checks import on_meta
 
 __all__ = ["models_command"]
@@ -15,7 +15,6 @@ __all__ = ["models_command"]
 def models_command(options):
     """Prints a line for each model of a matching name that can be cut."""
     names = [name for name in models.names() if fnmatch.fnmatchcase(name, options.pattern)]
-    names = [name for name in names if issubclass(models.class_of(name), families())]
     found = []
     for name in tqdm(names, unit="model", leave=False, disable=None):
         with warnings.catch_warnings():

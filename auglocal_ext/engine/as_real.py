@@ -4,6 +4,8 @@ A plan is made on the meta device. Its bytes are those of a real step only if ev
 there too.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
@@ -11,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["MetaAutocast", "RealLayouts"]
+from .meta_attention import multi_head_attention_forward
+
+__all__ = ["MetaAutocast", "RealLayouts", "autocasting"]
 
 _aten = torch.ops.aten
 
@@ -185,11 +189,28 @@ class MetaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return multi_head_attention_forward(*args, **kwargs)
         if function in _LOWERED:
             args, kwargs = _cast((args, kwargs), self.autocast)
         elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):
             args, kwargs = _cast((args, kwargs), torch.float32)
         return function(*args, **kwargs)
+
+
+def autocasting(x, autocast, device_type):
+    """The context in which torch's functions of a tensor cast as a real step's do.
+
+    Args:
+        autocast: None, or the dtype that is cast to; float64 is left alone.
+        device_type: of the real step, where x is on the meta device.
+    """
+    if autocast is None or x.dtype == torch.float64:
+        return contextlib.nullcontext()
+    if x.is_meta:
+        return MetaAutocast(autocast, device_type)
+    return torch.autocast(x.device.type, autocast, cache_enabled=False)
 
 
 def _mode(_x, _pad, mode="constant", value=None):

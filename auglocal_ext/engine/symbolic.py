@@ -4,6 +4,7 @@ torch.fx.symbolic_trace replaces nn.Module.__call__ while it runs: a model that 
 copy of the module is traced, and only the copy's modules are told to be recorded.
 """
 
+import contextlib
 import operator
 import threading
 from functools import partial
@@ -17,7 +18,7 @@ from .calls import is_size
 from .dropping import is_identity
 from .node import is_as_its_class
 
-__all__ = ["Untraceable", "symbolic_graph"]
+__all__ = ["Tracer", "Untraceable", "symbolic_graph"]
 
 # Functions that models wrap by torch.fx.wrap are replaced while a trace runs, by ones that record what they are given
 # of the trace and do as before with everything else. Two traces must not undo each other's replacements.
@@ -29,9 +30,8 @@ class Untraceable(Exception):
 
 
 def symbolic_graph(module, inside):
-    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is
-    given. What it uses of its own parameters and
-    buffers directly are nodes "get_attr", whose targets are their paths.
+    """The torch.fx.Graph of a module of one input, whose every node is used and none hands on what it is given. What it
+    uses of its own parameters and buffers directly are nodes "get_attr", whose targets are their paths.
 
     Args:
         module: left alone; a copy of it is traced.
@@ -42,7 +42,7 @@ def symbolic_graph(module, inside):
     """
     copied = meta_copy(module)
     try:
-        graph = _Tracer(inside).record(copied)
+        graph = Tracer(inside).record(copied)
     except Exception as error:
         raise Untraceable(str(error)) from error
     _erase_checks(graph)
@@ -80,7 +80,9 @@ def _erase_identities(graph, modules):
             graph.erase_node(node)
 
 
-class _Tracer(torch.fx.Tracer):
+class Tracer(torch.fx.Tracer):
+    """Records a module, on the meta device and used for nothing else, by what only its own modules are told."""
+
     def __init__(self, inside):
         super().__init__()
         self.inside = inside
@@ -93,16 +95,38 @@ class _Tracer(torch.fx.Tracer):
         self.root, self.graph, self.tensor_attrs = root, torch.fx.Graph(tracer_cls=type(self)), {}
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         for module in self.submodule_paths:
-            if type(module).__call__ is not nn.Module.__call__:
-                raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
+            self.check(module)
             if module is not root:
                 vars(module)["_compiled_call_impl"] = partial(self._called, module)
         x = self.create_proxy("placeholder", "x", (), {})
-        with _WRAPPING, _Patcher() as patcher:
+        with _WRAPPING, _Patcher() as patcher, self._own_tensors():
             _patch_wrapped_functions(patcher)
             out = root(x)
         self.create_node("output", "output", (self.create_arg(out),), {})
         return self.graph
+
+    @contextlib.contextmanager
+    def _own_tensors(self):
+        """Within, what looks at a parameter or buffer of its own finds the graph's node of it."""
+        own = []
+        for module, path in self.submodule_paths.items():
+            if not self.is_leaf_module(module, path):
+                found = {**module._parameters, **module._buffers}
+                own += [(module, path, name) for name, tensor in found.items() if tensor is not None]
+        for module, path, name in own:
+            vars(module)[name] = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+        try:
+            yield
+        finally:
+            for module, _, name in own:
+                del vars(module)[name]
+            for node in reversed(self.graph.nodes):
+                if node.op == "get_attr" and not node.users:
+                    self.graph.erase_node(node)
+
+    def check(self, module):
+        if type(module).__call__ is not nn.Module.__call__:
+            raise Untraceable(f"{type(module).__name__} has a __call__ of its own")
 
     def _called(self, module, *args, **kwargs):
         return self.call_module(module, module.forward, args, kwargs)

@@ -58,8 +58,9 @@ class Reader:
 
 def _read(module, inside, part, source):
     root = nn.Sequential(module)
+    taken = {type(inner) for inner in module.modules() if any(kind.takes_whole(inner) for kind in KINDS)}
     try:
-        graph = symbolic_graph(root, {nn.Sequential, *inside})
+        graph = symbolic_graph(root, {nn.Sequential, *inside} - taken)
     except Untraceable:
         whole = Island.of_module(module, part, source)
         return [whole], whole.out

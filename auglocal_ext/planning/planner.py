@@ -21,7 +21,7 @@ from ..engine.trace import Reader
 from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
-from ..rules.cutting import Span, assert_apart, borders_of, local_heads
+from ..rules.cutting import Span, assert_apart, borders_of, head_behind
 from .module_nodes import module_program
 from .optimizer_bytes import OptimizerBytes, frozen_state
 from .origin import Origin, fingerprint
@@ -220,16 +220,27 @@ class Planner:
 
     def heads(self, spans, shape, rule):
         """The LocalHead behind each module, new ones on the meta device and last the classifier's."""
-        with torch.device("meta"), RealLayouts():
-            *made, classifier = local_heads(self.backbone, rule, spans, shape[1:])
-        return [*(as_meta_copy(head.to(self.dtype)) for head in made), classifier]
+        borders = borders_of(self.backbone, spans, shape[1:])
+        return [*(self._head(border, rule) for border in borders), LocalHead(self.backbone.classifier)]
 
     def heads_by_unit(self, rule, shape):
-        """AugLocal's head behind each unit, the last one's being the classifier; made once."""
+        """AugLocal's head behind each unit, the last one's being the classifier; made once, and one for those alike."""
         key = rule.depth, rule.form, rule.auxiliary, shape[1:]
         if key not in self._heads:
-            self._heads[key] = self.heads([Span(unit, unit) for unit in range(len(self.backbone.units))], shape, rule)
+            units = [Span(unit, unit) for unit in range(len(self.backbone.units))]
+            known, heads = {}, []
+            for border in borders_of(self.backbone, units, shape[1:]):
+                of_net = rule.net_key(border)
+                if of_net not in known:
+                    known[of_net] = self._head(border, rule)
+                heads.append(known[of_net])
+            self._heads[key] = [*heads, LocalHead(self.backbone.classifier)]
         return self._heads[key]
+
+    def _head(self, border, rule):
+        with torch.device("meta"), RealLayouts():
+            made = head_behind(border, rule)
+        return as_meta_copy(made.to(self.dtype))
 
     @property
     def module_bytes(self):

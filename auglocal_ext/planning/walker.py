@@ -38,7 +38,7 @@ class Walker:
         layout = {"dtype": dtype, "device": "meta", "memory_format": planner.memory_format}
         self.inputs = [images, *(torch.empty((len(images), *size), **layout) for size in shapes)]
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
-        self.known, self.macs = {}, {}
+        self.known, self.macs, self.ways = {}, {}, {}
         self.names = ["images"]  # of each unit's input, and of the last output
         for k in range(len(self.units)):
             self.names.append(self.nodes(k)[1])
@@ -162,11 +162,14 @@ class Walker:
 
     def head(self, j, head, again):
         """The `HeadWay` of a head behind unit j, which may run so; what it may not is told as what it may."""
-        told = [self._head(j, head, way) for way in again]
-        (segment, macs), (segment_again, macs_again) = told[0], told[-1]
-        state, scratch = self.planner.optimizer_bytes(head)
-        state += bytes_of(tensors_of(head)) + self.planner.module_bytes
-        return HeadWay((segment, segment_again), (macs, macs_again), state, scratch)
+        key = id(head), self.kinds[j], again  # one head stands behind many borders
+        if key not in self.ways:
+            told = [self._head(j, head, way) for way in again]
+            (segment, macs), (segment_again, macs_again) = told[0], told[-1]
+            state, scratch = self.planner.optimizer_bytes(head)
+            state += bytes_of(tensors_of(head)) + self.planner.module_bytes
+            self.ways[key] = HeadWay((segment, segment_again), (macs, macs_again), state, scratch)
+        return self.ways[key]
 
     def _head(self, j, head, again):
         """(segment, macs) of a head behind unit j."""

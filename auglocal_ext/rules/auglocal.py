@@ -1,5 +1,7 @@
 """AugLocal: aux nets that are uniform samples of the layers behind a module (arXiv:2402.17318)."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -26,6 +28,8 @@ class AugLocal(Rule):
             (`Border`) -> nn.Module, features -> logits, which under a memory budget may go by the border's unit and
             shape alone.
     """
+
+    takes_any_layout = True
 
     def __init__(self, depth=4, form=None, auxiliary="paper"):
         if form is not None and form not in FORMS:
@@ -77,6 +81,14 @@ class AugLocal(Rule):
             return self._made(border)
         return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit), self.auxiliary)
 
+    def net_key(self, border):
+        """What tells which net `aux_net` makes: borders of equal keys have nets alike."""
+        if not isinstance(self.auxiliary, Auxiliary):
+            return border.unit
+        sample, backbone = self.sample(border.backbone, border.unit), border.backbone
+        before, kinds = backbone.units[border.unit], [str(backbone.units[unit].module) for unit in sample.units]
+        return before.out_channels, before.plain, replace(sample, units=()), *kinds
+
     def _made(self, border):
         net = self.auxiliary(border)
         if not isinstance(net, nn.Module):
@@ -96,10 +108,13 @@ class AugLocal(Rule):
         if not isinstance(self.auxiliary, Auxiliary):
             return super().describe(border)
         sample, units = self.sample(border.backbone, border.unit), border.backbone.units
-        copies = [
-            f"{units[unit].name} ({copied_width(units[unit], self.auxiliary)}, /{stride})"
-            for unit, stride in zip(sample.units, sample.strides, strict=True)
-        ]
+        copies = [self._words(units[unit], stride) for unit, stride in zip(sample.units, sample.strides, strict=True)]
         words = [f"pool /{sample.pool}"] * (sample.pool > 1) + ["separable"] * self.auxiliary.separable + copies
         words += ["+ BatchNorm1d"] * sample.batch_norm_head + ["+ shared readout"] * self.shares_readout
         return " ".join(words)
+
+    def _words(self, unit, stride):
+        """Of a unit's copy."""
+        width = copied_width(unit, self.auxiliary)
+        as_block = ", a residual block" if unit.is_copied_as_residual(width, stride) else ""
+        return f"{unit.name} ({width}, /{stride}{as_block})"

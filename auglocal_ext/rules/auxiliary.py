@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
+from ..backbone.layouts import MAPS, TOKENS, TokenPool, in_layout, to_layout
 from ..models import init_weights
 
 __all__ = [
@@ -180,14 +181,16 @@ def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"]):
     Its weights are its own: no tensor is shared with the backbone. (N, C, H, W) -> (N, num_classes)
     """
     units, layers = backbone.units, []
-    channels, end = units[last].out_channels, units[-1].out_channels
-    if sample.pool > 1:
-        layers.append(nn.AvgPool2d(sample.pool, ceil_mode=True))  # as the network's own strides round
+    channels, end, layout = units[last].out_channels, units[-1].out_channels, units[last].layout
+    if sample.pool > 1 and layout != TOKENS:
+        pool = nn.AvgPool2d(sample.pool, ceil_mode=True)  # as the network's own strides round
+        layers += in_layout([pool], layout)
     for unit, stride in zip(sample.units, sample.strides, strict=True):
         width = copied_width(units[unit], auxiliary)
         copy = units[unit].copy(channels, stride, width)
+        layers += to_layout(layout, units[unit].takes)
         layers.append(_separable(copy) if auxiliary.separable else copy)
-        channels = width * (units[unit].out_channels // units[unit].width)
+        channels, layout = units[unit].copied_channels(width, stride), units[unit].layout
     if auxiliary.readout == "shared" and channels != end:
         layers += [nn.Conv2d(channels, end, 1, bias=False), nn.BatchNorm2d(end), nn.ReLU()]
         channels = end
@@ -196,8 +199,10 @@ def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"]):
         channels = PLAIN_WIDTH
         for _ in range(2):
             layers += [nn.Linear(channels, channels), nn.BatchNorm1d(channels), nn.ReLU()]
+    elif layout == TOKENS:
+        layers.append(TokenPool(backbone.class_token))
     else:
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
+        layers += [*to_layout(layout, MAPS), nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
     if sample.batch_norm_head:
         layers.append(nn.BatchNorm1d(channels))
     bias = auxiliary.readout == "own" or backbone.classifier[-1].bias is not None

@@ -3,11 +3,18 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..common.checks import whole_number
-from .bp import BP
-from .rule import Border, LocalHead
+from torch import nn
 
-__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "local_heads"]
+from ..backbone.layouts import MAPS, MAPS_LAST, TOKENS, to_layout
+from ..common.checks import whole_number
+from .auglocal import AugLocal
+from .bp import BP
+from .rule import Border, LocalHead, Rule
+
+__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "head_behind", "local_heads"]
+
+
+FEW = 2  # local modules of a network that the authors of the rules did not cut
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ def cut(backbone, rule, modules=None, borders=None):
         backbone: from `as_backbone`.
         rule: a Rule; it says where the borders are, unless modules or borders do.
         modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
-            module (by what its convolutions keep for the backward) is as small as possible.
+            module (by what its convolutions keep for the backward) is as small as possible. Default: the rule's own
+            cut of a ResNet or VGG, two modules of another network.
         borders: the last unit of each module but the last one, to cut there instead.
 
     Returns:
@@ -46,11 +54,11 @@ def cut(backbone, rule, modules=None, borders=None):
         if modules is not None:
             whole_number(modules, expected, 1, 1)
         borders = ()
-    elif modules is None and borders is None:
+    elif modules is None and borders is None and (backbone.form is not None or not _cuts_as_the_authors(rule)):
         borders = rule.borders(backbone)
     elif borders is None:
         expected = f"modules must be a whole number from 1 to {count}, the units of this network"
-        modules = whole_number(modules, expected, 1, count)
+        modules = min(FEW, count) if modules is None else whole_number(modules, expected, 1, count)
         borders = _balanced_borders([unit.kept for unit in backbone.units], modules)
     rule.check(backbone)
     expected = f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last"
@@ -58,6 +66,10 @@ def cut(backbone, rule, modules=None, borders=None):
     if ends != sorted(set(ends)) or ends[0] < 0:
         raise ValueError(f"{expected}, given {tuple(borders)}")
     return [Span(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
+
+
+def _cuts_as_the_authors(rule):
+    return type(rule).borders in (Rule.borders, AugLocal.borders)
 
 
 def as_recompute(given, backbone):
@@ -105,11 +117,22 @@ def local_heads(backbone, rule, spans, image_shape):
     Returns:
         list of LocalHead
     """
-    heads = [
-        LocalHead(rule.aux_net(border), rule.extra_loss(border), rule.weights(border), rule.shares_readout)
-        for border in borders_of(backbone, spans, image_shape)
-    ]
+    heads = [head_behind(border, rule) for border in borders_of(backbone, spans, image_shape)]
     return [*heads, LocalHead(backbone.classifier)]
+
+
+def head_behind(border, rule):
+    """A rule's new LocalHead behind a border."""
+    net, extra = rule.aux_net(border), rule.extra_loss(border)
+    if border.layout != MAPS and not rule.takes_any_layout:
+        name = border.backbone.units[border.unit].name
+        if border.layout == TOKENS or extra is not None:
+            raise ValueError(
+                f"rule {rule.name!r} needs feature maps (N, C, H, W), and {name} puts out {border.layout}: train with "
+                f"rule='auglocal' or 'bp'"
+            )
+        net = nn.Sequential(*to_layout(border.layout, MAPS), net)
+    return LocalHead(net, extra, rule.weights(border), rule.shares_readout)
 
 
 def borders_of(backbone, spans, image_shape):
@@ -117,10 +140,13 @@ def borders_of(backbone, spans, image_shape):
     if len(spans) == 1:
         return []
     shapes = backbone.feature_shapes(image_shape)
-    return [
-        Border(backbone, span.last, index, len(spans) - 1, shapes[span.last], tuple(image_shape))
-        for index, span in enumerate(spans[:-1])
-    ]
+    borders = []
+    for index, span in enumerate(spans[:-1]):
+        shape = shapes[span.last]
+        if backbone.units[span.last].layout == MAPS_LAST:
+            shape = (shape[-1], *shape[:-1])
+        borders.append(Border(backbone, span.last, index, len(spans) - 1, shape, tuple(image_shape)))
+    return borders
 
 
 def _balanced_borders(sizes, parts):

@@ -17,7 +17,7 @@ class Border:
 
     backbone: see `auglocal_ext.backbone`; backbone.units[unit] is the module's last unit.
     index, count: the how-manieth border from the input it is, from 0, and how many there are.
-    shape: (C, H, W) of the features here.
+    shape: (C, H, W) of the features here, as a net of feature maps is given them; of tokens (L, C).
     image_shape: (C, H, W) of the images.
     """
 
@@ -36,6 +36,11 @@ class Border:
     @property
     def num_classes(self):
         return self.backbone.num_classes
+
+    @property
+    def layout(self):
+        """Of the features, see `backbone.layouts`."""
+        return self.backbone.units[self.unit].layout
 
 
 class ExtraLoss(nn.Module):
@@ -101,12 +106,15 @@ class Rule:
     depth: the paper's d, for rules that have one.
     shares_readout: whether the aux nets' last layers follow the classifier's, see `LocalHead`.
     recompute: see `LocalTrainer`.
+    takes_any_layout: whether its nets take features as the unit puts them out, see `backbone.layouts`; else they are
+        given maps (N, C, H, W), and tokens are refused.
     """
 
     name: str
     depth = None
     shares_readout = False
     recompute = False
+    takes_any_layout = False
 
     def __init_subclass__(cls):
         cls.name = vars(cls).get("name", cls.__name__.lower())

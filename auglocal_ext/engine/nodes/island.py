@@ -12,8 +12,9 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 
-from ..as_real import MetaAutocast
+from ..as_real import MetaAutocast, autocasting
 from ..calls import call_at
+from ..meta_attention import MetaAttention
 from ..node import Attribute, Node
 from ..tensors import as_gradient, dense
 
@@ -123,14 +124,9 @@ def _may_write(node, module):
 def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
     first = (*given, *(a.value for a in node.attributes if a is not None))[0]
-    autocast = None if first.dtype == torch.float64 else autocast  # which autocast leaves alone
-    if autocast is None:
-        around = contextlib.nullcontext()
-    elif first.is_meta:
-        around = MetaAutocast(autocast, device_type)
-    else:
-        around = torch.autocast(first.device.type, autocast, cache_enabled=False)
-    with torch.enable_grad(), around:
+    around = autocasting(first, autocast, device_type)
+    attention = MetaAttention() if first.is_meta else contextlib.nullcontext()
+    with torch.enable_grad(), attention, around:
         try:
             out, parameters = _called(node, given)
         except (RuntimeError, ValueError):

@@ -1,0 +1,240 @@
+"""A whole model as a graph of its layers' calls, and the values in it that everything behind depends on.
+
+A model can be cut where one tensor is all that goes on: at a value that lies on every path from the images to the
+logits. In a list of steps, each behind what it reads, that is a value over which no other one is read.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from ..common.messages import first_line
+from ..common.meta import meta_copy
+from ..engine.as_real import RealLayouts
+from ..engine.node import is_as_its_class
+from ..engine.symbolic import Tracer
+
+__all__ = ["Call", "ModelGraph", "model_graph"]
+
+SIDES = (256, 224, 32, 64, 28, 128, 96, 299, 384, 448, 512, 16)  # of images, tried in this order
+MOST = 1000  # numbers in a tensor that the forward makes
+IMAGES = 3  # in a batch: no other size of a first tensor is likely to be it
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step of the model: a layer's call, or a function's.
+
+    node: the fx node.
+    within: (path, how-manieth call of it) of the modules around, from the outside in; a layer's own is the last.
+    value: what it makes, on the meta device; no tensor perhaps.
+    """
+
+    node: fx.Node
+    within: tuple[tuple[str, int], ...]
+    value: object
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A model's forward in training mode.
+
+    Attributes:
+        calls: the steps from images to logits, in the order in which they run; what needs no image is not among them.
+        images: the fx node of the images.
+        borders: indices of calls whose value is all that goes on, a feature map or tokens of each image; before there
+            is a single vector of each.
+        image_shape: (C, H, W) of the images that were tried.
+        left_out: names of what else the model puts out, in training mode, and nothing here computes.
+    """
+
+    calls: list[Call]
+    images: fx.Node
+    borders: list[int]
+    image_shape: tuple[int, int, int]
+    left_out: tuple[str, ...] = field(default=())
+
+
+def model_graph(model):
+    """The ModelGraph of a model, which is left alone.
+
+    Raises:
+        ValueError: its forward cannot be followed; says where.
+    """
+    copied = meta_copy(model).train()
+    graph, tracer, left_out = _record(copied)
+    values, image_shape = _values(copied, graph, tracer)
+    (images,) = (node for node in graph.nodes if node.op == "placeholder")
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    calls = [Call(node, tracer.within.get(node, ()), values[node]) for node in _between(graph, images, output)]
+    single = _single_file(calls, images)
+    vectors = next((i for i in single if isinstance(calls[i].value, torch.Tensor) and calls[i].value.dim() == 2), None)
+    borders = [i for i in single if _is_of_images(calls[i].value) and (vectors is None or i < vectors)]
+    return ModelGraph(calls, images, borders, image_shape, left_out)
+
+
+class _ModelTracer(Tracer):
+    """Looks into every module that has modules in it, but torch's own.
+
+    whole: types of those that have no graph, and are one call each.
+    """
+
+    def __init__(self, whole):
+        super().__init__(())
+        self.whole = whole
+        self.within, self.stack, self.counts, self.failed = {}, [], {}, None
+
+    def is_leaf_module(self, module, qualified_name):
+        kind = type(module)
+        torchs = kind.__module__.startswith("torch.nn.") and kind.forward is not nn.Sequential.forward
+        return torchs or not module._modules or kind in self.whole or not is_as_its_class(module)
+
+    def check(self, module):
+        """A __call__ of its own is followed as any other code."""
+
+    def create_arg(self, a):
+        """A tensor that the forward makes itself, or finds somewhere, is made by a step of the graph."""
+        own = (*self.root.parameters(), *self.root.buffers())
+        if isinstance(a, torch.Tensor) and not any(a is tensor for tensor in own):
+            if a.is_meta or a.numel() > MOST:
+                raise ValueError("it reads a tensor that is no parameter or buffer of it")
+            return self.create_node(
+                "call_function", torch.tensor, (a.tolist(),), {"dtype": a.dtype, "device": a.device}
+            )
+        return super().create_arg(a)
+
+    def record(self, root):
+        try:
+            return super().record(root)
+        finally:  # no call is recorded any more
+            for module in self.submodule_paths:
+                vars(module)["_compiled_call_impl"] = module.forward
+
+    def _called(self, module, *args, **kwargs):
+        path = self.submodule_paths[module]
+        self.counts[path] = self.counts.get(path, 0) + 1
+        self.stack.append((path, self.counts[path]))
+        try:
+            return super()._called(module, *args, **kwargs)
+        except Exception:
+            self.failed = self.failed or module
+            raise
+        finally:
+            self.stack.pop()
+
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        self.within[node] = tuple(self.stack)
+        return node
+
+
+def _record(copied):
+    """(fx graph, tracer, names of what is left out); what has no graph inside is one call."""
+    whole = set()
+    while True:
+        tracer = _ModelTracer(whole)
+        try:
+            graph = tracer.record(copied)
+        except Exception as error:
+            if tracer.failed is None or type(tracer.failed) in whole:
+                raise ValueError(
+                    f"cannot cut {type(copied).__name__} into units: its forward() has no graph of layers and "
+                    f"functions ({first_line(error)})"
+                ) from error
+            whole.add(type(tracer.failed))
+            continue
+        return graph, tracer, _logits_alone(copied, graph)
+
+
+def _logits_alone(copied, graph):
+    """Lets a graph put out the logits alone, where a model puts out its own auxiliary heads' too, by name; returns the
+    others' names."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    out, others = output.args[0], ()
+    fields = getattr(getattr(out, "target", None), "_fields", ())  # of a named tuple that is made there
+    if "logits" in fields:
+        made = dict(zip(fields, out.args, strict=False)) | out.kwargs
+        others = tuple(name for name in fields if name != "logits" and made.get(name) is not None)
+        output.args = (made["logits"],)
+    elif not isinstance(out, fx.Node):
+        raise ValueError(
+            f"cannot cut {type(copied).__name__} into units: its forward() must put out the logits, a tensor, given "
+            f"{type(out).__name__}"
+        )
+    return others
+
+
+def _values(copied, graph, tracer):
+    """({fx node: its value without data}, (C, H, W) of the images that fit)."""
+    conv = next((part for part in copied.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = dict.fromkeys([*([conv.in_channels] if conv is not None else []), 3, 1])
+    dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
+    furthest = 0, None  # how many steps ran, and why no more
+    for side in SIDES:
+        for count in channels:
+            run = _Shapes(copied, graph, tracer)
+            try:
+                with torch.no_grad(), RealLayouts():
+                    run.run(torch.empty(IMAGES, count, side, side, dtype=dtype, device="meta"))
+            except Exception as error:
+                furthest = max(furthest, (len(run.values), error), key=lambda tried: tried[0])
+                continue
+            return run.values, (count, side, side)
+    raise ValueError(
+        f"cannot cut {type(copied).__name__} into units: it takes no square images of {min(SIDES)} to {max(SIDES)} "
+        f"pixels a side; {first_line(furthest[1])}"
+    ) from furthest[1]
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, root, graph, tracer):
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.values = {}
+        self.extra_traceback = False
+
+    def run_node(self, node):
+        try:
+            self.values[node] = super().run_node(node)
+        except Exception as error:
+            shapes = [tuple(self.values[x].shape) for x in node.all_input_nodes
+                      if isinstance(self.values.get(x), torch.Tensor)]  # fmt: skip
+            what = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+            given = " and ".join(map(str, shapes)) or "this"
+            raise ValueError(f"{what} cannot take an input of shape {given}: {first_line(error)}") from error
+        return self.values[node]
+
+
+def _between(graph, images, output):
+    """The nodes that lie on some path from the images to the output, in order."""
+    reached, wanted = {images}, {output}
+    for node in graph.nodes:
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    for node in reversed(graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node in reached and node in wanted and node not in (images, output)]
+
+
+def _single_file(calls, images):
+    """The indices of calls over which no other value is read."""
+    place = {call.node: index for index, call in enumerate(calls)}
+    last_read = [max((place.get(user, index) for user in call.node.users), default=index)
+                 for index, call in enumerate(calls)]  # fmt: skip
+    furthest = max((place[user] for user in images.users if user in place), default=0)
+    found = []
+    for index, last in enumerate(last_read):
+        if furthest <= index:
+            found.append(index)
+        furthest = max(furthest, last)
+    return found
+
+
+def _is_of_images(value):
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dim() in (3, 4)
+        and value.shape[0] == IMAGES
+    )

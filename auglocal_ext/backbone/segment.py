@@ -1,0 +1,95 @@
+"""A piece of a model's graph as a module: it runs the model's own layers, and the functions between them."""
+
+import torch
+from torch import fx, nn
+
+__all__ = ["Segment", "segment_module"]
+
+
+class Segment(nn.Module):
+    """From one value of a model to another.
+
+    Args:
+        nodes: fx nodes, in order.
+        source: the fx node whose value it is given.
+        out: the one of the nodes whose value it puts out.
+        find: the path of a module or parameter -> it.
+    """
+
+    def __init__(self, nodes, source, out, find):
+        super().__init__()
+        self.graph, copies = fx.Graph(), {}
+        copies[source] = self.graph.placeholder("x")
+        for node in nodes:
+            if node.op in ("call_module", "get_attr"):
+                self._own(node.target, find(node.target))
+            copies[node] = self.graph.node_copy(node, copies.__getitem__)
+            if node.op in ("call_module", "get_attr"):
+                copies[node].target = _name(node.target)
+        self.graph.output(copies[out])
+
+    def _own(self, path, found):
+        if isinstance(found, nn.Module):
+            self.add_module(_name(path), found)
+        elif isinstance(found, nn.Parameter):
+            self.register_parameter(_name(path), found)
+        else:
+            self.register_buffer(_name(path), found, persistent=False)
+
+    def forward(self, x):
+        values = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = x
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            values[node] = self.run(node, args, kwargs)
+
+    def run(self, node, args, kwargs):
+        """The value of a node of the graph."""
+        if node.op == "get_attr":
+            return getattr(self, node.target)
+        if node.op == "call_module":  # what a __call__ of its own does besides is in the graph
+            return nn.Module.__call__(getattr(self, node.target), *args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+    def extra_repr(self):
+        own = (*self._parameters.items(), *self._buffers.items())
+        functions = [str(node.format_node()) for node in self.graph.nodes if node.op.startswith("call_")]
+        return "\n".join([*(f"{name}: {tuple(tensor.shape)}" for name, tensor in own), *functions])
+
+
+def segment_module(nodes, source, out, find):
+    """The module of a piece: the model's own where that is one call, a Sequential where it is a chain of layers, else a
+    Segment. See `Segment`."""
+    layers, value = [], source
+    for node in nodes:
+        layer = _layer(node, value, find)
+        if layer is None:
+            return Segment(nodes, source, out, find)
+        layers.append(layer)
+        value = node
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+
+def _layer(node, value, find):
+    """The layer that a node of a chain is, or None."""
+    given = [*node.args[1:], *node.kwargs.items()]
+    if node.args[:1] != (value,):
+        return None
+    if node.op == "call_module" and not given:
+        layer = find(node.target)
+        return layer if type(layer).__call__ is nn.Module.__call__ else None
+    if node.target in ("flatten", torch.flatten) and given in ([1], [("start_dim", 1)]):
+        return nn.Flatten(1)
+    if node.target is nn.functional.adaptive_avg_pool2d and given in ([1], [(1, 1)]):
+        return nn.AdaptiveAvgPool2d(1)
+    return None
+
+
+def _name(path):
+    return path.replace(".", "/")
