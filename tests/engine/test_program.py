@@ -719,16 +719,8 @@ def test_a_replaced_stem_and_classifier(torchvision):
         assert_equal(results, expected)
         islands += [island.what for island in program.islands]
         x = results.get("features")
-    assert "0.2 (Hardtanh)" in islands and "2.0 (Dropout)" in islands
+    assert "0.2 (Hardtanh)" in islands and not any("Dropout" in island for island in islands)
     assert sum("ELU" in island for island in islands) == 2
-
-
-def test_modes_of_dropout_are_read_at_each_run():
-    program, module = odd("dropout", last=True)
-    x, labels = batch(4, 8, 8)
-    assert not torch.equal(program.run([x], labels)[1], program.run([x], labels)[1])
-    module.head[2].eval(), module.body[0][3].eval()
-    assert torch.equal(program.run([x], labels)[1], program.run([x], labels)[1])
 
 
 # ---- the schedule -------------------------------------------------------------------------------------------
