@@ -11,6 +11,7 @@ from torch import nn
 
 from ...common.torchvision import import_torchvision
 from ..as_real import autocasting
+from ..emit import again
 from ..node import Node, computes, is_torchvisions, is_torchvisions_function
 from ..tensors import lower
 from ..windows import as_maps, as_windows, mask_of_shift, relative_bias
@@ -86,13 +87,13 @@ class WindowAttention(Node):
             (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left]),
         )
         emit.step(self, "windows", self._begin, [self.source], [windows, sizes])
-        emit.derive(self, "rebuild", partial(_again, self._windows), [self.source], [windows], alias=True)
+        emit.derive(self, "rebuild", partial(again, self._windows), [self.source], [windows], alias=True)
         for run, reads, writes in steps:
             emit.step(self, "attention", run, reads, writes)
             if self.part in emit.recomputed:
-                emit.derive(self, "recompute", partial(_again, run), reads, writes, by_convolution=True)
+                emit.derive(self, "recompute", partial(again, run), reads, writes, by_convolution=True)
         emit.step(self, "windows", self._maps, [left, sizes], [self.out])
-        emit.derive(self, "rebuild", partial(_again, self._maps), [left, sizes], [self.out], alias=True)
+        emit.derive(self, "rebuild", partial(again, self._maps), [left, sizes], [self.out], alias=True)
 
     def backward(self, emit):
         windows, projected, attended, left, sizes = self._values()
@@ -259,7 +260,3 @@ def _has_own_position(module):
 
 def _of_keys(bias):
     return bias.chunk(3)[1]
-
-
-def _again(run, _over, *reads):
-    return run(*reads)
