@@ -43,9 +43,9 @@ class Copies:
         own_stride = self.stride if stride > 1 else 1
         found = self._scaled(width, own_stride)
         if found is None:
-            return self._residual(in_channels, stride, width)
+            return self.residual(in_channels, stride, width)
         body, channels, _ = found
-        body = fresh(body)
+        body = _fresh(body, self.module)
         return nn.Sequential(*self._adapter(in_channels, channels, stride // own_stride), body)
 
     def channels(self, width, stride):
@@ -86,7 +86,8 @@ class Copies:
             layers += [nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)]
         return layers
 
-    def _residual(self, in_channels, stride, width):
+    def residual(self, in_channels, stride, width):
+        """The residual block that stands for the unit where it must."""
         if self.takes == TOKENS:
             return TokenBlock(in_channels, width)
         block = BasicBlock(in_channels, width, stride)
@@ -108,15 +109,33 @@ class TokenBlock(nn.Module):
         return shortcut + self.linear2(self.act(self.linear1(self.norm(x))))
 
 
-def fresh(module):
-    """A copy of a module on the default device, with new weights."""
-    made = copy.deepcopy(module).to_empty(device=torch.get_default_device())
-    for part in made.modules():
-        for reset in ("reset_parameters", "_reset_parameters"):
-            if hasattr(part, reset):
-                getattr(part, reset)()
-                break
+def _fresh(fitted, module):
+    """A fitted module on the default device, with new weights; module: the one that it is of, whose tables it has."""
+    made = copy.deepcopy(fitted).to_empty(device=torch.get_default_device())
+    own = dict((*module.named_parameters(), *module.named_buffers()))
+    with torch.no_grad():
+        for name, buffer in made.named_buffers():
+            if name in own and own[name].shape == buffer.shape:
+                buffer.copy_(own[name])
+        for path, part in made.named_modules():
+            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+            if reset is not None:
+                reset()
+                continue
+            for name, parameter in part._parameters.items():
+                _init(parameter, own.get(f"{path}.{name}".lstrip(".")))
     return made
+
+
+def _init(parameter, of):
+    """New values for a parameter without a layer of its own: as `of` where that is one constant, such as the scale of a
+    layer, else small ones."""
+    if parameter is None or parameter.is_meta:
+        return
+    if of is not None and bool((of == of.flatten()[0]).all()):
+        parameter.fill_(of.flatten()[0])
+    else:
+        nn.init.trunc_normal_(parameter, std=0.02)
 
 
 class _Scale:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .copies import Copies
-from .graph import model_graph
+from .graph import is_block, model_graph
 from .layouts import MAPS, TOKENS, channels_of, layout_of, reduction_of
 from .segment import segment_module
 from .units import Backbone, Unit
@@ -302,13 +302,16 @@ def _unit_name(model, calls, lies_in, index, types):
     """The path of the module that the unit lies in and no other does; else of its first mixing layer."""
     others = {call for i, shared in enumerate(lies_in) if i != index for call in shared}
     own = [call for call in lies_in[index] if call not in others]
-    if own:  # the block, where there is one
-        blocks = [path for path, _ in own if type(model.get_submodule(path)) in types]
-        return blocks[0] if blocks else own[0][0]
+    blocks = [path for path, _ in own if type(model.get_submodule(path)) in types]
+    mixing = next((call.node for call in calls if _mixes(call.node, model)), calls[0].node)
+    layer = _found(model, mixing.target) if mixing.op == "call_module" else None
+    if blocks:
+        return blocks[0]
+    if own and not (layer is not None and is_block(layer)):
+        return own[0][0]
     if not lies_in[index] and not index:
         return "stem"
-    mixing = next((call.node for call in calls if _mixes(call.node, model)), calls[0].node)
-    return str(mixing.target) if mixing.op == "call_module" else mixing.name
+    return mixing.name if layer is None else mixing.target
 
 
 def _classifier(model, calls, source):

@@ -15,7 +15,7 @@ from ..engine.as_real import RealLayouts
 from ..engine.node import is_as_its_class
 from ..engine.symbolic import Tracer
 
-__all__ = ["Call", "ModelGraph", "model_graph"]
+__all__ = ["Call", "ModelGraph", "is_block", "model_graph"]
 
 SIDES = (256, 224, 32, 64, 28, 128, 96, 299, 384, 448, 512, 16)  # of images, tried in this order
 MOST = 1000  # numbers in a tensor that the forward makes
@@ -86,9 +86,7 @@ class _ModelTracer(Tracer):
         self.within, self.stack, self.counts, self.failed = {}, [], {}, None
 
     def is_leaf_module(self, module, qualified_name):
-        kind = type(module)
-        torchs = kind.__module__.startswith("torch.nn.") and kind.forward is not nn.Sequential.forward
-        return torchs or not module._modules or kind in self.whole or not is_as_its_class(module)
+        return not is_block(module) or type(module) in self.whole or not is_as_its_class(module)
 
     def check(self, module):
         """A __call__ of its own is followed as any other code."""
@@ -127,6 +125,13 @@ class _ModelTracer(Tracer):
         node = super().create_node(*args, **kwargs)
         self.within[node] = tuple(self.stack)
         return node
+
+
+def is_block(module):
+    """Whether it is made of modules, and by a forward that is not one of torch's own layers."""
+    kind = type(module)
+    own = not kind.__module__.startswith("torch.nn.") or kind.forward is nn.Sequential.forward
+    return own and bool(module._modules)
 
 
 def _record(copied):

@@ -46,10 +46,6 @@ class Unit:
             return self.copy.channels(width, stride)
         return width * (self.out_channels // self.width)
 
-    def is_copied_as_residual(self, width, stride):
-        """Whether such a copy is no block like the unit but a residual one, see `Copies`."""
-        return isinstance(self.copy, Copies) and self.copy.is_residual(width, stride)
-
     def trace(self, x):
         """The output for x, both on the meta device: shapes without arithmetic, the module untouched.
 

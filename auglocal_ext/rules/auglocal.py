@@ -7,7 +7,7 @@ from torch import nn
 
 from ..backbone.units import Shapes
 from ..common.checks import whole_number
-from .auxiliary import Auxiliary, as_auxiliary, aux_depth, build_aux_net, copied_width, sample_units
+from .auxiliary import Auxiliary, as_auxiliary, aux_depth, build_aux_net, copies_in, sample_units
 from .rule import Rule
 
 __all__ = ["AugLocal", "FORMS"]
@@ -79,7 +79,13 @@ class AugLocal(Rule):
     def aux_net(self, border):
         if not isinstance(self.auxiliary, Auxiliary):
             return self._made(border)
-        return build_aux_net(border.backbone, border.unit, self.sample(border.backbone, border.unit), self.auxiliary)
+        sample = self.sample(border.backbone, border.unit)
+        return build_aux_net(border.backbone, border.unit, sample, self.auxiliary, self._shape(border))
+
+    @staticmethod
+    def _shape(border):
+        """Of the features, as the unit puts them out."""
+        return border.backbone.feature_shapes(border.image_shape)[border.unit]
 
     def net_key(self, border):
         """What tells which net `aux_net` makes: borders of equal keys have nets alike."""
@@ -87,7 +93,7 @@ class AugLocal(Rule):
             return border.unit
         sample, backbone = self.sample(border.backbone, border.unit), border.backbone
         before, kinds = backbone.units[border.unit], [str(backbone.units[unit].module) for unit in sample.units]
-        return before.out_channels, before.plain, replace(sample, units=()), *kinds
+        return before.out_channels, before.plain, self._shape(border), replace(sample, units=()), *kinds
 
     def _made(self, border):
         net = self.auxiliary(border)
@@ -107,14 +113,8 @@ class AugLocal(Rule):
     def describe(self, border):
         if not isinstance(self.auxiliary, Auxiliary):
             return super().describe(border)
-        sample, units = self.sample(border.backbone, border.unit), border.backbone.units
-        copies = [self._words(units[unit], stride) for unit, stride in zip(sample.units, sample.strides, strict=True)]
-        words = [f"pool /{sample.pool}"] * (sample.pool > 1) + ["separable"] * self.auxiliary.separable + copies
-        words += ["+ BatchNorm1d"] * sample.batch_norm_head + ["+ shared readout"] * self.shares_readout
-        return " ".join(words)
-
-    def _words(self, unit, stride):
-        """Of a unit's copy."""
-        width = copied_width(unit, self.auxiliary)
-        as_block = ", a residual block" if unit.is_copied_as_residual(width, stride) else ""
-        return f"{unit.name} ({width}, /{stride}{as_block})"
+        sample = self.sample(border.backbone, border.unit)
+        copies = copies_in(border.backbone, border.unit, sample, self.auxiliary, self._shape(border))
+        words = [f"pool /{sample.pool}"] * (sample.pool > 1) + ["separable"] * self.auxiliary.separable
+        words += [*map(str, copies), *["+ BatchNorm1d"] * sample.batch_norm_head]
+        return " ".join([*words, *["+ shared readout"] * self.shares_readout])

@@ -7,9 +7,12 @@ of cheaper ones.
 import math
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
 
-from ..backbone.layouts import MAPS, TOKENS, TokenPool, in_layout, to_layout
+from ..backbone.copies import Copies
+from ..backbone.layouts import MAPS, TOKENS, TokenPool, channels_of, in_layout, to_layout
+from ..backbone.units import Shapes, Unit
 from ..models import init_weights
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "aux_depth",
     "build_aux_net",
     "copied_width",
+    "copies_in",
     "nets_of",
     "sample_units",
 ]
@@ -174,23 +178,90 @@ def _plain_strides(before, sampled, last_reduction):
     return strides
 
 
-def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"]):
+@dataclass(frozen=True)
+class Copied:
+    """A copy in an aux net: of a unit, of a base width, with a stride; or a residual block that stands for it."""
+
+    unit: Unit
+    width: int
+    stride: int
+    residual: bool
+
+    def make(self, channels):
+        """The block; channels: that it is given."""
+        if self.residual:
+            return self.unit.copy.residual(channels, self.stride, self.width)
+        return self.unit.copy(channels, self.stride, self.width)
+
+    @property
+    def channels(self):
+        """That it puts out."""
+        return self.width if self.residual else self.unit.copied_channels(self.width, self.stride)
+
+    def __str__(self):
+        return f"{self.unit.name} ({self.width}, /{self.stride}{', a residual block' * self.residual})"
+
+
+def copies_in(backbone, last, sample, auxiliary, shape):
+    """The `Copied` of an aux net. Units that were read by a graph are tried, without data, on features of `shape`, (C,
+    H, W) or as the unit puts them out."""
+    units, copies = backbone.units, []
+    channels, layout, x = units[last].out_channels, units[last].layout, torch.empty(2, *shape, device="meta")
+    layers = _pool(sample, layout)
+    for index, stride in zip(sample.units, sample.strides, strict=True):
+        unit = units[index]
+        width = copied_width(unit, auxiliary)
+        layers += to_layout(layout, unit.takes)
+        if isinstance(unit.copy, Copies):
+            copied, x = _tried(unit, width, stride, layers, channels, x)
+            layers = []
+        else:
+            copied = Copied(unit, width, stride, False)
+        copies.append(copied)
+        channels, layout = copied.channels, unit.layout
+    return copies
+
+
+def _tried(unit, width, stride, layers, channels, x):
+    """(the Copied of a unit that can take x behind some layers, what it makes of it)"""
+    for residual in (False, True):
+        copied = Copied(unit, width, stride, residual or unit.copy.is_residual(width, stride))
+        with torch.device("meta"):
+            net = nn.Sequential(*layers, copied.make(channels))
+        try:
+            out = Shapes(f"the copy of {unit.name}", net)(x)
+        except ValueError:
+            if residual:
+                raise
+            continue
+        if channels_of(out, unit.layout) == copied.channels:
+            return copied, out
+    raise ValueError(f"the copy of {unit.name} puts out {tuple(out.shape)}, not {copied.channels} channels")
+
+
+def _pool(sample, layout):
+    if sample.pool == 1 or layout == TOKENS:
+        return []
+    return in_layout([nn.AvgPool2d(sample.pool, ceil_mode=True)], layout)  # as the network's own strides round
+
+
+def build_aux_net(backbone, last, sample, auxiliary=AUXILIARIES["paper"], shape=None):
     """The aux net behind unit `last`: blocks like the sampled units', pooling, and a linear classifier, of a VGG one of
     three layers.
 
     Its weights are its own: no tensor is shared with the backbone. (N, C, H, W) -> (N, num_classes)
+
+    shape: see `copies_in`; None: as in images of the size that the backbone's numbers are of.
     """
-    units, layers = backbone.units, []
-    channels, end, layout = units[last].out_channels, units[-1].out_channels, units[last].layout
-    if sample.pool > 1 and layout != TOKENS:
-        pool = nn.AvgPool2d(sample.pool, ceil_mode=True)  # as the network's own strides round
-        layers += in_layout([pool], layout)
-    for unit, stride in zip(sample.units, sample.strides, strict=True):
-        width = copied_width(units[unit], auxiliary)
-        copy = units[unit].copy(channels, stride, width)
-        layers += to_layout(layout, units[unit].takes)
-        layers.append(_separable(copy) if auxiliary.separable else copy)
-        channels, layout = units[unit].copied_channels(width, stride), units[unit].layout
+    units, end, layout = backbone.units, backbone.units[-1].out_channels, backbone.units[last].layout
+    if shape is None:
+        shape = backbone.feature_shapes((backbone.image_channels, *[backbone.image_side] * 2))[last]
+    layers, channels = _pool(sample, layout), units[last].out_channels
+    for copied in copies_in(backbone, last, sample, auxiliary, shape):
+        layers += to_layout(layout, copied.unit.takes)
+        block = copied.make(channels)
+        layers.append(_separable(block) if auxiliary.separable else block)
+        channels, layout = copied.channels, copied.unit.layout
     if auxiliary.readout == "shared" and channels != end:
         layers += [nn.Conv2d(channels, end, 1, bias=False), nn.BatchNorm2d(end), nn.ReLU()]
         channels = end

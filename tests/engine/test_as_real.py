@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,13 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def small_vgg(torchvision, batch_norm=False):
-    vgg = torchvision.models.vgg
-    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M", 24], batch_norm), num_classes=10)
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
-    return model
+    classifier = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
+    layers = [8, "M", 16, 16, "M", 24]
+    return nets.vgg(torchvision, layers, batch_norm, avgpool=nn.AdaptiveAvgPool2d(1), classifier=classifier)
 
 
 def bottlenecks(torchvision):
-    return torchvision.models.resnet.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    return nets.resnet(torchvision, "Bottleneck", width=16)
 
 
 def assert_exact(model, shape, layout=torch.contiguous_format, **options):
@@ -41,6 +40,7 @@ def assert_exact(model, shape, layout=torch.contiguous_format, **options):
     assert live.peak == trainer.plan.peak_bytes
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["auglocal", "dgl", "predsim", "infopro", "bp", "checkpoint"])
@@ -218,6 +218,7 @@ def with_attention():
     return model
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     "make", [lambda: models.CifarResNet(2), with_islands, with_a_stem_island, with_attention, None],
     ids=["plain", "islands", "stem", "attention", "vgg"],

@@ -72,6 +72,7 @@ def case(request):
     return kind, kind.samples()[index]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("options", [{}, {"recomputed": {"body", "head"}}, {"recomputed": {"body"}}])
@@ -109,6 +110,7 @@ def test_what_it_computes_plainly_is_what_its_module_computes(case):
     torch.testing.assert_close(values[out], expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("alone", [False, True])
