@@ -121,7 +121,8 @@ class _Residual(nn.Module):
 def keeps_shape(node, before, at):
     """Whether it can be told that an fx node's map, a BatchNorm's, has the shape of one that it is made from.
 
-    By elementwise functions and their gates, BatchNorms, and convolutions that keep the size, and in the end the channels.
+    By elementwise functions and their gates, BatchNorms, and convolutions that keep the size, and in the end the
+    channels.
     """
     channels = inputs = at.module(node).num_features
     while node is not before:
