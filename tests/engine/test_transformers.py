@@ -70,6 +70,27 @@ def test_a_step_is_autograds(torchvision, name):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-8, atol=1e-11, msg=path)
 
 
+def test_bf16_errs_no_more_than_eager_torch(torchvision, name):
+    torch.manual_seed(0)
+    model = made(torchvision.models, name)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
+    eager, exact, (images, labels) = copy.deepcopy(model), copy.deepcopy(model).double(), batch()
+    images = images.bfloat16()
+    program_of(model, autocast=torch.bfloat16)[0].run([images.clone()], labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = eager(images.float())
+    F.cross_entropy(out.float(), labels).backward()
+    F.cross_entropy(exact(images.double()), labels).backward()
+    errors, allowed = [], []
+    for ours, theirs, true in zip(model.parameters(), eager.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        errors.append(((ours.grad - true.grad).norm() / (true.grad.norm() + 1e-12)).item())
+        allowed.append(((theirs.grad - true.grad).norm() / (true.grad.norm() + 1e-12)).item())
+    errors, allowed = torch.tensor(errors), torch.tensor(allowed)
+    assert errors.median() <= 1.5 * allowed.median() and (errors <= 4 * allowed + 0.05).all()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_bytes_without_data_are_those_of_a_run(torchvision, name, layout, autocast):

@@ -80,3 +80,10 @@ def test_a_changed_bias_makes_an_island(torchvision):
     body[1].attn.cpb_mlp[1] = nn.GELU()
     nodes, _ = trace(body, looked_into(body), "body", "images")
     assert [node.what for node in nodes if isinstance(node, Island)] == ["1.attn (ShiftedWindowAttentionV2)"]
+
+
+def test_another_function_in_place_of_torchvisions_makes_an_island(torchvision, monkeypatch):
+    models, body = torchvision.models.swin_transformer, swin(torchvision)
+    monkeypatch.setattr(models, "shifted_window_attention", lambda x, *_args, **_options: 2 * x)
+    nodes, _ = trace(body, looked_into(body), "body", "images")
+    assert [node.what for node in nodes if isinstance(node, Island)] == ["1.attn (ShiftedWindowAttention)"]

@@ -11,7 +11,8 @@ from torch import nn
 
 from ...common.torchvision import import_torchvision
 from ..as_real import autocasting
-from ..node import Node, computes, is_torchvisions
+from ..emit import again
+from ..node import Node, computes, is_torchvisions, is_torchvisions_function
 from ..tensors import lower
 from ..windows import as_maps, as_windows, mask_of_shift, relative_bias
 from .linear import is_plain_linear, linear, linear_data_gradient, linear_weight_gradient
@@ -65,10 +66,11 @@ class WindowAttention(Node):
             scale = None if is_torchvisions(module, _SWIN_V2) else (module.qkv.in_features // module.num_heads) ** -0.5
             window, shift = tuple(module.window_size), tuple(module.shift_size)
             given = module.qkv, module.proj, module.num_heads, scale, window, shift
-        own = all(map(is_plain_linear, given[:2])) and _has_own_position(module)
+        own = all(map(is_plain_linear, given[:2])) and _has_own_position(module) and _calls_own_function(module)
         return (cls(at.out, at.part, at.source(), module, *given), node) if own else None
 
     def plain(self, x):
+        # Of torchvision's class, whose own forward it is, and which calls torchvision's own function.
         return type(self.attention).forward(self.attention, x)
 
     @property
@@ -85,13 +87,13 @@ class WindowAttention(Node):
             (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left]),
         )
         emit.step(self, "windows", self._begin, [self.source], [windows, sizes])
-        emit.derive(self, "rebuild", partial(_again, self._windows), [self.source], [windows], alias=True)
+        emit.derive(self, "rebuild", partial(again, self._windows), [self.source], [windows], alias=True)
         for run, reads, writes in steps:
             emit.step(self, "attention", run, reads, writes)
             if self.part in emit.recomputed:
-                emit.derive(self, "recompute", partial(_again, run), reads, writes, by_convolution=True)
+                emit.derive(self, "recompute", partial(again, run), reads, writes, by_convolution=True)
         emit.step(self, "windows", self._maps, [left, sizes], [self.out])
-        emit.derive(self, "rebuild", partial(_again, self._maps), [left, sizes], [self.out], alias=True)
+        emit.derive(self, "rebuild", partial(again, self._maps), [left, sizes], [self.out], alias=True)
 
     def backward(self, emit):
         windows, projected, attended, left, sizes = self._values()
@@ -99,7 +101,7 @@ class WindowAttention(Node):
         of_left, of_attended, of_projected, of_windows = (
             f"{name} gradient" for name in (left, attended, projected, windows)
         )
-        reads = [emit.take(self.out), *([self.out] if self.out == emit.features else ())]
+        reads = [emit.take(self.out), *([self.out] if self.out == emit.features else ())]  # to be handed on
         emit.step(self, "windows", self._windows, reads, [of_left])
         self._weight_gradient(emit, leave, of_left, attended)
         emit.step(self, "data gradient", partial(linear_data_gradient, weight=leave.weight), [of_left], [of_attended])
@@ -136,11 +138,9 @@ class WindowAttention(Node):
 
     def _weight_gradient(self, emit, module, gradient, source):
         if any(parameter.requires_grad for parameter in module.parameters()):
-            run, names = (
-                partial(self._gradients, module, emit.autocast),
-                emit.gradient_names(module.weight, module.bias),
-            )
-            emit.step(self, "weight gradient", run, [gradient, source], names)
+            writes = emit.gradient_names(module.weight, module.bias)
+            run = partial(self._gradients, module, emit.autocast)
+            emit.step(self, "weight gradient", run, [gradient, source], writes)
 
     # ---- what the steps run ------------------------------------------------------------------------------------------
 
@@ -239,6 +239,12 @@ def _names(module):
     return ("logit_scale",) if hasattr(module, "logit_scale") else ("relative_position_bias_table",)
 
 
+def _calls_own_function(module):
+    """Whether nobody has put another function in the place of Swin's, which its classes call."""
+    function = type(module).forward.__globals__.get("shifted_window_attention")
+    return function is None or is_torchvisions_function(function, "models.swin_transformer.shifted_window_attention")
+
+
 def _has_own_position(module):
     """Whether what its bias is made of is as its class makes it."""
     if not all(name in vars(module)["_parameters"] for name in _names(module)):
@@ -254,7 +260,3 @@ def _has_own_position(module):
 
 def _of_keys(bias):
     return bias.chunk(3)[1]
-
-
-def _again(run, _over, *reads):
-    return run(*reads)
