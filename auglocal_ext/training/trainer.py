@@ -109,6 +109,7 @@ class LocalTrainer:
         checks.check_precision(precision)
         self.criterion = as_criterion(criterion)
         backbone = as_backbone(model)
+        _say_what_is_left_out(backbone)
         rule = as_rule(rule, depth, form, auxiliary)
         self._spans = cut(backbone, rule, modules, borders)
         check_parameters(model)
@@ -387,6 +388,15 @@ class LocalTrainer:
         images = images.nan_to_num(0, 0, 0)
         self._refused |= torch.stack([not_finite, out_of_range])
         return images, labels.clamp(0, self.num_classes - 1), not_finite | out_of_range
+
+
+def _say_what_is_left_out(backbone):
+    if backbone.left_out:
+        heads = " and ".join(backbone.left_out)
+        warnings.warn(
+            f"the model puts out more than logits while it is trained: its own auxiliary heads, {heads}, are not trained",
+            stacklevel=3,
+        )
 
 
 def _image_side(backbone):
