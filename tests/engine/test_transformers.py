@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engine_helpers import looked_into
 from torch import nn
 
-from auglocal_ext import LocalTrainer
+from auglocal_ext import LocalTrainer, plan
 from auglocal_ext.common.memory import LiveBytes, tensors_of
 from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.as_real import RealLayouts
@@ -120,6 +120,12 @@ def test_a_cut_model_is_read_as_well(torchvision, name):
     with LiveBytes([*trainer.tensors(), images, labels]) as live:
         trainer.step(images, labels)
     assert live.peak == trainer.plan.peak_bytes
+
+
+def test_eager_torch_is_counted_beside_it(torchvision, name):
+    """Also with every unit checkpointed, whose second run takes the same kernels as the first."""
+    compared = plan(made(torchvision.models, name, 4), (64, 3, 16, 16), rule="bp").comparison
+    assert compared.bp.bytes < compared.eager.bytes and compared.eager_checkpoint.bytes < compared.eager.bytes
 
 
 def test_what_is_kept_is_a_part_of_what_autograd_saves(torchvision, name):
