@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from engine_helpers import looked_into
 from torch import nn
 
+from auglocal_ext import LocalTrainer, plan
 from auglocal_ext.common.memory import LiveBytes, tensors_of
 from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.as_real import RealLayouts
@@ -105,6 +106,26 @@ def test_bytes_without_data_are_those_of_a_run(torchvision, name, layout, autoca
         kept = program.run([images], labels, images)
         assert live.peak - base == line.peak
     del kept
+
+
+def test_a_cut_model_is_read_as_well(torchvision, name):
+    """In units, what one node describes whole is one step still: attention in windows, the merging of patches."""
+    torch.manual_seed(0)
+    model, (images, labels) = made(torchvision.models, name), batch(torch.channels_last)
+    expected = F.cross_entropy(copy.deepcopy(model)(images), labels).item()
+    trainer = LocalTrainer(model, rule="bp")
+    assert trainer.step(images, labels).loss.item() == pytest.approx(expected, rel=1e-4)
+    islands = trainer.plan.modules[0].islands
+    assert all("expand" in island or "Sigmoid" in island or "Tanh" in island for island in islands)
+    with LiveBytes([*trainer.tensors(), images, labels]) as live:
+        trainer.step(images, labels)
+    assert live.peak == trainer.plan.peak_bytes
+
+
+def test_eager_torch_is_counted_beside_it(torchvision, name):
+    """Also with every unit checkpointed, whose second run takes the same kernels as the first."""
+    compared = plan(made(torchvision.models, name, 4), (64, 3, 16, 16), rule="bp").comparison
+    assert compared.bp.bytes < compared.eager.bytes and compared.eager_checkpoint.bytes < compared.eager.bytes
 
 
 def test_what_is_kept_is_a_part_of_what_autograd_saves(torchvision, name):

@@ -82,7 +82,10 @@ class Attention(Node):
             emit.step(self, "weight gradient", run, [*parts, self.source], emit.gradient_names(*into))
         if self.source not in emit.constants:
             run, reads = partial(_data_gradient, into[0]), [*parts, f"{self.out}.dtype"]
-            emit.step(self, "data gradient", run, reads, [emit.give(self.source)])
+            emit.step(self, "data gradient", run, reads, [emit.give(self.source)], self._macs_into)
+
+    def _macs_into(self, reads, _writes):
+        return sum(grad.numel() for grad in reads[:-1]) * self.attention.embed_dim
 
     def _kept(self):
         """The names of the projections (N, L, 3 C), what was attended to (N, L, C), and of the rows' values."""
