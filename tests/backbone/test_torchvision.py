@@ -131,9 +131,8 @@ def test_a_step_of_each(torchvision, name, long):
 
 
 @pytest.mark.parametrize("name", builders())
-def test_each_is_cut_and_planned(torchvision, name):
+def test_each_is_cut(torchvision, name, long):
     model = build(torchvision, name, on_meta=True)
-    side = SIDES.get(name, 224)
     backbone = as_backbone(model)
     held = [id(p) for unit in backbone.units for p in unit.module.parameters()]
     held += [id(p) for p in backbone.classifier.parameters()]
@@ -142,12 +141,13 @@ def test_each_is_cut_and_planned(torchvision, name):
     left_out = {name.split(".")[0] for i, name in names.items() if i not in held}
     assert left_out <= {"aux1", "aux2", "AuxLogits"}
     assert bool(left_out) == bool(backbone.left_out)
-    planned = plan(model, (16, 3, side, side), depth=2, auxiliary="light", modules=2)
-    assert [m.index for m in planned.modules] == [0, 1]
-    assert planned.macs < 1.35 * planned.bp_macs
+    assert len(backbone.units) >= 5
+    if long:
+        planned = plan(model, (16, 3, *[SIDES.get(name, 224)] * 2), depth=2, auxiliary="light", modules=2)
+        assert planned.macs < 1.35 * planned.bp_macs
 
 
 def test_own_auxiliary_heads_are_left_out_and_said_so(torchvision):
     model = build(torchvision, "googlenet")
-    with pytest.warns(UserWarning, match="its own auxiliary heads, aux_logits2 and aux_logits1, are not trained"):
+    with pytest.warns(UserWarning, match="heads of its own, aux_logits2 and aux_logits1: they are not trained"):
         LocalTrainer(model, depth=2)
