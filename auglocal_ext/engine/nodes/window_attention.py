@@ -81,17 +81,18 @@ class WindowAttention(Node):
 
     def forward(self, emit):
         windows, projected, attended, left, sizes = self._values()
+        attend = partial(self._attend, (emit.autocast, emit.device_type))
         steps = (
-            (partial(self._project, emit.autocast), [windows], [projected]),
-            (partial(self._attend, (emit.autocast, emit.device_type)), [projected, sizes], [attended]),
-            (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left]),
+            (partial(self._project, emit.autocast), [windows], [projected], None),
+            (attend, [projected, sizes], [attended], lambda reads, _: self._macs(reads[0], 2, 1)),
+            (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left], None),
         )
         emit.step(self, "windows", self._begin, [self.source], [windows, sizes])
         emit.derive(self, "rebuild", partial(again, self._windows), [self.source], [windows], alias=True)
-        for run, reads, writes in steps:
-            emit.step(self, "attention", run, reads, writes)
+        for run, reads, writes, macs in steps:
+            emit.step(self, "attention", run, reads, writes, macs)
             if self.part in emit.recomputed:
-                emit.derive(self, "recompute", partial(again, run), reads, writes, by_convolution=True)
+                emit.derive(self, "recompute", partial(again, run), reads, writes, macs, by_convolution=True)
         emit.step(self, "windows", self._maps, [left, sizes], [self.out])
         emit.derive(self, "rebuild", partial(again, self._maps), [left, sizes], [self.out], alias=True)
 
@@ -107,7 +108,7 @@ class WindowAttention(Node):
         emit.step(self, "data gradient", partial(linear_data_gradient, weight=leave.weight), [of_left], [of_attended])
         run = partial(self._attend_backward, (emit.autocast, emit.device_type))
         writes = [of_projected, *emit.gradient_names(*self.position)]
-        emit.step(self, "attention backward", run, [of_attended, projected, sizes], writes)
+        emit.step(self, "attention backward", run, [of_attended, projected, sizes], writes, self._macs_of_backward)
         self._weight_gradient(emit, into, of_projected, windows)
         if self.source not in emit.constants:
             run = partial(linear_data_gradient, weight=into.weight)
@@ -141,6 +142,20 @@ class WindowAttention(Node):
             writes = emit.gradient_names(module.weight, module.bias)
             run = partial(self._gradients, module, emit.autocast)
             emit.step(self, "weight gradient", run, [gradient, source], writes)
+
+    def _macs(self, projected, products, position):
+        """Of so many passes of the products with keys or values, and over what makes a table of the bias."""
+        table, made = 0, self.position[1:]
+        if made:
+            weights = sum(parameter.numel() for parameter in made if parameter.dim() == 2)
+            table = weights * self.attention.relative_coords_table[..., 0].numel()
+        return products * projected.numel() // 3 * projected.shape[-2] + position * table
+
+    def _macs_of_backward(self, reads, _writes):
+        macs = self._macs(reads[1], 6, 3)
+        if self.position[1:]:  # the coordinates need no gradient
+            macs -= self.position[1].numel() * self.attention.relative_coords_table[..., 0].numel()
+        return macs
 
     # ---- what the steps run ------------------------------------------------------------------------------------------
 
@@ -200,7 +215,7 @@ class WindowAttention(Node):
         attended = projected.new_empty((*projected.shape[:-1], projected.shape[-1] // 3))
         with autocasting(projected, *as_eager):
             given = *self._bias(self.position), self._mask(sizes, projected)
-            for x, y in zip(projected.chunk(_CHUNKS), attended.chunk(_CHUNKS), strict=True):
+            for x, y in zip(_parts(projected), _parts(attended), strict=True):
                 y.copy_(self._attended(x, *given))
         return attended
 
@@ -213,7 +228,7 @@ class WindowAttention(Node):
             leaves = [x.detach().requires_grad_() for x in made]
             scale, bias = leaves if self.scale is None else (None, *leaves)
             mask, totals = self._mask(sizes, projected), None
-            for x, dy in zip(projected.chunk(_CHUNKS), grad.chunk(_CHUNKS), strict=True):
+            for x, dy in zip(_parts(projected), _parts(grad), strict=True):
                 with torch.enable_grad():
                     part = x.detach().requires_grad_()
                     y = self._attended(part, scale, bias, mask)
@@ -233,6 +248,12 @@ class _Swap(nn.Module):
 
     def forward(self, x):
         return self.attention(x.transpose(1, 2))
+
+
+def _parts(x):
+    """Those that the images are attended to in; without data the first two, as the others need no more memory."""
+    parts = x.chunk(_CHUNKS)
+    return parts[:2] if x.is_meta else parts
 
 
 def _names(module):
