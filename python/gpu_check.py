@@ -91,7 +91,7 @@ def main(arguments=None):
         sys.exit("this needs a GPU that torch can use: torch.cuda.is_available() is False here")
 
     checks = Checks(options.minutes)
-    pytest = [sys.executable, "-m", "pytest", "-q", *TESTS]
+    pytest = [sys.executable, "-m", "pytest", "--long", "-q", *TESTS]
     for part in PARTS:
         if part in options.skip:
             continue

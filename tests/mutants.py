@@ -190,7 +190,18 @@ def run(folder, mutant, library):
         paths = (
             [str(tests / selection[0]), *selection[1:]] if selection[0].endswith(".py") else [*selection, str(tests)]
         )
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *paths]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--long",
+            "-x",
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *paths,
+        ]
         # Too slow a machine is no killer: no answer within the hour is an error of this program.
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, cwd=folder)
         if result.returncode == 1:

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .meta_attention import multi_head_attention_forward
+
 __all__ = ["MetaAutocast", "RealLayouts", "autocasting"]
 
 _aten = torch.ops.aten
@@ -187,6 +189,9 @@ class MetaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return multi_head_attention_forward(*args, **kwargs)
         if function in _LOWERED:
             args, kwargs = _cast((args, kwargs), self.autocast)
         elif function in self.raised or (function is F.pad and _mode(*args, **kwargs) in ("reflect", "replicate")):

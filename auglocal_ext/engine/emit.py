@@ -62,6 +62,7 @@ class Emit:
             recomputed the checkpoints.
         constants: names of values that need no gradient: the input, and what has no parameters behind it.
         readers: name -> how many nodes read the value.
+        outputs: names of values that nodes of another part read, and the features.
     """
 
     def __init__(self, nodes, source, features, autocast, recomputed, device_type):
@@ -77,7 +78,8 @@ class Emit:
         self._postponed = []  # (source, emitter of a data gradient)
         self._layouts = {}  # a value that is dropped -> a stored one of its shape and layout
         self._ours = {node.out for node in nodes if node.output_is_ours}
-        parts = {node.out: node.part for node in nodes}
+        self._parts = parts = {node.out: node.part for node in nodes}
+        self.outputs = {features}
         if parts.get(features) in recomputed:  # which every head then finds there
             self.pinned.add(features)
         for node in nodes:
@@ -85,6 +87,8 @@ class Emit:
                 self.constants.add(node.out)
             for name in node.sources:
                 self.readers[name] = self.readers.get(name, 0) + 1
+                if node.part != parts.get(name):
+                    self.outputs.add(name)
                 leaves = node.keeps_its_source and node.part != parts.get(name) and name not in self._ours
                 if parts.get(name) in recomputed and (self.readers[name] > 1 or leaves):
                     self.pinned.add(name)
@@ -136,6 +140,10 @@ class Emit:
         self.recipes.update(dict.fromkeys(writes, recipe))
         if like is not None and writes[0] not in self.pinned:
             self._layouts[writes[0]] = self._layouts.get(like, like)
+
+    def is_from_before(self, value, part):
+        """Whether another part than this one made a value, or it is the module's input."""
+        return value == self.source or self._parts.get(value, part) != part
 
     def layout_of(self, value):
         """The name of a value that is there and has this one's shape and layout."""

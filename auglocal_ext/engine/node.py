@@ -11,7 +11,16 @@ from torch import nn
 
 from ..common.meta import METHODS
 
-__all__ = ["At", "Attribute", "Node", "computes", "has_own_weight", "is_as_its_class", "is_torchvisions"]
+__all__ = [
+    "At",
+    "Attribute",
+    "Node",
+    "computes",
+    "has_own_weight",
+    "is_as_its_class",
+    "is_torchvisions",
+    "is_torchvisions_function",
+]
 
 
 @dataclass(frozen=True)
@@ -181,8 +190,13 @@ def is_as_its_class(module):
 def is_torchvisions(module, name):
     """Whether a module is of torchvision's class of this name, such as "ops.misc.Permute", and computes what it does.
     By name, so that nothing imports torchvision."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" == f"torchvision.{name}" and is_as_its_class(module)
+    return is_torchvisions_function(type(module), name) and is_as_its_class(module)
+
+
+def is_torchvisions_function(function, name):
+    """The same of a function."""
+    home, own = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{home}.{own}" == f"torchvision.{name}"
 
 
 def has_own_weight(module):

@@ -22,7 +22,7 @@ from torch import nn
 
 from .emit import Emit, Step
 from .nodes import Head, Island
-from .schedule import Gap, add_frees, block_outputs_to_pin, with_rebuilds
+from .schedule import Gap, add_frees, block_outputs_to_pin, passes_of, with_rebuilds
 from .tensors import as_gradient, dense
 
 __all__ = ["Program", "build"]
@@ -111,7 +111,7 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
         features: the name of the value to hand on, or None.
         autocast: None, or the dtype that features have beside parameters of float32.
         kept_gaps: keys of gaps not to drop a value over.
-        pinned: names of values never to drop, instead of every LONGEST_REBUILD-th of a chain.
+        pinned: names of parts' outputs never to drop, instead of every LONGEST_REBUILD-th of a chain.
         recomputed: the names of the parts whose convolution outputs are dropped too, and the convolutions run again.
         device_type: of the real step, where the program is walked on the meta device.
     """
@@ -124,7 +124,8 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
         node.backward(emit)
     emit.sum_shared()
     pinned = block_outputs_to_pin(emit) if pinned is None else pinned
-    steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned)
+    _, _, within = passes_of(emit)
+    steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned | within)
     logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
     outputs = {features, logits, "loss", *emit.gradients} - {None}
     add_frees(steps, {source, "labels", "images"}, outputs)

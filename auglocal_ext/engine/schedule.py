@@ -5,9 +5,10 @@ from functools import partial
 
 from .emit import Phase, Step
 
-__all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_pin", "with_rebuilds"]
+__all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_pin", "passes_of", "with_rebuilds"]
 
-# How many elementwise passes a rebuild may walk before a block output on its way is pinned instead.
+# How many elementwise passes a rebuild may walk within a part, and how many parts, before a value on its way is pinned
+# instead.
 LONGEST_REBUILD = 6
 
 
@@ -38,9 +39,8 @@ def with_rebuilds(emit, kept_gaps, pinned):
     shared = set()  # of what was made again: what may be in the memory of something that lives
     reads_of = {name: [] for name in emit.recipes}
     for index, step in enumerate(emit.steps):
-        for name in step.reads:
-            if name in reads_of:
-                reads_of[name].append(index)
+        for name in _needed(step, emit.recipes, pinned):
+            reads_of[name].append(index)
 
     def rebuild(name, reader):
         recipe = emit.recipes[name]
@@ -81,19 +81,57 @@ def with_rebuilds(emit, kept_gaps, pinned):
     return steps, gaps
 
 
-def block_outputs_to_pin(emit):
-    """Names of values not to drop, so that no rebuild walks further than LONGEST_REBUILD. The count starts anew behind
-    the features that are handed on, so that a head does not depend on what is before them."""
-    pinned, length = set(), {}
+def _needed(step, recipes, pinned):
+    """Of what can be made again the values that a step reads, and in the backward pass the pinned ones that these are
+    made from."""
+    needed = {name for name in step.reads if name in recipes}
+    left = list(needed - pinned) if step.phase is Phase.BACKWARD else []
+    seen = set(left)
+    while left:
+        made_from = [read for read in recipes[left.pop()].reads if read in recipes]
+        needed.update(read for read in made_from if read in pinned)
+        new = [read for read in made_from if read not in pinned | seen]
+        seen.update(new)
+        left += new
+    return needed
+
+
+def passes_of(emit):
+    """How the values that can be made again are made from what is kept, part by part.
+
+    Returns:
+        (passes, before, pinned): name -> how many elementwise passes a rebuild takes within the value's part; name ->
+        the values of other parts that it is made from; names of values within parts not to drop, so that no rebuild
+        takes more than LONGEST_REBUILD passes there.
+    """
+    passes, before, pinned = {}, {}, set()
     for name, recipe in emit.recipes.items():
         if recipe.part in emit.recomputed:  # whose checkpoints are there
             continue
-        walked = [length[read] for read in recipe.reads if read in length and read not in pinned]
-        length[name] = max(walked, default=0) + (not recipe.alias)
-        if name == emit.features:
-            length[name] = 0
-        elif length[name] > LONGEST_REBUILD:
+        outside = {read for read in recipe.reads if emit.is_from_before(read, recipe.part)}
+        inside = [read for read in recipe.reads if read in passes and read not in outside | pinned]
+        passes[name] = max((passes[read] for read in inside), default=0) + (not recipe.alias)
+        before[name] = outside.union(*(before[read] for read in inside))
+        if passes[name] > LONGEST_REBUILD and name not in emit.outputs:
             pinned.add(name)
+    return passes, before, pinned
+
+
+def block_outputs_to_pin(emit):
+    """Names of parts' outputs not to drop, so that no rebuild walks further than LONGEST_REBUILD.
+
+    An output that is made from the one before counts as one more than that, another one as its passes. The count starts
+    anew behind the features that are handed on, so that a head does not depend on what is before them.
+    """
+    passes, before, _ = passes_of(emit)
+    pinned, length = set(), {}
+    for name in passes:
+        if name in emit.outputs and name != emit.features:
+            walked = 1 + max(length.get(other, 0) for other in before[name]) if before[name] else passes[name]
+            if walked > LONGEST_REBUILD:
+                pinned.add(name)
+            else:
+                length[name] = walked
     return pinned
 
 

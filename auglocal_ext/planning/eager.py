@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.memory import LiveBytes, bytes_of, tensors_of
 from ..common.meta import meta_copy
 from ..engine.as_real import RealLayouts
+from ..engine.meta_attention import MetaAttention
 
 __all__ = ["eager_bytes"]
 
@@ -41,7 +42,7 @@ def eager_bytes(planner, shape, like=None):
 def _step(planner, parts, images, labels, checkpointed):
     planner.progress.walked()
     *units, classifier = parts
-    with LiveBytes(tensors_of(parts)) as live, RealLayouts(), torch.enable_grad():
+    with LiveBytes(tensors_of(parts)) as live, RealLayouts(), MetaAttention(), torch.enable_grad():
         existing = live.now
         live.count(images)
         live.count(labels)

@@ -5,8 +5,8 @@ import itertools
 import torch
 
 from ..common.memory import bytes_of, tensors_of
-from ..engine.nodes import Activation, Norm, PooledNorm
-from ..engine.schedule import LONGEST_REBUILD
+from ..engine.emit import Emit
+from ..engine.schedule import LONGEST_REBUILD, passes_of
 from ..engine.timeline import timeline
 from ..rules.auglocal import AugLocal
 from ..rules.cutting import Span
@@ -201,23 +201,12 @@ class Walker:
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
         nodes, out = self.nodes(k)
-        dropped = {node.out: node for node in nodes if _is_dropped(node)}
-        length = 0
-        while out in dropped:
-            length += 1
-            node = dropped[out]
-            out = node.source if isinstance(node, Activation) else getattr(node, "residual", None)
-            if isinstance(node, Activation) and out not in dropped and out != self.names[k]:
-                out = None  # what it is made of is kept
-        if out == self.names[k]:
-            return True, 0
+        emit = Emit(nodes, self.names[k], None, None, (), self.planner.device.type)
+        for node in nodes:
+            node.forward(emit)
+        passes, before, _ = passes_of(emit)
         # What cannot be rebuilt, an island's output, is always kept.
-        return False, length if out is None and length else LONGEST_REBUILD + 1
-
-
-def _is_dropped(node):
-    """Whether a node's value is elementwise in what is kept."""
-    return isinstance(node, Norm | PooledNorm) or (isinstance(node, Activation) and not node.in_place)
+        return bool(before.get(out)), passes.get(out, LONGEST_REBUILD + 1)
 
 
 def _unit_segments(line, name):

@@ -12,11 +12,12 @@ __all__ = ["Watch"]
 
 
 # Settings that a node was chosen by; what else a layer has, its step reads each time.
-_IN_PLACE = ("inplace",)
+_ANY = ("inplace", "p", "mode")  # the last two of dropout and stochastic depth
 
 _SETTINGS = {
     nn.Conv2d: ("padding_mode", "padding"),
-    nn.MaxPool2d: ("kernel_size", "dilation", "return_indices"),
+    nn.MaxPool2d: ("kernel_size", "stride", "dilation", "return_indices"),
+    nn.AvgPool2d: ("stride",),
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.BatchNorm2d: ("affine",),
@@ -41,7 +42,7 @@ class Watch:
         self._parameters = list({id(p): p for _, module, _ in self._modules for p in module._parameters.values()
                                  if p is not None}.values())  # fmt: skip
         self._chosen_by = [
-            (state, [name for name in _SETTINGS.get(type(module), _IN_PLACE) if name in state])
+            (state, [name for name in _SETTINGS.get(type(module), _ANY) if name in state])
             for _, module, state in self._modules
         ]
         self._chosen_by = [(state, names) for state, names in self._chosen_by if names]

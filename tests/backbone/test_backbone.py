@@ -1,5 +1,6 @@
 """Models as units: the ResNet families, VGGs, replaced parts, and what cannot be cut."""
 
+import nets
 import pytest
 import torch
 from torch import nn
@@ -80,11 +81,9 @@ def test_vgg13s_units(torchvision, name, places):
 
 
 def narrow_vgg(torchvision, batch_norm):
-    vgg = torchvision.models.vgg
-    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M"], batch_norm), num_classes=5)
-    model.avgpool = nn.AdaptiveAvgPool2d(2)
-    model.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 5))
-    return model
+    classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 5))
+    layers = [8, "M", 16, 16, "M"]
+    return nets.vgg(torchvision, layers, batch_norm, avgpool=nn.AdaptiveAvgPool2d(2), classifier=classifier)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])

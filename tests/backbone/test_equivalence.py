@@ -4,6 +4,7 @@ whatever was done to it, or it is refused by name."""
 import copy
 import types
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,22 +20,16 @@ from auglocal_ext.rules.cutting import cut
 
 
 def vgg(torchvision, batch_norm):
-    model = torchvision.models.vgg.VGG(
-        torchvision.models.vgg.make_layers([4, "M", 6, 6, "M", 8, "M"], batch_norm), num_classes=10, dropout=0
-    )
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier[0] = nn.Linear(8, 16)
-    model.classifier[3] = nn.Linear(16, 16)
-    model.classifier[6] = nn.Linear(16, 10)
-    return model
+    hidden = [nn.Linear(8, 16), nn.ReLU(True), nn.Dropout(0), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout(0)]
+    classifier = nn.Sequential(*hidden, nn.Linear(16, 10))
+    layers = [4, "M", 6, 6, "M", 8, "M"]
+    return nets.vgg(torchvision, layers, batch_norm, avgpool=nn.AdaptiveAvgPool2d(1), classifier=classifier)
 
 
 def resnet(torchvision, block="BasicBlock", **options):
-    """A torchvision ResNet, narrow."""
-    module = torchvision.models.resnet
-    block = getattr(module, block)
-    model = module.ResNet(block, [1, 1, 1, 1], num_classes=10, **options)
-    model.inplanes = 64
+    """A torchvision ResNet, narrow; each stage has another shape."""
+    model = nets.resnet(torchvision, block, **options)
+    block, model.inplanes = getattr(torchvision.models.resnet, block), 8
     for stage, (planes, blocks, stride) in enumerate([(8, 3, 1), (8, 1, 2), (12, 1, 2), (12, 1, 1)], 1):
         setattr(model, f"layer{stage}", model._make_layer(block, planes, blocks, stride))
     model.fc = nn.Linear(12 * block.expansion, 10)

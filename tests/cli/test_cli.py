@@ -114,7 +114,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
 
 
 def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
-    arguments = [*FAKE, "--data", "fake:64", "--epochs", "3", "--runs", str(tmp_path), "--name"]
+    arguments = [*FAKE, "--data", "fake:64", "--image-size", "8", "--epochs", "3", "--runs", str(tmp_path), "--name"]
     assert main([*arguments, "whole"]) == 0
     real = job.train
 
@@ -216,7 +216,8 @@ def test_as_a_module():
 
 def test_without_compiled_kernels_it_trains_and_says_so_once(tmp_path):
     command = [sys.executable, "-m", "auglocal_ext", "train", "--data", "fake:64", "--epochs", "1", "--depth", "2",
-               "--modules", "2", "--quiet", "--runs", str(tmp_path), "--device", "cpu"]  # fmt: skip
+               "--image-size", "8", "--modules", "2", "--quiet", "--runs", str(tmp_path), "--device",
+               "cpu"]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "AUGLOCAL_NATIVE": "0"}, check=True
     )

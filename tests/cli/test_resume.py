@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,9 +58,17 @@ def test_a_run_whose_checkpoint_is_gone_is_not_trained_anew(begin, capsys):
     assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run of two epochs, to be copied."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["train", *SMALL, "--runs", str(runs), "--name", "x", "--epochs", "2"]) == 0
+    return runs / "x"
+
+
 @pytest.mark.parametrize("damage", ["{bad", "{}", "[]", None])
-def test_the_history_is_the_checkpoints(begin, damage):
-    _, folder = begin("x", "--epochs", "2")
+def test_the_history_is_the_checkpoints(begun, tmp_path, damage):
+    folder = shutil.copytree(begun, tmp_path / "x")
     path = folder / "history.json"
     first = json.loads(path.read_text())
     path.write_text(damage) if damage else path.unlink()

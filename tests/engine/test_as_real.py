@@ -3,11 +3,11 @@
 import copy
 from functools import partial
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from auglocal_ext import LocalTrainer, models, plan
@@ -21,15 +21,13 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def small_vgg(torchvision, batch_norm=False):
-    vgg = torchvision.models.vgg
-    model = vgg.VGG(vgg.make_layers([8, "M", 16, 16, "M", 24], batch_norm), num_classes=10)
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
-    return model
+    classifier = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10))
+    layers = [8, "M", 16, 16, "M", 24]
+    return nets.vgg(torchvision, layers, batch_norm, avgpool=nn.AdaptiveAvgPool2d(1), classifier=classifier)
 
 
 def bottlenecks(torchvision):
-    return torchvision.models.resnet.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    return nets.resnet(torchvision, "Bottleneck", width=16)
 
 
 def assert_exact(model, shape, layout=torch.contiguous_format, **options):
@@ -42,6 +40,7 @@ def assert_exact(model, shape, layout=torch.contiguous_format, **options):
     assert live.peak == trainer.plan.peak_bytes
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["auglocal", "dgl", "predsim", "infopro", "bp", "checkpoint"])
@@ -89,9 +88,20 @@ class Attention(nn.Module):
     def forward(self, x):
         x = x.flatten(2).transpose(1, 2)
         query = self.query(x)
-        with sdpa_kernel(SDPBackend.MATH):  # which torch takes depends on its version; the meta device has this one
-            attended = F.scaled_dot_product_attention(query, query, x)
+        attended = F.scaled_dot_product_attention(query, query, x)
         return attended.transpose(1, 2).reshape(len(x), 8, 6, 6)
+
+
+class Heads(nn.Module):
+    """Multi-head attention, which takes torch's fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        y = x.flatten(2).transpose(1, 2)
+        return self.attention(y, y, y, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
 
 
 class Products(nn.Module):
@@ -128,6 +138,7 @@ MAPS = {
     "pixel shuffle": nn.PixelShuffle(2),
     "flatten": nn.Flatten(1),
     "attention": Attention(),
+    "attention of heads": Heads(),
     "products": Products(),
 }
 ROWS = {
@@ -207,6 +218,7 @@ def with_attention():
     return model
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     "make", [lambda: models.CifarResNet(2), with_islands, with_a_stem_island, with_attention, None],
     ids=["plain", "islands", "stem", "attention", "vgg"],

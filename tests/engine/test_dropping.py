@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from auglocal_ext import LocalTrainer, models
 from auglocal_ext.engine.trace import trace
 
 
@@ -86,3 +87,23 @@ def test_a_block_with_stochastic_depth(torchvision, mode):
     block.stochastic_depth.mode = mode
     engine_helpers.assert_trains_as_autograd(block, 8)
     assert kinds(block, *engine_helpers.looked_into(block))[-2:] == ["Dropout", "Add"]
+
+
+def test_a_step_goes_by_how_a_dropout_is_set_now(batch):
+    model = models.CifarResNet(1)
+    model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)
+    trainer = LocalTrainer(model, rule="bp", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+
+    def losses():
+        torch.manual_seed(0)
+        expected = F.cross_entropy(model(batch[0]), batch[1])
+        torch.manual_seed(0)
+        return trainer.step(*batch).loss.item(), expected.item()
+
+    seen = []
+    for p, training in ((0.5, True), (0.9, True), (0.9, False)):
+        model.fc[0].p, model.fc[0].training = p, training
+        loss, expected = losses()
+        assert loss == pytest.approx(expected, rel=1e-5)
+        seen.append(loss)
+    assert len(set(seen)) == 3

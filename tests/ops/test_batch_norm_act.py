@@ -30,6 +30,7 @@ def run(op, x, weight, bias, residual, grad, relu):
     return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,6 +43,7 @@ def test_equals_the_reference_in_float64(shape, layout, residual, relu, device):
     assert ours[0].stride() == arguments[0].stride()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,6 +62,7 @@ def test_error_is_at_most_twice_torchs(shape, layout, dtype, residual, relu, dev
         assert error(a, c) <= max(2 * error(b, c), rounding(a.dtype)), name
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,6 +101,7 @@ def test_gradcheck(layout, residual, relu):
     assert torch.autograd.gradcheck(lambda *args: batch_norm_act(*args, act=relu)[0], inputs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "dtype"), REGISTERED)
@@ -212,6 +216,7 @@ def test_plain_torch_fallback_agrees_with_the_kernels(layout, dtype, residual, r
         assert error(a, b.double()) <= tolerance
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -233,6 +238,7 @@ def test_apply_rebuilds_the_output_to_the_bit(shape, layout, dtype, residual, re
         assert torch.equal(tensors[into], y), into
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -265,6 +271,7 @@ def test_in_place_backwards_equal_the_functional_one_to_the_bit(shape, layout, d
         )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("residual", "relu"), KINDS)
 def test_opcheck_of_the_parts(layout, residual, relu):
@@ -369,6 +376,7 @@ def test_activations_equal_the_reference_in_float64(act, shape, layout, device):
     assert ours[0].stride() == arguments[0].stride()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -426,6 +434,7 @@ def test_opcheck_of_activations(layout, device):
     opcheck(ops.batch_norm_act_backward_out.default, (*backward, torch.empty_like(x), None, 0.2))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)

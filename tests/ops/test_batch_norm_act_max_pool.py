@@ -33,6 +33,7 @@ def run(op, x, weight, bias, grad_seed, window):
     return [y.detach(), mean, var, *torch.autograd.grad(y, inputs, grad)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,6 +48,7 @@ def test_equals_the_reference_in_float64(shape, layout, window, device):
     assert ours[0].stride() == reference[0].stride()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +71,7 @@ def test_gradcheck(layout, window):
     assert torch.autograd.gradcheck(lambda *args: batch_norm_act_max_pool(*args, **window)[0], inputs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)

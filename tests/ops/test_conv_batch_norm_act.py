@@ -37,6 +37,7 @@ def run(op, arguments, options):
     return [y.detach(), mean, var, *torch.autograd.grad(y, [t for t in inputs if t is not None], grad)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel", "options"), GEOMETRIES)
@@ -77,6 +78,7 @@ def test_gradcheck(kernel, options, layout):
     assert torch.autograd.gradcheck(lambda *args: conv_batch_norm_act(*args, **options)[0], inputs, fast_mode=True)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True])

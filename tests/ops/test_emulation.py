@@ -69,6 +69,7 @@ SHAPES = [(5, 20, 7, 7), (3, 24, 8, 8), (2, 3, 33, 16), (9, 34, 2, 1), (7, 8, 1,
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -98,9 +99,9 @@ def test_tensors_may_begin_anywhere(shape, layout, dtype, emulator):
 
 
 @pytest.mark.parametrize(("layout", "device"), [*zip(LAYOUTS, ["sm_80", "sm_90"], strict=True)])
-def test_whole_gpus(layout, device, emulator):
+def test_whole_gpus(layout, device, emulator, long):
     """As many blocks to a team as a GPU has room for."""
-    shape = (12, 20, 17, 16)
+    shape = (12, 20, 17, 16) if long else (12, 20, 9, 8)
     expected = everything(shape, torch.float32, layout)
     with emulator.running(1, device):
         assert_close(everything(shape, torch.float32, layout), expected, torch.float32)

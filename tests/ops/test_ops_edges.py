@@ -31,6 +31,7 @@ def equal(ours, expected):
 # ---- maps without values ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -51,6 +52,7 @@ def test_batch_norm_act(shape, layout, dtype, residual, relu, device):
     equal(*results)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,6 +72,7 @@ def test_every_part_of_it(shape, layout, dtype, residual, relu, device):
         assert (dresidual is None) == (y is None) and (y is None or dresidual.shape == shape)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -203,6 +206,7 @@ def taps_outside(index, window, shape):
     return ~(inside & (index < kernel_h * kernel_w))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -68,6 +68,7 @@ def assert_equal_the_reference(tensors, labels, kind, **options):
     return ours
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,6 +79,7 @@ def test_equals_the_reference_in_float64(shape, layout, kind, head_bn, device):
     assert_equal_the_reference(tensors, labels, kind)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("ignore_index", [-100, 2, 1000])
@@ -118,6 +120,7 @@ def test_one_sample(device):
         assert_equal_the_reference(tensors, labels, kind)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,6 +150,7 @@ def test_large_means_are_survived(layout, kind, device):
     assert all(error(ours[name], value) < 1e-3 for name, value in exact.items())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_bn", [False, True])
@@ -160,6 +164,7 @@ def test_gradcheck(layout, kind, head_bn):
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in tensors.values()])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "dtype"), REGISTERED)
@@ -178,6 +183,7 @@ def test_opcheck_of_the_pool(shape, layout, dtype, residual, relu, device):
         opcheck(OPS.batch_norm_act_mean_backward_out.default, (*backward, *into))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 3, 5), (1, 1, 1), (70, 40, 33)])
 @pytest.mark.parametrize("linear_bias", [False, True])

@@ -77,7 +77,7 @@ def test_the_tests_of_every_op_are_collected_by_what_they_are():
     tests = Path(__file__).resolve().parents[1]
     # Where neither is named, nothing is marked; those files need not be imported.
     may_be = [file for file in tests.rglob("test_*.py") if re.search("cuda|ops_helpers", file.read_text())]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "cuda", *sorted(may_be)]
+    command = [sys.executable, "-m", "pytest", "--long", "--collect-only", "-q", "-m", "cuda", *sorted(may_be)]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent).stdout.splitlines()
     collected = [name for name in collected if name.startswith("tests/")]  # warnings name tests too
     files = {tests.parent / name.split("::")[0] for name in collected}

@@ -93,6 +93,7 @@ def test_confusion_of_many_classes_has_names_but_no_counts(drawn, tmp_path):
     assert not any(one.overlaps(other) for one, other in zip(boxes[:-1], boxes[1:], strict=True))
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_numbers_of_many_modules_do_not_overlap(drawn, tmp_path):
     with torch.device("meta"):
         planned = plan(models.resnet44(), (2, 3, 16, 16), rule="predsim")

@@ -123,6 +123,7 @@ def test_a_vgg_ends_in_pooling_and_one_layer(torchvision):
 # ---- what they cost -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     ("name", "shape", "share"),
     [("resnet34", (32, 3, 224, 224), 0.29), ("resnet50", (32, 3, 224, 224), 0.31), ("resnet32", (32, 3, 32, 32), 0.29)],
@@ -143,6 +144,7 @@ def test_a_light_net_costs_little(torchvision, name, shape, share):
 # ---- a step -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("auxiliary", MEMBERS)
 def test_a_step_is_autograds_and_its_bytes_are_planned(auxiliary, layout):

@@ -82,6 +82,7 @@ def test_dgl_pools_to_a_quarter():
     assert net(torch.randn(2, 16, 37, 30)).shape == (2, 10)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("modules", [None, 3])
 @pytest.mark.parametrize("rule", ["dgl", "predsim", "infopro", "checkpoint"])

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -219,10 +220,8 @@ def test_samples_of_vgg13(torchvision):
 
 
 def test_aux_nets_of_vggs(torchvision):
-    vgg = torchvision.models.vgg
     # Channels change where the network does not halve: pools stop at its last resolution.
-    model = vgg.VGG(vgg.make_layers([4, 8, 16, "M", 32, 32]), num_classes=10)
-    model.classifier = nn.Linear(32 * 7 * 7, 10)
+    model = nets.vgg(torchvision, [4, 8, 16, "M", 32, 32], classifier=nn.Linear(32 * 7 * 7, 10))
     backbone = as_backbone(model)
     chosen = samples(backbone, 5)
     assert [sample.strides for sample in chosen] == [(2, 1, 1, 1), (2, 1, 1), (1, 1), (1,)]

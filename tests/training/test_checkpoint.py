@@ -20,6 +20,8 @@ from auglocal_ext import LocalTrainer, models, train
 from auglocal_ext.data import DeviceLoader, mean_and_std
 from auglocal_ext.training.epoch import Sums
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
+
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
@@ -49,6 +51,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["DeviceLoader", "DataLoader"])
 @pytest.mark.parametrize(
     "options",

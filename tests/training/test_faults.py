@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 import auglocal_ext
 from auglocal_ext import LocalTrainer, TrainingDiverged, models, train
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
+
 OPTIONS = {"depth": 2, "seed": 3, "progress": False, "optimizer": SGD}
 
 

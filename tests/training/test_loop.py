@@ -21,6 +21,8 @@ from auglocal_ext.optim import constant
 from auglocal_ext.training import evaluate as evaluating
 from auglocal_ext.training.epoch import Sums
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
+
 
 def toy(batches=4, size=16, classes=3, seed=0):
     """Images whose class is a bright quadrant: learnt within a few steps."""

@@ -21,9 +21,10 @@ def batch(batch):
     return batch[0].contiguous(memory_format=torch.channels_last), batch[1]
 
 
-@pytest.fixture
-def planned(tiny_model):
-    return plan(tiny_model, SHAPE, 2, modules=2, memory_budget="5MB", optimizer=ADAM)
+@pytest.fixture(scope="module")
+def planned():
+    """Of a model like `tiny_model`."""
+    return plan(models.CifarResNet(1, num_classes=10), SHAPE, 2, modules=2, memory_budget="5MB", optimizer=ADAM)
 
 
 def stepped(trainer, batch):
@@ -119,6 +120,8 @@ def test_a_training_under_a_budget_plans_once(batch, monkeypatch):
     assert len(made) == 1 and result.plan.choice.point.bytes == result.plan.peak_bytes == result.peak_bytes
 
 
+@pytest.mark.usefixtures("nothing_compared")
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{}, {"rule": "bp"}, {"memory_budget": "1GB"}])
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 1, 1, 1), (4, 3, 1, 1), (4, 3, 1, 5), (4, 3, 4, 1), (2, 1, 4, 4)])
 def test_a_training_holds_what_was_planned_where_strides_tell_no_layout(shape, options):
@@ -139,6 +142,7 @@ def test_a_training_runs_in_channels_last(batch):
     assert result.plan == planned and result.plan.origin.memory_format == torch.channels_last
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,6 +15,8 @@ from auglocal_ext import LocalTrainer, StepResult, TrainingDiverged, TrainingInt
 from auglocal_ext.backbone import as_backbone
 from auglocal_ext.training.epoch import Sums
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
+
 OPTIONS = {"depth": 2, "seed": 3, "progress": False, "optimizer": SGD}
 
 
@@ -39,6 +41,7 @@ def goes_on(tmp_path, expected, **options):
     return result
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rule", ["auglocal", "predsim", "checkpoint"])
 @pytest.mark.parametrize("at", [(1, 1), (2, 2), (2, 3)])  # of three steps
 def test_it_goes_on_within_an_epoch(tmp_path, rule, at):

@@ -8,6 +8,7 @@ import types
 import warnings
 from functools import partial
 
+import nets
 import pytest
 import torch
 from torch import nn
@@ -75,9 +76,8 @@ def test_what_is_frozen_stays(trainer, batch, frozen):
 @pytest.mark.parametrize("frozen", ["features", "classifier", "features.0", "features.4"])
 def test_what_is_frozen_in_a_vgg_stays(torchvision, frozen):
     torch.manual_seed(0)
-    vgg = torchvision.models.vgg
-    model = vgg.VGG(vgg.make_layers([4, "M", 8, 8, "M"], False), num_classes=4)
-    model.avgpool, model.classifier = nn.Identity(), nn.Sequential(nn.Linear(128, 8), nn.Tanh(), nn.Linear(8, 4))
+    classifier = nn.Sequential(nn.Linear(128, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = nets.vgg(torchvision, [4, "M", 8, 8, "M"], avgpool=nn.Identity(), classifier=classifier)
     trainer = LocalTrainer(model, depth=2, modules=2, optimizer=SGD)
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
     trainer.step(images, labels)

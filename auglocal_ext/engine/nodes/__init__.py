@@ -10,6 +10,7 @@ from .conv import Conv
 from .dropout import Dropout
 from .global_pool import GlobalPool
 from .head import Head
+from .index import Index
 from .island import Island
 from .layer_norm import LayerNorm
 from .linear import Linear
@@ -17,6 +18,7 @@ from .loss import Loss
 from .max_pool import MaxPool
 from .mul import Mul
 from .norm import Norm
+from .patch_merging import PatchMerging
 from .pooled_norm import PooledNorm
 from .reshape import Reshape
 from .window_attention import WindowAttention
@@ -33,6 +35,7 @@ __all__ = [
     "Dropout",
     "GlobalPool",
     "Head",
+    "Index",
     "Island",
     "LayerNorm",
     "Linear",
@@ -40,6 +43,7 @@ __all__ = [
     "MaxPool",
     "Mul",
     "Norm",
+    "PatchMerging",
     "PooledNorm",
     "Reshape",
     "WindowAttention",
@@ -47,6 +51,6 @@ __all__ = [
 
 # What tracing looks for, in order of priority; the last one matches everything.
 KINDS = (
-    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention,
-    WindowAttention, Add, Mul, Dropout, Concat, Chunk, Reshape, Island,
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention, WindowAttention,
+    Add, Mul, Dropout, Concat, Chunk, PatchMerging, Reshape, Index, Island,
 )  # fmt: skip

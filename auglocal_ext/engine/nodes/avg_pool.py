@@ -20,8 +20,8 @@ _aten = torch.ops.aten
 class AvgPool(Node):
     """out = avg_pool(source)
 
-    The output stays until its last reader: it is smaller than what it is made of, which can go. Where it is not, and is
-    made of what is made again, it is dropped.
+    The output stays until its last reader: it is smaller than what it is made of, which can go. Where it is not, it is
+    dropped and made again.
     """
 
     source: str

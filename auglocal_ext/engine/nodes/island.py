@@ -1,5 +1,6 @@
 """Island: what no other kind describes, differentiated by autograd within the program."""
 
+import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.func import functional_call
 
 from ..as_real import MetaAutocast, autocasting
 from ..calls import call_at
+from ..meta_attention import MetaAttention
 from ..node import Attribute, Node
 from ..tensors import as_gradient, dense
 
@@ -123,7 +125,8 @@ def _run(node, autocast, device_type, wanted, *sources):
     given = [x.detach().requires_grad_(w) for x, w in zip(sources, wanted, strict=True)]
     first = (*given, *(a.value for a in node.attributes if a is not None))[0]
     around = autocasting(first, autocast, device_type)
-    with torch.enable_grad(), around:
+    attention = MetaAttention() if first.is_meta else contextlib.nullcontext()
+    with torch.enable_grad(), attention, around:
         try:
             out, parameters = _called(node, given)
         except (RuntimeError, ValueError):

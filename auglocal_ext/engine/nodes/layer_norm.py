@@ -33,9 +33,13 @@ class LayerNorm(Node):
         return (self.source,)
 
     @classmethod
+    def takes_whole(cls, module):
+        return is_torchvisions(module, "models.convnext.LayerNorm2d")
+
+    @classmethod
     def match(cls, at):
         norm, node = at.module(), at.node
-        channels = norm is not None and is_torchvisions(norm, "models.convnext.LayerNorm2d")
+        channels = norm is not None and cls.takes_whole(norm)
         alone = len(node.args) == 1 and not node.kwargs
         if not alone or not (channels or (norm is not None and computes(norm, nn.LayerNorm))):
             return None

@@ -72,9 +72,9 @@ def pool_at(at, node=None):
 
 
 def derive_pool(node, emit):
-    """Lets a pool's output be dropped where it is as large as its source, which is made again too."""
-    recipe = emit.recipes.get(node.source)
-    if recipe is not None and not recipe.by_convolution and _pair(node.pool.stride) == (1, 1):
+    """Lets a pool's output be dropped where it is as large as its source, and that is no convolution's, to be kept for
+    this alone."""
+    if _pair(node.pool.stride) == (1, 1) and not emit.owns(node.source):
         emit.derive(node, "rebuild", partial(_again, node), [node.source], [node.out])
 
 
