@@ -64,8 +64,8 @@ def test_timms_by_name(timm, capsys):
         models.create("timm:net_2", 5)
     assert main(["models", "timm:*_1"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["timm:net_1", "4", "142,392"]
-    assert main(["plan", "--model", "timm:net_1", "--batch-size", "8", "--brief"]) == 0
-    assert capsys.readouterr().out.startswith("timm:net_1, rule auglocal, depth 4: ")
+    assert main(["plan", "--model", "timm:net_1", "--depth", "2", "--batch-size", "8", "--brief"]) == 0
+    assert capsys.readouterr().out.startswith("timm:net_1, rule auglocal, depth 2: ")
 
 
 def test_a_missing_timm_is_one_sentence(monkeypatch, capsys):
