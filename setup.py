@@ -133,6 +133,7 @@ setup(
     install_requires=["torch>=2.11", torchvision_requirement(), "numpy", "tqdm", "scikit-learn", "matplotlib"],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "timm": ["timm"],
         "export": ["onnx", "onnxscript"],
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis"],
         # One release of each: another one lays out differently, or finds more.

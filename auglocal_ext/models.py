@@ -4,8 +4,8 @@ Three stages of 16, 32 and 64 channels; a shape change has a 1x1 convolution and
 shortcut, as in the AugLocal authors' code. state_dict keys: conv1 bn1 layer1..3 fc.
 """
 
-import inspect
 import math
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,12 @@ __all__ = [
     "resnet44",
     "resnet56",
     "resnet110",
-    "class_of",
     "create",
     "init_weights",
     "initialised",
     "name_of",
     "names",
+    "timm_names",
 ]
 
 
@@ -115,37 +115,42 @@ def resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
 _CIFAR = {model.__name__: model for model in (resnet20, resnet32, resnet44, resnet56, resnet110)}
 
 
+TIMM = "timm:"  # begins the name of a model of timm's
+
+
 def names() -> list[str]:
-    """The names of all models that `create` makes: the CIFAR ResNets, then torchvision's classifiers."""
+    """The names of what `create` makes, timm's left out: the CIFAR ResNets, then torchvision's classifiers."""
     from .common.torchvision import import_torchvision
 
     models = import_torchvision("a list of all models").models
     return [*_CIFAR, *models.list_models(module=models)]
 
 
-def class_of(name: str) -> type:
-    """The class that the model of one of `names` has, without making one."""
-    if name in _CIFAR:
-        return CifarResNet
-    from .common.torchvision import import_torchvision
+def timm_names() -> list[str]:
+    """The names of timm's models, as `create` takes them."""
+    from .common.timm import import_timm
 
-    builder = import_torchvision(f"the model {name!r}").models.get_model_builder(name)
-    return inspect.signature(builder).return_annotation
+    return [TIMM + name for name in import_timm("a list of timm's models").list_models()]
 
 
 def create(name: str, num_classes: int) -> nn.Module:
-    """A new model by name: one of the CIFAR ResNets here, else torchvision's classifier of that name, untrained.
+    """A new model by name, untrained: one of the CIFAR ResNets here, torchvision's classifier of that name, or as
+    "timm:resnet50d" one of timm's.
 
     Raises:
         ValueError: there is none, or it is no image classifier.
+        ImportError: it is of a library that is not installed.
     """
     if name in _CIFAR:
         return _CIFAR[name](num_classes)
+    if name.startswith(TIMM):
+        return _create_timms(name, num_classes)
     from .common.torchvision import import_torchvision
 
     models = import_torchvision(f"the model {name!r}").models
     expected = (
-        f"expected one of {', '.join(_CIFAR)}, or a ResNet or VGG of torchvision.models such as resnet18 or vgg13_bn"
+        f"expected one of {', '.join(_CIFAR)}, a classifier of torchvision.models such as resnet18 or vgg13_bn, or "
+        f"timm:NAME for one of timm's"
     )
     # Asked before it is made: what is no classifier takes other arguments, and may fetch weights.
     if name.lower() not in models.list_models(module=models):
@@ -153,6 +158,19 @@ def create(name: str, num_classes: int) -> nn.Module:
             raise ValueError(f"the model {name!r} of torchvision is no image classifier: {expected}")
         raise ValueError(f"no model is named {name!r}: {expected}")
     return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def _create_timms(name, num_classes):
+    from .common.timm import import_timm
+
+    timm, own = import_timm(f"the model {name!r}"), name.removeprefix(TIMM)
+    if not timm.is_model(own):
+        near = get_close_matches(own, timm.list_models(), n=3)
+        raise ValueError(
+            f"timm has no model {own!r}: expected a name that timm.list_models() has"
+            f"{f', such as {TIMM}' + f' or {TIMM}'.join(near) if near else ''}"
+        )
+    return timm.create_model(own, pretrained=False, num_classes=num_classes)
 
 
 # Block, blocks per stage, groups, base width, as torchvision builds them.
@@ -174,7 +192,7 @@ _VGGS = {(1, 1, 2, 4): "vgg11", (2, 2, 2, 4): "vgg13", (2, 2, 3, 6): "vgg16", (2
 
 def name_of(model: nn.Module) -> str:
     """What a model is called: "resnet32", or "wide_resnet50_2" where torchvision's function of that name builds such a
-    one, with other classes or another stem too; else the name of its class."""
+    one, with other classes or another stem too; "timm:resnet50d" where timm has made it; else the name of its class."""
     kind, name = type(model), None
     if kind is CifarResNet:
         name = _cifar_name(model)
@@ -182,6 +200,9 @@ def name_of(model: nn.Module) -> str:
         name = _resnet_name(model)
     elif (kind.__module__, kind.__name__) == ("torchvision.models.vgg", "VGG"):
         name = _vgg_name(model)
+    elif kind.__module__.startswith("timm.models."):
+        made_as = getattr(model, "pretrained_cfg", None) or {}
+        name = made_as.get("architecture") and TIMM + made_as["architecture"]
     return name or kind.__name__
 
 

@@ -1,9 +1,13 @@
 """The CIFAR ResNets, and models by name."""
 
+import sys
+import types
+
 import pytest
 import torch
 
 from auglocal_ext import models
+from auglocal_ext.cli import main
 
 
 @pytest.mark.parametrize(
@@ -32,8 +36,44 @@ def test_shapes():
 def test_torchvisions_by_name(torchvision):
     assert isinstance(models.create("resnet18", 5), torchvision.models.ResNet)
     assert isinstance(models.create("vgg11_bn", 5), torchvision.models.VGG)
-    with pytest.raises(ValueError, match="'resnet19': expected one of resnet20, .*, or a ResNet or VGG of torchvision"):
+    with pytest.raises(ValueError, match="'resnet19': expected one of resnet20, .*, a classifier of torchvision"):
         models.create("resnet19", 5)
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A library that answers as timm does, of two models."""
+
+    class TimmsNet(models.CifarResNet):
+        pretrained_cfg = {"architecture": "net_1"}
+
+    TimmsNet.__module__ = "timm.models.net"
+    library = types.ModuleType("timm")
+    library.list_models = lambda: ["net_1", "net_3"]
+    library.is_model = lambda name: name.split(".")[0] in library.list_models()
+    library.create_model = lambda name, pretrained, num_classes: TimmsNet(int(name[4]), num_classes)
+    monkeypatch.setitem(sys.modules, "timm", library)
+
+
+def test_timms_by_name(timm, capsys):
+    model = models.create("timm:net_3", 5)
+    assert (len(model.layer1), model.fc.out_features) == (3, 5)
+    assert models.name_of(models.create("timm:net_1", 5)) == "timm:net_1"
+    assert models.timm_names() == ["timm:net_1", "timm:net_3"]
+    with pytest.raises(ValueError, match="timm has no model 'net_2': .*, such as timm:net_3 or timm:net_1$"):
+        models.create("timm:net_2", 5)
+    assert main(["models", "timm:*_1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["timm:net_1", "4", "142,392"]
+    assert main(["plan", "--model", "timm:net_1", "--depth", "2", "--batch-size", "8", "--brief"]) == 0
+    assert capsys.readouterr().out.startswith("timm:net_1, rule auglocal, depth 2: ")
+
+
+def test_a_missing_timm_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["plan", "--model", "timm:resnet50d"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("auglocal: error: the model 'timm:resnet50d' needs timm, which does not import here (")
+    assert told.endswith("): install it with pip install timm\n") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(

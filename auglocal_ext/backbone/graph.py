@@ -4,7 +4,10 @@ A model can be cut where one tensor is all that goes on: at a value that lies on
 logits. In a list of steps, each behind what it reads, that is a value over which no other one is read.
 """
 
+import operator
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -12,13 +15,15 @@ from torch import fx, nn
 from ..common.messages import first_line
 from ..common.meta import meta_copy
 from ..engine.as_real import RealLayouts
+from ..engine.calls import is_size
 from ..engine.node import is_as_its_class
 from ..engine.symbolic import Tracer
 from ..engine.trace import is_whole
 
 __all__ = ["Call", "ModelGraph", "is_block", "model_graph"]
 
-SIDES = (256, 224, 32, 64, 28, 128, 96, 299, 384, 448, 512, 16)  # of images, tried in this order
+# Of images, tried in this order.
+SIDES = (256, 224, 32, 64, 28, 128, 96, 160, 192, 240, 288, 299, 320, 336, 384, 448, 512, 16)
 MOST = 1000  # numbers in a tensor that the forward makes
 IMAGES = 3  # in a batch: no other size of a first tensor is likely to be it
 
@@ -63,9 +68,7 @@ def model_graph(model):
     Raises:
         ValueError: its forward cannot be followed; says where.
     """
-    copied = meta_copy(model).train()
-    graph, tracer, left_out = _record(copied)
-    values, image_shape = _values(copied, graph, tracer)
+    graph, tracer, values, image_shape, left_out = _followed(model)
     (images,) = (node for node in graph.nodes if node.op == "placeholder")
     (output,) = (node for node in graph.nodes if node.op == "output")
     calls = [Call(node, tracer.within.get(node, ()), values[node]) for node in _between(graph, images, output)]
@@ -79,11 +82,14 @@ class _ModelTracer(Tracer):
     """Looks into every module that has modules in it, but torch's own.
 
     whole: types of those that have no graph, and are one call each.
+    model, images: the images, without data, by whose size the model's questions about sizes are answered.
+
+    asked: whether there was one, so that the graph is that of this size.
     """
 
-    def __init__(self, whole):
+    def __init__(self, whole, model, images):
         super().__init__(())
-        self.whole = whole
+        self.whole, self.model, self.images, self.run = whole, model, images, None
         self.within, self.stack, self.counts, self.failed = {}, [], {}, None
 
     def is_leaf_module(self, module, qualified_name):
@@ -102,6 +108,19 @@ class _ModelTracer(Tracer):
                 "call_function", torch.tensor, (a.tolist(),), {"dtype": a.dtype, "device": a.device}
             )
         return super().create_arg(a)
+
+    def to_bool(self, obj):
+        """The answer to a question such as x.shape[2] == 7; what is asked of values has none."""
+        node = obj.node
+        if node.target not in _QUESTIONS or not all(map(is_size, node.all_input_nodes)):
+            return super().to_bool(obj)
+        if self.run is None:
+            self.run = _Shapes(meta_copy(self.model).train(), self.graph)
+        return bool(self.run.value_of(node, self.images))
+
+    @property
+    def asked(self):
+        return self.run is not None
 
     def record(self, root):
         self.own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
@@ -129,6 +148,9 @@ class _ModelTracer(Tracer):
         return node
 
 
+_QUESTIONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+
+
 def is_block(module):
     """Whether it is made of modules, and by a forward that is not one of torch's own layers."""
     kind = type(module)
@@ -136,22 +158,77 @@ def is_block(module):
     return own and bool(module._modules)
 
 
-def _record(copied):
+class _OfOneSize(ValueError):
+    """A forward that cannot be followed with images of one size; with others perhaps."""
+
+
+def _followed(model):
+    """(fx graph, its tracer, {fx node: its value without data}, (C, H, W) of the images that fit, names of what else it
+    puts out)"""
+    copied, tracer, furthest = meta_copy(model).train(), None, (-1, None)  # how many steps ran, and why no more
+    for images in _images(copied):
+        run = None
+        try:
+            if tracer is None or tracer.asked:
+                tracer = None
+                graph, tracer, left_out = _record(copied, model, images)
+            run = _Shapes(copied, graph)
+            run.on(images)
+        except _OfOneSize as error:
+            furthest = max(furthest, (0, error), key=lambda tried: tried[0])
+        except Exception as error:
+            if run is None:
+                raise
+            furthest = max(furthest, (len(run.values), error), key=lambda tried: tried[0])
+        else:
+            return graph, tracer, run.values, tuple(images.shape[1:]), left_out
+    raise ValueError(
+        f"cannot cut {type(copied).__name__} into units: it takes no square images of {min(SIDES)} to {max(SIDES)} "
+        f"pixels a side; {first_line(furthest[1])}"
+    ) from furthest[1]
+
+
+def _images(copied):
+    """Batches without data, of all sizes that are tried."""
+    conv = next((part for part in copied.modules() if isinstance(part, nn.Conv2d)), None)
+    channels = dict.fromkeys([*([conv.in_channels] if conv is not None else []), 3, 1])
+    dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
+    for side in dict.fromkeys([*_own_side(copied), *SIDES]):
+        for count in channels:
+            yield torch.empty(IMAGES, count, side, side, dtype=dtype, device="meta")
+
+
+def _own_side(model):
+    """In a list, the side of the images that a model says it is made for, as torchvision's and timm's transformers do;
+    empty: it says nothing."""
+    timms = getattr(model, "pretrained_cfg", None)
+    side = timms.get("input_size", (None,))[-1] if isinstance(timms, dict) else getattr(model, "image_size", None)
+    return [side] if isinstance(side, int) else []
+
+
+def _record(copied, model, images):
     """(fx graph, tracer, names of what is left out); what has no graph inside is one call."""
     whole = set()
     while True:
-        tracer = _ModelTracer(whole)
+        tracer = _ModelTracer(whole, model, images)
         try:
             graph = tracer.record(copied)
         except Exception as error:
             if tracer.failed is None or type(tracer.failed) in whole:
-                raise ValueError(
+                raise (_OfOneSize if tracer.asked else ValueError)(
                     f"cannot cut {type(copied).__name__} into units: its forward() has no graph of layers and "
-                    f"functions ({first_line(error)})"
+                    f"functions ({first_line(error)}{_spot(error)})"
                 ) from error
             whole.add(type(tracer.failed))
             continue
         return graph, tracer, _logits_alone(copied, graph)
+
+
+def _spot(error):
+    """Where in the code of a model an error was raised, as a clause of a sentence."""
+    ours = tuple(str(folder) for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f"; {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _logits_alone(copied, graph):
@@ -172,33 +249,28 @@ def _logits_alone(copied, graph):
     return others
 
 
-def _values(copied, graph, tracer):
-    """({fx node: its value without data}, (C, H, W) of the images that fit)."""
-    conv = next((part for part in copied.modules() if isinstance(part, nn.Conv2d)), None)
-    channels = dict.fromkeys([*([conv.in_channels] if conv is not None else []), 3, 1])
-    dtype = next((p.dtype for p in copied.parameters() if p.is_floating_point()), torch.float32)
-    furthest = 0, None  # how many steps ran, and why no more
-    for side in SIDES:
-        for count in channels:
-            run = _Shapes(copied, graph, tracer)
-            try:
-                with torch.no_grad(), RealLayouts():
-                    run.run(torch.empty(IMAGES, count, side, side, dtype=dtype, device="meta"))
-            except Exception as error:
-                furthest = max(furthest, (len(run.values), error), key=lambda tried: tried[0])
-                continue
-            return run.values, (count, side, side)
-    raise ValueError(
-        f"cannot cut {type(copied).__name__} into units: it takes no square images of {min(SIDES)} to {max(SIDES)} "
-        f"pixels a side; {first_line(furthest[1])}"
-    ) from furthest[1]
-
-
 class _Shapes(fx.Interpreter):
-    def __init__(self, root, graph, tracer):
+    """Runs a graph without data.
+
+    values: of the nodes that ran.
+    """
+
+    def __init__(self, root, graph):
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.values = {}
         self.extra_traceback = False
+
+    def on(self, images):
+        with torch.no_grad(), RealLayouts():
+            self.run(images)
+
+    def value_of(self, node, images):
+        """Of a node of a graph that is not complete yet."""
+        with torch.no_grad(), RealLayouts():
+            for each in self.graph.nodes:
+                if each not in self.env:
+                    self.env[each] = images if each.op == "placeholder" else self.run_node(each)
+        return self.env[node]
 
     def run_node(self, node):
         try:

@@ -16,7 +16,7 @@ def on_meta(name, classes):
     try:
         with torch.device("meta"):
             return models.create(name, classes)
-    except NotImplementedError:  # its constructor looks at values
+    except (NotImplementedError, RuntimeError):  # its constructor looks at values
         return models.create(name, classes).to("meta")
 
 
@@ -35,7 +35,7 @@ def check_image_size(model, height, width, option):
     try:
         with torch.no_grad():
             model.eval()(torch.empty(2, 3, height, width, device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:  # of torch, or a check of the model's own
         raise ValueError(
             f"images of {height}x{width} pixels do not go through this model: choose another {option} "
             f"({first_line(error)})"

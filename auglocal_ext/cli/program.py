@@ -98,11 +98,13 @@ def _add_models(commands):
     listing = commands.add_parser(
         "models",
         help="list the models that can be cut",
-        description="Lists the CIFAR ResNets and the classifiers of torchvision that can be cut, with their units (the "
-        "most local modules) and their parameters with 1,000 classes, of a CIFAR ResNet with 10.",
+        description="Lists the CIFAR ResNets and the classifiers of torchvision that can be cut, or with a PATTERN of "
+        "timm:NAME those of timm, with their units (the most local modules) and their parameters with 1,000 "
+        "classes, of a CIFAR ResNet with 10.",
     )
     listing.set_defaults(run=(".models", "models_command"))
-    listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of names, as 'resnet*'")
+    patterns = "of names, as 'resnet*' or 'timm:resnet*'"
+    listing.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help=patterns)
 
 
 def _add_export(commands):

@@ -51,7 +51,7 @@ def new_folder(options):
     if not name:
         cut = f"d{options.depth}" if options.rule == "auglocal" else options.rule
         cut += f"-K{options.modules}" if options.modules else ""
-        name = f"{options.model}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{options.model.replace(':', '-')}-{options.data.split(':')[0]}-{cut}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.runs / name
     try:
         created = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -95,7 +95,8 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     add = _adder(parser, defaults)
     add(
         "--model",
-        help="resnet20 ... resnet110, or a classifier of torchvision, see `auglocal models` (default: {default})",
+        help="resnet20 ... resnet110, a classifier of torchvision, or timm:NAME; see `auglocal models` (default: "
+        "{default})",
     )
     add("--rule", choices=RULES, help="learning rule; bp: plain backpropagation (default: {default})")
     add(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 
 from ..common.meta import meta_copy
-from .calls import is_size
+from .calls import is_no_value, is_size
 from .dropping import is_identity
 from .node import is_as_its_class
 
@@ -55,7 +55,7 @@ def symbolic_graph(module, inside):
             raise Untraceable(f"{node.name} is no step of a chain of modules and functions")
     (output,) = (node for node in graph.nodes if node.op == "output")
     (out,) = output.args
-    if not isinstance(out, torch.fx.Node) or out.op in ("placeholder", "get_attr") or is_size(out):
+    if not isinstance(out, torch.fx.Node) or out.op in ("placeholder", "get_attr") or is_no_value(out):
         raise Untraceable("it does not put out one new tensor")
     return graph
 

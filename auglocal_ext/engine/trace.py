@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from .calls import is_size
+from .calls import is_item, is_no_value
 from .criterion import PLAIN
 from .node import At
 from .nodes import KINDS, Activation, Conv, Island, MaxPool
@@ -64,8 +64,7 @@ def _read(module, inside, part, source):
     try:
         graph = symbolic_graph(root, {nn.Sequential, *inside, *opened} - taken)
     except Untraceable:
-        whole = Island.of_module(module, part, source)
-        return [whole], whole.out
+        return _whole(module, part, source)
     modules, values, nodes, done = dict(root.named_modules()), {}, [], set()
     for fx_node in graph.nodes:
         if fx_node.op == "placeholder":
@@ -74,11 +73,13 @@ def _read(module, inside, part, source):
             return nodes, values[fx_node.args[0]]
         elif is_cut(fx_node):
             values[fx_node] = values[fx_node.args[0]]  # of which each reader takes a part
-        elif fx_node not in done and not is_size(fx_node) and not At.is_attribute(fx_node):
+        elif fx_node not in done and not is_no_value(fx_node) and not At.is_attribute(fx_node):
             at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
             plain = not any(map(at.is_attribute, fx_node.all_input_nodes))
             kinds = (kind for kind in KINDS if plain or kind.holds_attributes)
             node, last = next(found for kind in kinds if (found := kind.match(at)))
+            if isinstance(node, Island) and any(map(is_item, fx_node.users)):  # it may put out a tuple
+                return _whole(module, part, source)
             done.update(_chain(fx_node, last))
             values[last] = node.out
             nodes.append(node)
@@ -88,6 +89,11 @@ def is_whole(module):
     """Whether tracing never looks into a module: a layer of torch's own, or one that a kind of node takes whole."""
     layer = type(module).__module__.startswith("torch.nn.") and not module._modules
     return layer or any(kind.takes_whole(module) for kind in KINDS)
+
+
+def _whole(module, part, source):
+    whole = Island.of_module(module, part, source)
+    return [whole], whole.out
 
 
 def _chain(first, last):

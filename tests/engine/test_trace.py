@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_helpers import assert_trains_as_autograd
 from torch import nn
 
 from auglocal_ext import models
@@ -435,3 +436,44 @@ def test_the_pool_of_a_chain_that_is_read_here():
     assert kinds(nodes) == ["Conv", "PooledNorm", "GlobalPool", "Reshape", "Linear", "Loss"] and isinstance(
         nodes[1], PooledNorm
     )
+
+
+class Views(nn.Module):
+    """Several views of one tensor, some given on as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        a, b = self.norm(x).split([1, 3], dim=1)
+        c, d, e, f = self.conv(x).unbind(1)
+        halves = torch.cat(x.tensor_split(2, dim=1)[::-1], 1)
+        return torch.cat([a, b], 1) + torch.stack([f, c, e, d], 1).to(x.dtype) * halves
+
+
+class Pair(nn.Module):
+    """A module that puts out two tensors and looks at values, and a function that does."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return y * 2 if x.sum() > 0 else y, x * 2
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(4), self.Inner()
+
+    def forward(self, x):
+        a, b = self.inner(self.norm(x))
+        var, mean = torch.var_mean(x, dim=1, keepdim=True)
+        return a * var + b * mean
+
+
+@pytest.mark.parametrize("block", [Views, Pair])
+def test_what_puts_out_several_tensors_trains_as_autograd(block):
+    assert_trains_as_autograd(block(), 4)
