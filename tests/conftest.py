@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import threading
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -20,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, a core each
     torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-MEASURED = 4  # cases of a test
+MEASURED = 2  # cases of a test
 LEFT_OUT = pytest.StashKey[set]()
 
 
@@ -74,6 +75,13 @@ def choose_measured(items):
         cases[test_of(item)] += item.get_closest_marker("cuda") is None  # of which few machines run any
         if cases[test_of(item)] > MEASURED:
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish(session):
+    """The emulation is built while other tests run; of several processes, one builds it and the others wait."""
+    wanted = any("emulator" in item.fixturenames or item.get_closest_marker("emulated") for item in session.items)
+    if wanted and not session.config.option.collectonly and "AUGLOCAL_EMULATION" not in os.environ:
+        threading.Thread(target=lambda: emulation.compiler() and emulation.build(), daemon=True).start()
 
 
 @pytest.fixture(scope="module", autouse=True)

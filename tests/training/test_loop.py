@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, evaluation, models, plan, train
+from auglocal_ext import TrainingDiverged, TrainingInterrupted, evaluate, evaluation, models, train
 from auglocal_ext.engine.program import Program
 from auglocal_ext.optim import constant
 from auglocal_ext.training import evaluate as evaluating
@@ -83,17 +83,6 @@ def test_aux_nets_are_kept_on_request():
     result = train(small(), toy(), depth=2, epochs=1, progress=False, keep_aux_nets=True)
     assert len(result.aux_nets) == 2
     assert result.aux_nets[0](torch.randn(2, 16, 8, 8)).shape == (2, 3)
-
-
-@pytest.mark.parametrize("rule", ["auglocal", "bp"])
-def test_a_training_under_a_budget_keeps_what_was_found(tmp_path, rule):
-    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
-    budget = {"depth": 2, "rule": rule, "memory_budget": "20MB", "epochs": 1, "progress": False}
-    planned = train(models.CifarResNet(1), [(images, labels)], **budget).plan
-    assert planned.choice.point.bytes == planned.peak_bytes <= 20e6 and planned.comparison == planned.choice.comparison
-    assert planned == plan(models.CifarResNet(1), images.shape, 2, rule=rule, memory_budget="20MB")
-    planned.save_front(tmp_path / "front.png")
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG") and "budget 20 MB" in str(planned)
 
 
 def test_what_comes_out_is_the_plain_torchvision_model(torchvision):

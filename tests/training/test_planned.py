@@ -113,6 +113,17 @@ def test_images_of_one_channel_are_of_the_layout_of_their_strides(batch, layout)
     assert planned.origin.memory_format == layout
 
 
+@pytest.mark.parametrize("rule", ["auglocal", "bp"])
+def test_a_training_under_a_budget_keeps_what_was_found(tmp_path, rule):
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
+    budget = {"depth": 2, "rule": rule, "memory_budget": "20MB", "epochs": 1, "progress": False}
+    planned = train(models.CifarResNet(1), [(images, labels)], **budget).plan
+    assert planned.choice.point.bytes == planned.peak_bytes <= 20e6 and planned.comparison == planned.choice.comparison
+    assert planned == plan(models.CifarResNet(1), images.shape, 2, rule=rule, memory_budget="20MB")
+    planned.save_front(tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG") and "budget 20 MB" in str(planned)
+
+
 def test_a_training_under_a_budget_plans_once(batch, monkeypatch):
     made, real = [], Planner.__init__
     monkeypatch.setattr(Planner, "__init__", lambda self, *a, **o: made.append(self) or real(self, *a, **o))
