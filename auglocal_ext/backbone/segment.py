@@ -21,21 +21,21 @@ class Segment(nn.Module):
         super().__init__()
         self.graph, copies = fx.Graph(), {}
         copies[source] = self.graph.placeholder("x")
+        names = _names([node.target for node in nodes if node.op in ("call_module", "get_attr")])
         for node in nodes:
-            if node.op in ("call_module", "get_attr"):
-                self._own(node.target, find(node.target))
             copies[node] = self.graph.node_copy(node, copies.__getitem__)
-            if node.op in ("call_module", "get_attr"):
-                copies[node].target = _name(node.target)
+            if node.target in names and node.op in ("call_module", "get_attr"):
+                copies[node].target = names[node.target]
+                self._own(names[node.target], find(node.target))
         self.graph.output(copies[out])
 
-    def _own(self, path, found):
+    def _own(self, name, found):
         if isinstance(found, nn.Module):
-            self.add_module(_name(path), found)
+            self.add_module(name, found)
         elif isinstance(found, nn.Parameter):
-            self.register_parameter(_name(path), found)
+            self.register_parameter(name, found)
         else:
-            self.register_buffer(_name(path), found, persistent=False)
+            self.register_buffer(name, found, persistent=False)
 
     def forward(self, x):
         values = {}
@@ -62,9 +62,14 @@ class Segment(nn.Module):
         return node.target(*args, **kwargs)
 
     def extra_repr(self):
+        """What it computes, without names of the whole model: equal pieces have equal ones."""
         own = (*self._parameters.items(), *self._buffers.items())
-        functions = [str(node.format_node()) for node in self.graph.nodes if node.op.startswith("call_")]
-        return "\n".join([*(f"{name}: {tuple(tensor.shape)}" for name, tensor in own), *functions])
+        place = {node: f"%{index}" for index, node in enumerate(self.graph.nodes)}
+        steps = []
+        for node in self.graph.nodes:
+            what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+            steps.append(f"{place[node]} = {what}{fx.map_arg((node.args, node.kwargs), place.__getitem__)}")
+        return "\n".join([*(f"{name}: {tuple(tensor.shape)}" for name, tensor in own), *steps[1:]])
 
 
 def segment_module(nodes, source, out, find):
@@ -95,5 +100,10 @@ def _layer(node, value, find):
     return None
 
 
-def _name(path):
-    return path.replace(".", "/")
+def _names(paths):
+    """{path: a name of it, without what all paths begin with}; a module's name has no dots."""
+    parts = [path.split(".") for path in paths]
+    same = 0
+    while parts and all(len(one) > same + 1 and one[same] == parts[0][same] for one in parts):
+        same += 1
+    return {path: "/".join(one[same:]) for path, one in zip(paths, parts, strict=True)}

@@ -87,7 +87,8 @@ def _read(module, inside, part, source):
 
 def is_whole(module):
     """Whether tracing never looks into a module: a layer of torch's own, or one that a kind of node takes whole."""
-    layer = type(module).__module__.startswith("torch.nn.") and not module._modules
+    kind = type(module)
+    layer = kind.__module__.startswith("torch.nn.") and not module._modules and kind is not nn.Sequential
     return layer or any(kind.takes_whole(module) for kind in KINDS)
 
 

@@ -728,7 +728,7 @@ def test_a_replaced_stem_and_classifier(torchvision):
         assert_equal(results, expected)
         islands += [island.what for island in program.islands]
         x = results.get("features")
-    assert "0.2 (Hardtanh)" in islands and not any("Dropout" in island for island in islands)
+    assert "2 (Hardtanh)" in islands and not any("Dropout" in island for island in islands)
     assert sum("ELU" in island for island in islands) == 2
 
 
