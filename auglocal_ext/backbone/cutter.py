@@ -110,7 +110,7 @@ def _end_of_the_body(pieces, blocks, model):
 def _check_classifier(graph, model):
     """Refuses a model whose last layer with weights does not make the classes."""
     if not graph.calls:
-        raise _refused(model, "its forward() makes nothing of the images")
+        raise _refused(model, "it has no layer with weights")
     logits = graph.calls[-1].value
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         given = f"of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -18,6 +18,7 @@ from ..engine.as_real import RealLayouts
 from ..engine.calls import is_size
 from ..engine.node import is_as_its_class
 from ..engine.symbolic import Tracer
+from ..engine.trace import is_whole
 
 __all__ = ["Call", "ModelGraph", "is_block", "model_graph"]
 
@@ -92,15 +93,15 @@ class _ModelTracer(Tracer):
         self.within, self.stack, self.counts, self.failed = {}, [], {}, None
 
     def is_leaf_module(self, module, qualified_name):
-        return not is_block(module) or type(module) in self.whole or not is_as_its_class(module)
+        whole = is_whole(module) or type(module) in self.whole
+        return whole or not is_block(module) or not is_as_its_class(module)
 
     def check(self, module):
         """A __call__ of its own is followed as any other code."""
 
     def create_arg(self, a):
         """A tensor that the forward makes itself, or finds somewhere, is made by a step of the graph."""
-        own = (*self.root.parameters(), *self.root.buffers())
-        if isinstance(a, torch.Tensor) and not any(a is tensor for tensor in own):
+        if isinstance(a, torch.Tensor) and id(a) not in self.own:
             if a.is_meta or a.numel() > MOST:
                 raise ValueError("it reads a tensor that is no parameter or buffer of it")
             return self.create_node(
@@ -122,6 +123,7 @@ class _ModelTracer(Tracer):
         return self.run is not None
 
     def record(self, root):
+        self.own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
         try:
             return super().record(root)
         finally:  # no call is recorded any more

@@ -2,6 +2,7 @@
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Segment", "segment_module"]
 
@@ -55,6 +56,9 @@ class Segment(nn.Module):
             return nn.Module.__call__(getattr(self, node.target), *args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
+        recorded = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, fx.Proxy)), None)
+        if recorded is not None:  # a function that was one step is one again: torch.fx.wrap made it so
+            return recorded.tracer.create_proxy("call_function", node.target, args, kwargs)
         return node.target(*args, **kwargs)
 
     def extra_repr(self):

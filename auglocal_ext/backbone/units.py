@@ -5,6 +5,7 @@ VGG each convolution with what follows it up to the next one. Units hold the mod
 trains the model.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -74,6 +75,20 @@ class Backbone:
     class_token: bool = False
     left_out: tuple[str, ...] = ()
     _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
+
+    @property
+    def made_for(self):
+        """Pixels along a side of the images that such a network is made for, as far as is known."""
+        return {"cifar": 32, "imagenet": 224}.get(self.form, self.image_side)
+
+    def say_what_is_left_out(self):
+        """Warns of heads of the model's own that are not trained."""
+        if self.left_out:
+            heads = " and ".join(self.left_out)
+            warnings.warn(
+                f"the model has auxiliary heads of its own, {heads}: they are not trained, the logits alone are",
+                stacklevel=4,
+            )
 
     @property
     def looked_into(self):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from .node import computes, is_as_its_class
+from .node import computes, is_torchvisions
 
 __all__ = ["Dropping", "dropping_at", "is_identity"]
 
@@ -37,7 +37,7 @@ def dropping_at(node, module):
             return None
         if computes(module, nn.Dropout):
             return Dropping(module.p, VALUES, module.training, module.inplace)
-        if depth and type(module) is depth.StochasticDepth and is_as_its_class(module):
+        if is_torchvisions(module, "ops.stochastic_depth.StochasticDepth"):
             return Dropping(module.p, module.mode, module.training, False)
         return None
     if node.op == "call_function" and node.target is F.dropout:

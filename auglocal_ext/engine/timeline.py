@@ -16,6 +16,9 @@ from .emit import Phase
 __all__ = ["Buffer", "Moment", "Timeline", "fill", "timeline"]
 
 
+GRAPHS = "autograd's graphs"  # the buffer of what islands keep
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A piece of memory in one role. Written over, it goes on as another Buffer."""
@@ -71,6 +74,13 @@ class Timeline:
         """Bytes that the forward pass leaves for the backward."""
         backward = (moment.before for moment in self.moments if moment.phase is Phase.BACKWARD)
         return next(backward, self.moments[-1].before)
+
+    @property
+    def kept_by_autograd(self):
+        """Those of `kept` that autograd holds, for what no kind of node describes."""
+        turn = sum(moment.phase is Phase.FORWARD for moment in self.moments)
+        graphs = [buffer for buffer in self.buffers if buffer.name == GRAPHS]
+        return sum(buffer.bytes for buffer in graphs if buffer.born < turn <= buffer.dies)
 
     @property
     def end(self):
@@ -178,7 +188,7 @@ class _Walk:
             self._close("graphs", index)
             del self.open["graphs"]
         if before + hidden:
-            self.open["graphs"] = ["autograd's graphs", part, "kept", before + hidden, index]
+            self.open["graphs"] = [GRAPHS, part, "kept", before + hidden, index]
         self.live += hidden
 
     def _kind(self, name, index):

@@ -16,9 +16,10 @@ from .nodes import KINDS, Activation, Conv, Island, MaxPool
 from .nodes.chunk import is_cut
 from .nodes.head import take_in_head
 from .nodes.loss import cross_entropy
+from .nodes.reshape import only_reshapes
 from .symbolic import Untraceable, symbolic_graph
 
-__all__ = ["Reader", "join", "trace"]
+__all__ = ["Reader", "is_whole", "join", "trace"]
 
 
 def trace(module, inside, part, source="x"):
@@ -58,9 +59,10 @@ class Reader:
 
 def _read(module, inside, part, source):
     root = nn.Sequential(module)
-    taken = {type(inner) for inner in module.modules() if any(kind.takes_whole(inner) for kind in KINDS)}
+    taken = {type(inner) for inner in module.modules() if is_whole(inner)}
+    opened = {type(inner) for inner in module.modules() if only_reshapes(inner)}
     try:
-        graph = symbolic_graph(root, {nn.Sequential, *inside} - taken)
+        graph = symbolic_graph(root, {nn.Sequential, *inside, *opened} - taken)
     except Untraceable:
         return _whole(module, part, source)
     modules, values, nodes, done = dict(root.named_modules()), {}, [], set()
@@ -81,6 +83,12 @@ def _read(module, inside, part, source):
             done.update(_chain(fx_node, last))
             values[last] = node.out
             nodes.append(node)
+
+
+def is_whole(module):
+    """Whether tracing never looks into a module: a layer of torch's own, or one that a kind of node takes whole."""
+    layer = type(module).__module__.startswith("torch.nn.") and not module._modules
+    return layer or any(kind.takes_whole(module) for kind in KINDS)
 
 
 def _whole(module, part, source):

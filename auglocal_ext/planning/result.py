@@ -13,6 +13,9 @@ from .origin import Origin
 __all__ = ["ModulePlan", "Plan"]
 
 
+MOST_NAMES = 8  # of what runs by autograd, that are printed
+
+
 @dataclass(frozen=True)
 class ModulePlan:
     """One local module. Bytes are those of one training step, from the second step on."""
@@ -37,6 +40,11 @@ class ModulePlan:
     timeline: Timeline = field(repr=False)
     kept_gaps: frozenset = field(repr=False)  # see `engine.program.build`
     nanoseconds: int | None = None  # predicted, the optimizer's step included; None: nobody asked for times
+
+    def by_autograd(self):
+        """What runs by autograd, as a sentence."""
+        share = self.timeline.kept_by_autograd / self.kept_bytes
+        return f"module {self.index} runs by autograd, {share:.0%} of what it keeps: {_some(self.islands)}"
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,7 @@ class Plan:
         report.front_picture(self, path)
 
     def __str__(self):
-        autograd = [
-            f"module {module.index} runs by autograd, keeping more: {', '.join(module.islands)}"
-            for module in self.modules
-            if module.islands
-        ]
+        autograd = [module.by_autograd() for module in self.modules if module.islands]
         table = report.plan_table(self)
         return "\n".join([self.title, *table, "", self._peak_line(), *autograd, *self._again(), *self._costs()])
 
@@ -151,3 +155,9 @@ class Plan:
             f"{format_bytes(self.state_bytes)}, batch {format_bytes(self.batch_bytes)}, the rest activations and "
             f"gradients ({self.precision})"
         )
+
+
+def _some(names):
+    """The first of many names."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f", and {more} more" if more > 0 else "")

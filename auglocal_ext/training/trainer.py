@@ -109,6 +109,7 @@ class LocalTrainer:
         checks.check_precision(precision)
         self.criterion = as_criterion(criterion)
         backbone = as_backbone(model)
+        backbone.say_what_is_left_out()
         rule = as_rule(rule, depth, form, auxiliary)
         self._spans = cut(backbone, rule, modules, borders)
         check_parameters(model)
@@ -117,7 +118,7 @@ class LocalTrainer:
         self.recompute = rule.recompute or as_recompute(recompute, backbone)
         self._backbone, self._rule = backbone, rule
         self.device, self.dtype = first.device, first.dtype
-        self._image_size = _pair(image_size or _image_side(backbone))
+        self._image_size = _pair(image_size or backbone.made_for)
         heads = [head.to(self.device, self.dtype) for head in self._make_heads(self._image_size)]
         self.aux_nets = nn.ModuleList(heads[:-1])
         self.local_modules = []
@@ -387,11 +388,6 @@ class LocalTrainer:
         images = images.nan_to_num(0, 0, 0)
         self._refused |= torch.stack([not_finite, out_of_range])
         return images, labels.clamp(0, self.num_classes - 1), not_finite | out_of_range
-
-
-def _image_side(backbone):
-    """Of the images that a network was made for, as far as is known."""
-    return {"cifar": 32, "imagenet": 224}.get(backbone.form, backbone.image_side)
 
 
 def _kind(images):

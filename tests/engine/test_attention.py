@@ -95,3 +95,7 @@ def test_what_it_keeps_and_computes(device_type):
     assert forward == row * size * 4 + 2 * row * length
     backward = sum(moment.macs for moment in line.moments if moment.phase.value == "backward")
     assert backward == row * size * (1 + 1 + 3) + 5 * row * length
+    behind = nn.Sequential(nn.Linear(size, size, device="meta"), block)
+    line, _ = timeline(program_of(behind, head, device_type=device_type)[0], x, labels, [*behind.parameters()])
+    more = sum(moment.macs for moment in line.moments if moment.phase.value == "backward")
+    assert more == backward + row * size * (3 + 1)  # of the projection its data gradient, of the first its weight's

@@ -90,3 +90,46 @@ def test_a_block_trains_as_by_autograd_and_keeps_little(torchvision, block):
     found = {node.what for node in nodes if isinstance(node, Island)}
     assert {what.rpartition("(")[2].rstrip(")") for what in found} == islands
     assert engine_helpers.kept_share(block(torchvision.models), 8) <= share
+
+
+class Added(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers, nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+def last(*layers):
+    return type(trace(Added(*layers), {Added}, "part")[0][-1]).__name__
+
+
+def test_an_add_is_joined_where_both_sides_have_one_shape():
+    assert (
+        last(nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 8, 5, padding="same")) == "Norm"
+    )
+    assert last() == last(nn.ReLU6()) == "Norm"
+    for layers in (
+        [nn.Conv2d(8, 8, 3)],
+        [nn.Conv2d(8, 8, 1, stride=2)],
+        [nn.Conv2d(1, 8, 1)],
+        [nn.AdaptiveAvgPool2d(1)],
+        [nn.Conv2d(8, 8, (7, 1), padding=(3, 1))],
+    ):
+        assert last(*layers) == "Add"
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_an_add_of_a_map_and_its_mean(small):
+    """Whichever of them the BatchNorm is of."""
+
+    class Context(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.pool = nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            return self.norm(self.pool(x)) + x if small else self.norm(x) + self.pool(x)
+
+    engine_helpers.assert_trains_as_autograd(Context(), 8)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import re
 
 import nets
 import pytest
@@ -186,7 +187,7 @@ def test_islands_are_counted():
     trainer = LocalTrainer(model, 2)
     assert measured_peak(trainer, *batch(8, 16)) == trainer.plan.peak_bytes
     assert any("Hardtanh" in what for what in trainer.plan.modules[-1].islands)
-    assert "module 5 runs by autograd, keeping more: " in str(trainer.plan)
+    assert re.search(r"module 5 runs by autograd, \d+% of what it keeps: ", str(trainer.plan))
 
 
 def test_buffers_add_up_to_the_live_bytes():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from engine_helpers import looked_into
 from torch import nn
 
+from auglocal_ext import LocalTrainer, plan
 from auglocal_ext.common.memory import LiveBytes, tensors_of
 from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.engine.as_real import RealLayouts
@@ -70,6 +71,27 @@ def test_a_step_is_autograds(torchvision, name):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-8, atol=1e-11, msg=path)
 
 
+def test_bf16_errs_no_more_than_eager_torch(torchvision, name):
+    torch.manual_seed(0)
+    model = made(torchvision.models, name)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() > 1 else None
+    eager, exact, (images, labels) = copy.deepcopy(model), copy.deepcopy(model).double(), batch()
+    images = images.bfloat16()
+    program_of(model, autocast=torch.bfloat16)[0].run([images.clone()], labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = eager(images.float())
+    F.cross_entropy(out.float(), labels).backward()
+    F.cross_entropy(exact(images.double()), labels).backward()
+    errors, allowed = [], []
+    for ours, theirs, true in zip(model.parameters(), eager.parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        errors.append(((ours.grad - true.grad).norm() / (true.grad.norm() + 1e-12)).item())
+        allowed.append(((theirs.grad - true.grad).norm() / (true.grad.norm() + 1e-12)).item())
+    errors, allowed = torch.tensor(errors), torch.tensor(allowed)
+    assert errors.median() <= 1.5 * allowed.median() and (errors <= 4 * allowed + 0.05).all()
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_bytes_without_data_are_those_of_a_run(torchvision, name, layout, autocast):
@@ -84,6 +106,26 @@ def test_bytes_without_data_are_those_of_a_run(torchvision, name, layout, autoca
         kept = program.run([images], labels, images)
         assert live.peak - base == line.peak
     del kept
+
+
+def test_a_cut_model_is_read_as_well(torchvision, name):
+    """In units, what one node describes whole is one step still: attention in windows, the merging of patches."""
+    torch.manual_seed(0)
+    model, (images, labels) = made(torchvision.models, name), batch(torch.channels_last)
+    expected = F.cross_entropy(copy.deepcopy(model)(images), labels).item()
+    trainer = LocalTrainer(model, rule="bp")
+    assert trainer.step(images, labels).loss.item() == pytest.approx(expected, rel=1e-4)
+    islands = trainer.plan.modules[0].islands
+    assert all("expand" in island or "Sigmoid" in island or "Tanh" in island for island in islands)
+    with LiveBytes([*trainer.tensors(), images, labels]) as live:
+        trainer.step(images, labels)
+    assert live.peak == trainer.plan.peak_bytes
+
+
+def test_eager_torch_is_counted_beside_it(torchvision, name):
+    """Also with every unit checkpointed, whose second run takes the same kernels as the first."""
+    compared = plan(made(torchvision.models, name, 4), (64, 3, 16, 16), rule="bp").comparison
+    assert compared.bp.bytes < compared.eager.bytes and compared.eager_checkpoint.bytes < compared.eager.bytes
 
 
 def test_what_is_kept_is_a_part_of_what_autograd_saves(torchvision, name):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from engine_helpers import looked_into
 from torch import nn
 
+from auglocal_ext.common.memory import MultiplyAccumulates
 from auglocal_ext.engine.nodes import Island, WindowAttention
 from auglocal_ext.engine.program import build
 from auglocal_ext.engine.trace import join, trace
@@ -80,3 +81,32 @@ def test_a_changed_bias_makes_an_island(torchvision):
     body[1].attn.cpb_mlp[1] = nn.GELU()
     nodes, _ = trace(body, looked_into(body), "body", "images")
     assert [node.what for node in nodes if isinstance(node, Island)] == ["1.attn (ShiftedWindowAttentionV2)"]
+
+
+def test_another_function_in_place_of_torchvisions_makes_an_island(torchvision, monkeypatch):
+    models, body = torchvision.models.swin_transformer, swin(torchvision)
+    monkeypatch.setattr(models, "shifted_window_attention", lambda x, *_args, **_options: 2 * x)
+    nodes, _ = trace(body, looked_into(body), "body", "images")
+    assert [node.what for node in nodes if isinstance(node, Island)] == ["1.attn (ShiftedWindowAttention)"]
+
+
+@pytest.mark.parametrize("kind", ["swin", "swin_v2", "maxvit"])
+def test_its_arithmetic_is_what_its_operators_count(torchvision, kind):
+    """On meta tensors a part of the images stands for all of them."""
+    body = {"swin": swin, "swin_v2": lambda tv: swin(tv, 2), "maxvit": maxvit}[kind](torchvision)
+    nodes, out = trace(body, looked_into(body), "body", "images")
+    logits, _ = trace(nn.Flatten(1), set(), "head", out)
+    program = build(join(nodes, logits, None), "images", None)
+    values = {"images": torch.randn(9, 8, 4, 4), "labels": torch.arange(9)}
+    compared = 0
+    with torch.no_grad():
+        for step in program.steps:
+            reads = [values[name] for name in step.reads]
+            with MultiplyAccumulates() as counted:
+                made = step.run(*reads)
+            made = (made,) if len(step.writes) == 1 else made
+            if step.kind.startswith("attention") and step.macs is not None:
+                assert step.macs(reads, made) == counted.count, step.kind
+                compared += 1
+            values.update(zip(step.writes, made, strict=True))
+    assert compared == 2

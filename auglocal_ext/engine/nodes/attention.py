@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..emit import again
 from ..node import Node, computes
 from ..tensors import as_gradient, lower
 from .linear import linear, linear_data_gradient, linear_weight_gradient
@@ -63,7 +64,7 @@ class Attention(Node):
                 (leave, [attended], [self.out], None),
             )
             for run, reads, writes, macs in steps:
-                emit.derive(self, "recompute", partial(_again, run), reads, writes, macs, by_convolution=True)
+                emit.derive(self, "recompute", partial(again, run), reads, writes, macs, by_convolution=True)
 
     def backward(self, emit):
         m, (projected, attended, rows) = self.attention, self._kept()
@@ -81,7 +82,10 @@ class Attention(Node):
             emit.step(self, "weight gradient", run, [*parts, self.source], emit.gradient_names(*into))
         if self.source not in emit.constants:
             run, reads = partial(_data_gradient, into[0]), [*parts, f"{self.out}.dtype"]
-            emit.step(self, "data gradient", run, reads, [emit.give(self.source)])
+            emit.step(self, "data gradient", run, reads, [emit.give(self.source)], self._macs_into)
+
+    def _macs_into(self, reads, _writes):
+        return sum(grad.numel() for grad in reads[:-1]) * self.attention.embed_dim
 
     def _kept(self):
         """The names of the projections (N, L, 3 C), what was attended to (N, L, C), and of the rows' values."""
@@ -123,10 +127,6 @@ def _is_plain(module):
 
 def _trained(*parameters):
     return any(parameter is not None and parameter.requires_grad for parameter in parameters)
-
-
-def _again(run, _over, *reads):
-    return run(*reads)
 
 
 def _project(weight, bias, autocast, x):

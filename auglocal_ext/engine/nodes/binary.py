@@ -40,16 +40,21 @@ class Binary(Node):
 
     @classmethod
     def match(cls, at):
-        node = at.node
+        if not cls.computes(at.node):
+            return None
+        attributes = tuple(map(at.attribute, at.node.args))
+        known = all(x in at.values for x, attribute in zip(at.node.args, attributes, strict=True) if attribute is None)
+        if all(attributes) or not known:  # a size, for instance
+            return None
+        sources = tuple(at.values[x] for x in at.node.args if x in at.values)
+        return cls(at.out, at.part, sources, attributes), at.node
+
+    @classmethod
+    def computes(cls, node):
+        """Whether an fx node is such a function of two values or attributes."""
         known = {"call_function": cls.functions, "call_method": (cls.name,)}.get(node.op, ())
-        operands = [x for x in node.args if isinstance(x, torch.fx.Node)]
-        if node.target not in known or node.kwargs or len(node.args) != 2 or len(operands) != 2:
-            return None
-        attributes = tuple(map(at.attribute, operands))
-        if all(attributes):
-            return None
-        sources = tuple(at.values[x] for x in operands if x in at.values)
-        return cls(at.out, at.part, sources, attributes), node
+        two = len(node.args) == 2 and all(isinstance(x, torch.fx.Node) for x in node.args)
+        return node.target in known and two and not node.kwargs
 
     def plain(self, *values):
         return self.functions[0](*self.operands(values))

@@ -10,7 +10,7 @@ from torch import nn
 from ..node import Node, computes, has_own_weight
 from ..tensors import as_gradient, lower
 
-__all__ = ["Conv", "is_plain_conv"]
+__all__ = ["Conv", "is_plain_conv", "keeps_size"]
 
 _aten = torch.ops.aten
 
@@ -92,6 +92,14 @@ def is_plain_conv(module):
         and module.padding_mode == "zeros"
         and _padding(module) is not None
         and has_own_weight(module)
+    )
+
+
+def keeps_size(conv):
+    """Whether a plain convolution's output has the height and width of its input."""
+    sides = zip(_padding(conv), conv.dilation, conv.kernel_size, strict=True)
+    return tuple(conv.stride) == (1, 1) and all(
+        2 * padding == dilation * (size - 1) for padding, dilation, size in sides
     )
 
 

@@ -12,6 +12,8 @@ from ...ops.batch_norm_act import ACTIVATIONS
 from ..node import Node, computes, has_own_weight
 from ..tensors import like
 from .activation import RELU, Function, function_at, is_relu
+from .conv import is_plain_conv, keeps_size
+from .mul import Mul
 
 __all__ = ["Norm", "affine", "batch_statistics", "is_plain_norm", "plain_batch_norm", "statistics"]
 
@@ -59,7 +61,8 @@ class Norm(Node):
             if len(others) == 1 and others[0] in at.values:
                 if relu is not None and is_relu(relu, at):
                     return cls(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
-                return cls(at.out, at.part, source, bn, None, at.values[others[0]]), reader
+                if keeps_shape(at.node, others[0], at):  # an Add's sides may have any shapes
+                    return cls(at.out, at.part, source, bn, None, at.values[others[0]]), reader
         found = None if reader is None else function_at(reader, at)
         if found is not None and _is_fused(found[0]):
             return cls(at.out, at.part, source, bn, found[0]), reader
@@ -113,6 +116,27 @@ class _Residual(nn.Module):
 
     def forward(self, x):
         return self.act(self.bn(self.conv(x)) + x)
+
+
+def keeps_shape(node, before, at):
+    """Whether it can be told that an fx node's map, a BatchNorm's, has the shape of one that it is made from.
+
+    By elementwise functions and their gates, BatchNorms, and convolutions that keep the size, and in the end the
+    channels.
+    """
+    channels = inputs = at.module(node).num_features
+    while node is not before:
+        module, made_from = at.module(node), list(node.args)
+        if is_plain_conv(module) and keeps_size(module):
+            inputs = module.in_channels
+        elif Mul.computes(node):
+            made_from = [side for side in made_from if function_at(side, at) is not None]
+        elif not is_plain_norm(module, nn.BatchNorm2d) and function_at(node, at) is None:
+            return False
+        if len(made_from) != 1:
+            return False
+        (node,) = made_from
+    return inputs == channels
 
 
 def is_plain_norm(bn, kind):

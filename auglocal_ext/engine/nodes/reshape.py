@@ -12,7 +12,7 @@ from ..calls import call_at, is_size
 from ..node import Node, computes, is_torchvisions
 from ..tensors import dense
 
-__all__ = ["Reshape"]
+__all__ = ["Reshape", "only_reshapes"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ class _Shuffled(nn.Module):
         n, c, h, w = x.shape
         x = x.reshape(n, 2, c // 2, h, w).transpose(1, 2)
         return torch.reshape(x, (x.size(0), -1, h, w))
+
+
+def only_reshapes(module):
+    """Whether a module without modules in it is made of such steps, and so worth being looked into."""
+    names = "models.maxvit.WindowPartition", "models.maxvit.WindowDepartition"
+    return any(is_torchvisions(module, name) for name in names)
 
 
 _KEEP_ORDER = {"reshape", "view", "flatten", "unflatten", "contiguous"}

@@ -11,7 +11,8 @@ from torch import nn
 
 from ...common.torchvision import import_torchvision
 from ..as_real import autocasting
-from ..node import Node, computes, is_torchvisions
+from ..emit import again
+from ..node import Node, computes, is_torchvisions, is_torchvisions_function
 from ..tensors import lower
 from ..windows import as_maps, as_windows, mask_of_shift, relative_bias
 from .linear import is_plain_linear, linear, linear_data_gradient, linear_weight_gradient
@@ -65,10 +66,11 @@ class WindowAttention(Node):
             scale = None if is_torchvisions(module, _SWIN_V2) else (module.qkv.in_features // module.num_heads) ** -0.5
             window, shift = tuple(module.window_size), tuple(module.shift_size)
             given = module.qkv, module.proj, module.num_heads, scale, window, shift
-        own = all(map(is_plain_linear, given[:2])) and _has_own_position(module)
+        own = all(map(is_plain_linear, given[:2])) and _has_own_position(module) and _calls_own_function(module)
         return (cls(at.out, at.part, at.source(), module, *given), node) if own else None
 
     def plain(self, x):
+        # Of torchvision's class, whose own forward it is, and which calls torchvision's own function.
         return type(self.attention).forward(self.attention, x)
 
     @property
@@ -79,19 +81,20 @@ class WindowAttention(Node):
 
     def forward(self, emit):
         windows, projected, attended, left, sizes = self._values()
+        attend = partial(self._attend, (emit.autocast, emit.device_type))
         steps = (
-            (partial(self._project, emit.autocast), [windows], [projected]),
-            (partial(self._attend, (emit.autocast, emit.device_type)), [projected, sizes], [attended]),
-            (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left]),
+            (partial(self._project, emit.autocast), [windows], [projected], None),
+            (attend, [projected, sizes], [attended], lambda reads, _: self._macs(reads[0], 2, 1)),
+            (partial(linear, weight=self.leave.weight, bias=self.leave.bias), [attended], [left], None),
         )
         emit.step(self, "windows", self._begin, [self.source], [windows, sizes])
-        emit.derive(self, "rebuild", partial(_again, self._windows), [self.source], [windows], alias=True)
-        for run, reads, writes in steps:
-            emit.step(self, "attention", run, reads, writes)
+        emit.derive(self, "rebuild", partial(again, self._windows), [self.source], [windows], alias=True)
+        for run, reads, writes, macs in steps:
+            emit.step(self, "attention", run, reads, writes, macs)
             if self.part in emit.recomputed:
-                emit.derive(self, "recompute", partial(_again, run), reads, writes, by_convolution=True)
+                emit.derive(self, "recompute", partial(again, run), reads, writes, macs, by_convolution=True)
         emit.step(self, "windows", self._maps, [left, sizes], [self.out])
-        emit.derive(self, "rebuild", partial(_again, self._maps), [left, sizes], [self.out], alias=True)
+        emit.derive(self, "rebuild", partial(again, self._maps), [left, sizes], [self.out], alias=True)
 
     def backward(self, emit):
         windows, projected, attended, left, sizes = self._values()
@@ -99,13 +102,13 @@ class WindowAttention(Node):
         of_left, of_attended, of_projected, of_windows = (
             f"{name} gradient" for name in (left, attended, projected, windows)
         )
-        reads = [emit.take(self.out), *([self.out] if self.out == emit.features else ())]
+        reads = [emit.take(self.out), *([self.out] if self.out == emit.features else ())]  # to be handed on
         emit.step(self, "windows", self._windows, reads, [of_left])
         self._weight_gradient(emit, leave, of_left, attended)
         emit.step(self, "data gradient", partial(linear_data_gradient, weight=leave.weight), [of_left], [of_attended])
         run = partial(self._attend_backward, (emit.autocast, emit.device_type))
         writes = [of_projected, *emit.gradient_names(*self.position)]
-        emit.step(self, "attention backward", run, [of_attended, projected, sizes], writes)
+        emit.step(self, "attention backward", run, [of_attended, projected, sizes], writes, self._macs_of_backward)
         self._weight_gradient(emit, into, of_projected, windows)
         if self.source not in emit.constants:
             run = partial(linear_data_gradient, weight=into.weight)
@@ -136,11 +139,23 @@ class WindowAttention(Node):
 
     def _weight_gradient(self, emit, module, gradient, source):
         if any(parameter.requires_grad for parameter in module.parameters()):
-            run, names = (
-                partial(self._gradients, module, emit.autocast),
-                emit.gradient_names(module.weight, module.bias),
-            )
-            emit.step(self, "weight gradient", run, [gradient, source], names)
+            writes = emit.gradient_names(module.weight, module.bias)
+            run = partial(self._gradients, module, emit.autocast)
+            emit.step(self, "weight gradient", run, [gradient, source], writes)
+
+    def _macs(self, projected, products, position):
+        """Of so many passes of the products with keys or values, and over what makes a table of the bias."""
+        table, made = 0, self.position[1:]
+        if made:
+            weights = sum(parameter.numel() for parameter in made if parameter.dim() == 2)
+            table = weights * self.attention.relative_coords_table[..., 0].numel()
+        return products * projected.numel() // 3 * projected.shape[-2] + position * table
+
+    def _macs_of_backward(self, reads, _writes):
+        macs = self._macs(reads[1], 6, 3)
+        if self.position[1:]:  # the coordinates need no gradient
+            macs -= self.position[1].numel() * self.attention.relative_coords_table[..., 0].numel()
+        return macs
 
     # ---- what the steps run ------------------------------------------------------------------------------------------
 
@@ -200,7 +215,7 @@ class WindowAttention(Node):
         attended = projected.new_empty((*projected.shape[:-1], projected.shape[-1] // 3))
         with autocasting(projected, *as_eager):
             given = *self._bias(self.position), self._mask(sizes, projected)
-            for x, y in zip(projected.chunk(_CHUNKS), attended.chunk(_CHUNKS), strict=True):
+            for x, y in zip(_parts(projected), _parts(attended), strict=True):
                 y.copy_(self._attended(x, *given))
         return attended
 
@@ -213,7 +228,7 @@ class WindowAttention(Node):
             leaves = [x.detach().requires_grad_() for x in made]
             scale, bias = leaves if self.scale is None else (None, *leaves)
             mask, totals = self._mask(sizes, projected), None
-            for x, dy in zip(projected.chunk(_CHUNKS), grad.chunk(_CHUNKS), strict=True):
+            for x, dy in zip(_parts(projected), _parts(grad), strict=True):
                 with torch.enable_grad():
                     part = x.detach().requires_grad_()
                     y = self._attended(part, scale, bias, mask)
@@ -235,8 +250,20 @@ class _Swap(nn.Module):
         return self.attention(x.transpose(1, 2))
 
 
+def _parts(x):
+    """Those that the images are attended to in; without data the first two, as the others need no more memory."""
+    parts = x.chunk(_CHUNKS)
+    return parts[:2] if x.is_meta else parts
+
+
 def _names(module):
     return ("logit_scale",) if hasattr(module, "logit_scale") else ("relative_position_bias_table",)
+
+
+def _calls_own_function(module):
+    """Whether nobody has put another function in the place of Swin's, which its classes call."""
+    function = type(module).forward.__globals__.get("shifted_window_attention")
+    return function is None or is_torchvisions_function(function, "models.swin_transformer.shifted_window_attention")
 
 
 def _has_own_position(module):
@@ -254,7 +281,3 @@ def _has_own_position(module):
 
 def _of_keys(bias):
     return bias.chunk(3)[1]
-
-
-def _again(run, _over, *reads):
-    return run(*reads)

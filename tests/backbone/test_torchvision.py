@@ -1,0 +1,153 @@
+"""All of torchvision's classification models: cut, planned, and trained for a step, against the model's own forward and
+plain autograd on the same local modules.
+
+By default the smallest of each family run, and the others are planned without data; `--long` runs all of them, one at a
+time, at the size of images that each was made for.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auglocal_ext import LocalTrainer, plan
+from auglocal_ext.backbone import as_backbone
+
+# The smallest of each family, and a side of images that it takes.
+SMALL = {
+    "alexnet": 64,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "efficientnet_b0": 64,
+    "googlenet": 64,
+    "mnasnet0_5": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "regnet_x_400mf": 64,
+    "regnet_y_400mf": 64,
+    "resnet18": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+    "swin_t": 64,
+    "swin_v2_t": 64,
+    "vgg11_bn": 64,
+    "inception_v3": 299,
+    "maxvit_t": 224,
+    "vit_b_32": 224,
+}
+SIDES = {"inception_v3": 299, "vit_h_14": 224}  # of those that were not made for images of 224
+LARGE = 90_000_000  # parameters of a model that runs in float32
+
+
+def builders():
+    models = pytest.importorskip("torchvision", exc_type=Exception).models
+    return [name for name in models.list_models(module=models)]
+
+
+def build(torchvision, name, on_meta=False):
+    """A builder's model of 10 classes, without what is drawn at random in a step."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta" if on_meta and not name.startswith("regnet") else "cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torchvision.models.get_model(name, num_classes=10, **options)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        if "Attention" in type(module).__name__ and hasattr(module, "attention_dropout"):
+            module.attention_dropout = module.dropout = 0.0
+    if on_meta:
+        return model.to("meta")
+    for head in (m for m in model.modules() if isinstance(m, nn.Linear)):  # a ViT's begins with zeros
+        if not head.weight.any():
+            nn.init.normal_(head.weight, std=0.02)
+    return model
+
+
+def check_a_step(model, side, **options):
+    """One step of SGD with lr 1: values, gradients of each module by plain autograd, statistics, what is left alone."""
+    dtype = next(model.parameters()).dtype
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-4}
+    bound = 1e-7 if dtype == torch.float64 else 1e-2  # of a gradient, against the layer's largest
+    images, labels = torch.randn(2, 3, side, side, dtype=dtype), torch.tensor([1, 7])
+    model.eval()
+    keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        in_eval = model(images)
+    own = copy.deepcopy(model).train()
+    out = own(images)
+    out = getattr(out, "logits", out).detach()
+    model.train()
+    trainer = LocalTrainer(model, image_size=side, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **options)
+    plain = copy.deepcopy(trainer.local_modules)
+    result = trainer.step(images, labels)
+    torch.testing.assert_close(result.logits, out, **tolerance)
+    unused = unused_buffers(model, trainer)
+    for (name, ours), theirs in zip(model.named_buffers(), own.buffers(), strict=True):
+        if name not in unused:
+            torch.testing.assert_close(ours, theirs, msg=name, **tolerance)
+    x, seen = images, 0
+    for ours, module in zip(trainer.local_modules, plain, strict=True):
+        features, logits = module(x.detach())
+        F.cross_entropy(logits, labels).backward()
+        for (name, after), theirs in zip(ours.named_parameters(), module.parameters(), strict=True):
+            gradient = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            difference = (theirs.detach() - after.detach() - gradient).abs().max()
+            assert difference <= bound * max(1, gradient.abs().max()), f"{name}: off by {difference}"
+            seen += theirs.grad is not None
+        x = features
+    assert seen > len(trainer.local_modules)
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(before)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), in_eval, rtol=0, atol=0)
+    return trainer
+
+
+def unused_buffers(model, trainer):
+    """Those of the model's own auxiliary heads, which are left out."""
+    used = {id(buffer) for module in trainer.local_modules for buffer in module.buffers()}
+    return {name for name, buffer in model.named_buffers() if id(buffer) not in used}
+
+
+def expected_side(name, long):
+    return SMALL[name] if name in SMALL and not long else SIDES.get(name, 224)
+
+
+@pytest.mark.parametrize("name", builders())
+def test_a_step_of_each(torchvision, name, long):
+    if name not in SMALL and not long:
+        pytest.skip("--long runs all; by default the smallest of each family run")
+    torch.manual_seed(0)
+    model = build(torchvision, name)
+    if sum(p.numel() for p in model.parameters()) < LARGE:
+        model = model.double()
+    check_a_step(model, expected_side(name, long), depth=2)
+
+
+@pytest.mark.parametrize("name", builders())
+def test_each_is_cut(torchvision, name, long):
+    model = build(torchvision, name, on_meta=True)
+    backbone = as_backbone(model)
+    held = [id(p) for unit in backbone.units for p in unit.module.parameters()]
+    held += [id(p) for p in backbone.classifier.parameters()]
+    assert len(set(held)) == len(held)
+    names = {id(p): name for name, p in model.named_parameters()}
+    left_out = {name.split(".")[0] for i, name in names.items() if i not in held}
+    assert left_out <= {"aux1", "aux2", "AuxLogits"}
+    assert bool(left_out) == bool(backbone.left_out)
+    assert len(backbone.units) >= 5
+    if long:
+        planned = plan(model, (16, 3, *[SIDES.get(name, 224)] * 2), depth=2, auxiliary="light", modules=2)
+        assert planned.macs < 1.35 * planned.bp_macs
+
+
+def test_own_auxiliary_heads_are_left_out_and_said_so(torchvision):
+    model = build(torchvision, "googlenet")
+    with pytest.warns(UserWarning, match="heads of its own, aux_logits2 and aux_logits1: they are not trained"):
+        LocalTrainer(model, depth=2)
