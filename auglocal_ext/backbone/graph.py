@@ -229,8 +229,8 @@ def _record(copied, model, images):
             return graph, tracer, _logits_alone(copied, graph)
         if not tracer.within[kept]:
             raise ValueError(
-                f"cannot cut {type(copied).__name__} into units: its forward() writes to {kept.args[0].target}, which no "
-                f"step here would do: put that into a module of its own"
+                f"cannot cut {type(copied).__name__} into units: its forward() writes to {kept.args[0].target}, which "
+                f"no step here would do: put that into a module of its own"
             )
         whole.add(type(modules[tracer.within[kept][-1][0]]))  # it changes a buffer, and runs as it is
 

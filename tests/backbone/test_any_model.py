@@ -378,3 +378,15 @@ def test_a_forward_that_asks_for_the_size_is_read_for_one():
     torch.testing.assert_close(trainer.step(images, torch.tensor([0, 4, 2])).loss, own)
     with pytest.raises(ValueError, match="computes something else than its units .* first at aten.convolution behind"):
         auglocal_ext.LocalTrainer(model, rule="bp").step(images[..., :16, :16], torch.tensor([0, 4, 2]))
+
+
+def test_an_attribute_that_was_read_may_not_change():
+    model, images, labels = ReadsAttribute(), torch.rand(3, 3, 32, 32), torch.tensor([0, 4, 2])
+    trainer = auglocal_ext.LocalTrainer(model, rule="bp")
+    trainer.step(images, labels)
+    model.scale, before = 3.0, copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="computes something else .* first at aten.mul behind norm.bias"):
+        trainer.step(images, labels)
+    assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
+    model.scale = 2.0
+    trainer.step(images, labels)
