@@ -82,7 +82,7 @@ class _Expressions(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given, _ = tree_flatten((args, kwargs))
+        given, _ = tree_flatten((_with_stride(function, args), kwargs))
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
         if any(a.is_meta for a in tensors) and any(a.dim() and not a.is_meta for a in tensors):
             raise ValueError("it reads a tensor that is no parameter or buffer of it, and so has no copy without data")
@@ -129,6 +129,13 @@ class _Expressions(TorchDispatchMode):
 
 def _content(tensor):
     return "" if tensor.is_meta or tensor.numel() > 1000 else str(tensor.tolist())
+
+
+def _with_stride(function, args):
+    """The arguments of a pool with its stride, which is the kernel's size where none is given."""
+    if function.overloadpacket not in (_aten.avg_pool2d, _aten.max_pool2d_with_indices) or (args[2:] and args[2]):
+        return args
+    return *args[:2], args[1], *args[3:]
 
 
 def _plain(argument):

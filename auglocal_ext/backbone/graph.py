@@ -221,7 +221,39 @@ def _record(copied, model, images):
                 ) from error
             whole.add(type(tracer.failed))
             continue
-        return graph, tracer, _logits_alone(copied, graph)
+        modules = dict(copied.named_modules())
+        writing = [node for node in graph.nodes if _writes_over_its_input(node, modules)]
+        kept = next((node for node in writing if node.args[0].op == "get_attr"), None)
+        if kept is None:
+            _read_what_was_written(graph, writing)
+            return graph, tracer, _logits_alone(copied, graph)
+        if not tracer.within[kept]:
+            raise ValueError(
+                f"cannot cut {type(copied).__name__} into units: its forward() writes to {kept.args[0].target}, which "
+                f"no step here would do: put that into a module of its own"
+            )
+        whole.add(type(modules[tracer.within[kept][-1][0]]))  # it changes a buffer, and runs as it is
+
+
+def _writes_over_its_input(node, modules):
+    """Whether an fx node changes the tensor that is its first argument. modules: path -> module."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return getattr(modules[node.target], "inplace", False) is True
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    return node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def _read_what_was_written(graph, writing):
+    """Lets what reads a tensor after an operator has written over it read what that has made."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node in writing:
+        node.args[0].replace_all_uses_with(node, lambda user, place=places[node]: places[user] > place)
 
 
 def _spot(error):
@@ -244,7 +276,7 @@ def _logits_alone(copied, graph):
     elif not isinstance(out, fx.Node):
         raise ValueError(
             f"cannot cut {type(copied).__name__} into units: its forward() must put out the logits, a tensor, given "
-            f"{type(out).__name__}"
+            f"{'dict' if isinstance(out, dict) else type(out).__name__}"
         )
     return others
 

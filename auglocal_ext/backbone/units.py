@@ -93,7 +93,8 @@ class Backbone:
     @property
     def looked_into(self):
         """The module types whose forward tracing looks into."""
-        return {type(unit.module) for unit in self.units} - {nn.Sequential} | {Segment, BasicBlock, TokenBlock}
+        families = {type(u.module) for u in self.units if u.copy is not None and not isinstance(u.copy, Copies)}
+        return families - {nn.Sequential, nn.Conv2d} | {Segment, BasicBlock, TokenBlock}
 
     def feature_shapes(self, image_shape):
         """The shape of each unit's output without the batch, for images of image_shape, (C, H, W)."""

@@ -238,7 +238,8 @@ class LocalTrainer:
             self.plan = compared(self._planner(), self.plan, images)
 
     def _planner(self):
-        return Planner(self.model, self.precision, self._optimizer, self.recompute, criterion=self.criterion)
+        options = {"criterion": self.criterion, "backbone": self._backbone}
+        return Planner(self.model, self.precision, self._optimizer, self.recompute, **options)
 
     def _plan_for(self, images, compare=False):
         """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""

@@ -23,7 +23,16 @@ _SETTINGS = {
     nn.BatchNorm2d: ("affine",),
 }
 
+_FOLLOWED = ("training", *_ANY)
+
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+
+def _read_once(module):
+    """The names of a block's plain attributes: its forward may have read them when it was cut, and is not run again."""
+    if not module._modules or type(module).__module__.startswith("torch.nn."):
+        return []
+    return [n for n, value in vars(module).items() if isinstance(value, int | float | str) and n not in _FOLLOWED]
 
 
 class Watch:
@@ -42,7 +51,7 @@ class Watch:
         self._parameters = list({id(p): p for _, module, _ in self._modules for p in module._parameters.values()
                                  if p is not None}.values())  # fmt: skip
         self._chosen_by = [
-            (state, [name for name in _SETTINGS.get(type(module), _ANY) if name in state])
+            (state, [name for name in _SETTINGS.get(type(module), _ANY) if name in state] + _read_once(module))
             for _, module, state in self._modules
         ]
         self._chosen_by = [(state, names) for state, names in self._chosen_by if names]
