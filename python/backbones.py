@@ -28,6 +28,7 @@ from auglocal_ext.common.files import check_writable, write_json, write_text
 from auglocal_ext.common.meta import meta_copy
 from auglocal_ext.common.torchvision import import_torchvision
 from auglocal_ext.engine.as_real import RealLayouts
+from auglocal_ext.engine.meta_attention import MetaAttention
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paper_tables import markdown
@@ -61,7 +62,7 @@ def eager_saves(model, images):
         return tensor
 
     labels = torch.zeros(len(images), dtype=torch.int64, device="meta")
-    with RealLayouts(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with RealLayouts(), MetaAttention(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(images)
         loss = F.cross_entropy(getattr(out, "logits", out), labels)
     del loss

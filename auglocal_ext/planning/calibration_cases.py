@@ -85,7 +85,7 @@ def _layers():
     ):
         yield _case(nn.Sequential(Residual(shape[1]), Residual(shape[1])), shape[1], shape)
     for n in (2, 32):
-        for act in (nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU()):
+        for act in (nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.ELU()):  # the last one by autograd
             body = nn.Conv2d(16, 32, 1), act, nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), act
             yield _case(nn.Sequential(*body, nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)), 16, (n, 16, 28, 28))
     for pool in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)):
@@ -96,7 +96,7 @@ def _layers():
 
 
 def _classifiers():
-    """Linear layers, which run by autograd but in the usual head, and that head."""
+    """Linear layers, and the usual head."""
     for n in (4, 64):
         sizes = (3 * 49, 256), (32 * 49, 512), (8 * 49, 4096), (64 * 49, 4096), (320 * 49, 4096)
         for inputs, hidden in sizes[: 5 if n == 4 else 4]:

@@ -60,7 +60,8 @@ def train(
     """Trains a model in place by local learning; afterwards it is the plain model again, trained.
 
     Args:
-        model: a torchvision ResNet or VGG, or one of `auglocal_ext.models`.
+        model: an image classifier: any of torchvision's, one of `auglocal_ext.models`, or one of your own whose forward
+            is a graph of layers and functions, see `as_backbone`.
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
             the CPU are moved to the model's device.
         depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
@@ -72,7 +73,8 @@ def train(
             such a network. See `auglocal_ext.rules.AugLocal`.
         auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", which cost a tenth; see
             `auglocal_ext.rules.Auxiliary`.
-        modules: K, to cut the model into K local modules instead of one per unit.
+        modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
+            per unit or nearly so, and two of another network.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
             `auglocal_ext.plan`.

@@ -109,7 +109,7 @@ def test_models_that_can_be_cut(torchvision, capsys):
         f"resnet32               16  {parameters:>11,}",
         "resnet18                9   11,689,512",
     ]
-    refused(["models", "squeezenet*"], "no model that can be cut has a name like 'squeezenet\\*'", capsys)
+    refused(["models", "squeezer*"], "no model that can be cut has a name like 'squeezer\\*'", capsys)
 
 
 def test_export_needs_its_packages(run, capsys, monkeypatch):

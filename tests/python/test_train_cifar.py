@@ -156,7 +156,6 @@ def test_large_images_are_not_for_it(recipe, torchvision, capsys):
         (["--modules", "99"], "--modules must be a whole number from 1 to 10"),
         (["--rule", "bp", "--modules", "2"], "--rule bp has one module: leave --modules out"),
         (["--model", "raft_large"], "the model 'raft_large' of torchvision is no image classifier"),
-        (["--model", "alexnet"], "cannot cut AlexNet into units"),
         (["--data", "fake:" + "9" * 25], "--data must be 'digits'"),
         (["--epochs", "many"], "--epochs must be a whole number, given 'many'"),
         (["--rule", "magic"], "argument --rule: invalid choice: 'magic'"),
