@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from ..backbone.layouts import MAPS
 from ..common.memory import bytes_of, tensors_of
 from ..engine.emit import Emit
 from ..engine.schedule import LONGEST_REBUILD, passes_of
@@ -35,8 +36,12 @@ class Walker:
         images, self.labels = planner.batch(shape)
         shapes = planner.backbone.feature_shapes(shape[1:])[:-1]
         dtype = planner.autocast or planner.dtype
-        layout = {"dtype": dtype, "device": "meta", "memory_format": planner.memory_format}
-        self.inputs = [images, *(torch.empty((len(images), *size), **layout) for size in shapes)]
+        layouts = [planner.memory_format if unit.layout == MAPS else torch.contiguous_format for unit in self.units]
+        made = [
+            torch.empty((len(images), *size), dtype=dtype, device="meta", memory_format=layout)
+            for size, layout in zip(shapes, layouts, strict=False)
+        ]
+        self.inputs = [images, *made]
         self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
         self.known, self.macs, self.ways = {}, {}, {}
         self.names = ["images"]  # of each unit's input, and of the last output

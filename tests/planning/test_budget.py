@@ -11,7 +11,7 @@ from calibration_helpers import samples as calibration_samples
 from torch import nn
 
 from auglocal_ext import LocalTrainer, models, plan, train
-from auglocal_ext.common.memory import format_bytes, parse_bytes
+from auglocal_ext.common.memory import LiveBytes, format_bytes, parse_bytes
 from auglocal_ext.planning import budget as budget_module
 from auglocal_ext.planning import calibration, search
 from auglocal_ext.planning.menu import Menu
@@ -320,3 +320,19 @@ def test_pictures(tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "front.svg").read_text()
     assert "</svg>" in text
+
+
+def test_a_transformer_under_a_budget(torchvision):
+    """Of tokens, which have no memory format."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 4, 2, 32, 64, num_classes=10)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    most = plan(model, images.shape, rule="bp", memory_format=torch.contiguous_format).peak_bytes
+    given = {"auxiliary": "light", "memory_format": torch.contiguous_format}
+    planned = plan(model, images.shape, 2, memory_budget=int(0.85 * most), **given)
+    assert len(planned.modules) > 1 and planned.peak_bytes <= 0.85 * most
+    trainer = LocalTrainer(model, plan=planned)
+    trainer.step(images, labels)
+    with LiveBytes([*trainer.tensors(), images, labels]) as live:
+        trainer.step(images, labels)
+    assert live.peak == planned.peak_bytes
