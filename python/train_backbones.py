@@ -3,7 +3,7 @@
     python python/train_backbones.py --data ROOT [--json FILE] [NAME ...]
 
 ROOT has one folder of images per class, of which 2,000 are taken, as many of each, resized where a network needs it.
-AdamW, two epochs of batches of 50. Each local module's accuracy in the last epoch has to be above chance by three
+AdamW, two epochs of batches of 25. Each local module's accuracy in the last epoch has to be above chance by three
 standard errors. FILE gets a line a network; those that are there already are left out.
 """
 
@@ -28,8 +28,8 @@ from auglocal_ext.data.images import resized
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
-IMAGES, CLASSES, EPOCHS, BATCH = 2000, 10, 2, 50
-LR = {"squeezenet1_1": 2e-4, "alexnet": 2e-4}  # of those without BatchNorm
+IMAGES, CLASSES, EPOCHS, BATCH = 2000, 10, 2, 25
+LR = {"squeezenet1_1": 3e-4, "alexnet": 2e-4, "vgg11_bn": 2e-4}  # of those with dropout between large layers
 # The smallest of each family, and pixels along a side.
 SIDES = {
     "resnet18": 32,
