@@ -5,12 +5,13 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from ..engine.as_real import RealLayouts
 from ..models import BasicBlock
-from .layouts import MAPS, MAPS_LAST, TOKENS, channels_of, in_layout, to_layout
+from .layouts import MAPS, TOKENS, channels_of, in_layout, to_layout
 from .segment import Segment
 
 __all__ = ["Copies", "TokenBlock"]
@@ -40,25 +41,29 @@ class Copies:
     _known: dict = field(default_factory=dict, compare=False, repr=False)  # width, stride -> see `_scaled`
 
     def __call__(self, in_channels, stride, width):
-        own_stride = self.stride if stride > 1 else 1
-        found = self._scaled(width, own_stride)
+        found = self._scaled(width, stride)
         if found is None:
             return self.residual(in_channels, stride, width)
         body, channels, _ = found
         body = _fresh(body, self.module)
-        return nn.Sequential(*self._adapter(in_channels, channels, stride // own_stride), body)
+        return nn.Sequential(*self._adapter(in_channels, channels, stride // self._own_stride(stride)), body)
 
     def channels(self, width, stride):
         """Of a copy's output."""
-        found = self._scaled(width, self.stride if stride > 1 else 1)
+        found = self._scaled(width, stride)
         return width if found is None else found[2]
 
     def is_residual(self, width, stride):
         """Whether a residual block stands for the unit."""
-        return self._scaled(width, self.stride if stride > 1 else 1) is None
+        return self._scaled(width, stride) is None
+
+    def _own_stride(self, stride):
+        """What the unit's own layers do of a copy's stride: of none they lose theirs."""
+        return self.stride if stride > 1 else 1
 
     def _scaled(self, width, stride):
         """(the unit's module, its channels scaled, on the meta device; its channels in; out), None: it cannot be."""
+        stride = self._own_stride(stride)
         if (width, stride) not in self._known:
             scale = _Scale(width / channels_of(self.made, self.makes), stride == 1 < self.stride)
             try:
@@ -77,13 +82,14 @@ class Copies:
         return fitted, channels, channels_of(out, self.makes)
 
     def _adapter(self, in_channels, channels, stride):
-        if self.takes == TOKENS:
-            return [nn.Linear(in_channels, channels), nn.LayerNorm(channels)] if in_channels != channels else []
-        layers = in_layout([nn.AvgPool2d(stride, ceil_mode=True)], self.takes) if stride > 1 else []
-        if self.takes == MAPS_LAST:
-            return layers + ([nn.Linear(in_channels, channels), nn.LayerNorm(channels)] * (in_channels != channels))
-        if in_channels != channels:
+        """The layers before the unit's own. Tokens stay as many as they are."""
+        layers = []
+        if stride > 1 and self.takes != TOKENS:
+            layers += in_layout([nn.AvgPool2d(stride, ceil_mode=True)], self.takes)
+        if in_channels != channels and self.takes == MAPS:
             layers += [nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)]
+        elif in_channels != channels:
+            layers += [nn.Linear(in_channels, channels), nn.LayerNorm(channels)]
         return layers
 
     def residual(self, in_channels, stride, width):
@@ -165,20 +171,16 @@ class _Scale:
         return fitted, fitted(x)
 
     def _through(self, segment, x):
-        values, fitted = {}, set()
-        for node in segment.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = x
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                return args[0]
+        fitted = set()
+
+        def fit(node, args):
             if node.op in ("call_module", "get_attr") and node.target not in fitted:
                 fitted.add(node.target)
                 own = getattr(segment, node.target)
                 made = self._layer(own, args[0]) if node.op == "call_module" else self._tensor(own)
                 setattr(segment, node.target, made)
-            values[node] = segment.run(node, args, kwargs)
+
+        return segment.through(x, fit)
 
     def _tensor(self, tensor):
         if sum(size > 1 for size in tensor.shape) > 1 and self.factor != 1:
@@ -219,7 +221,3 @@ class _Scale:
             kernel, padding = ((1, 1), 0) if kernel == stride else (kernel, padding)
             stride = (1, 1)
         return nn.Conv2d(channels, out, kernel, stride, padding, conv.dilation, groups, conv.bias is not None)
-
-
-def _pair(value):
-    return value if isinstance(value, tuple) else (value, value)

@@ -38,6 +38,11 @@ class Segment(nn.Module):
             self.register_buffer(name, found, persistent=False)
 
     def forward(self, x):
+        return self.through(x)
+
+    def through(self, x, before=None):
+        """What it makes of x; before: called with each node that runs and its args, which may put another module or
+        tensor in the place of the node's."""
         values = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
@@ -46,10 +51,11 @@ class Segment(nn.Module):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 return args[0]
-            values[node] = self.run(node, args, kwargs)
+            if before is not None:
+                before(node, args)
+            values[node] = self._run(node, args, kwargs)
 
-    def run(self, node, args, kwargs):
-        """The value of a node of the graph."""
+    def _run(self, node, args, kwargs):
         if node.op == "get_attr":
             return getattr(self, node.target)
         if node.op == "call_module":  # what a __call__ of its own does besides is in the graph
