@@ -25,7 +25,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Node:
-    """Derive, and define `sources`, `plain`, `forward` and `backward`; where tracing shall find it also `match`.
+    """Derive, and define `source` or `sources`, `plain`, `forward` and `backward`; where tracing shall find it also
+    `match`.
 
     out: the name of its value.
     part: the unit or aux net it belongs to.
@@ -42,8 +43,8 @@ class Node:
 
     @property
     def sources(self):
-        """The names of the values it reads."""
-        raise NotImplementedError
+        """The names of the values it reads: its `source`, where a kind does not say others."""
+        return (self.source,)
 
     @property
     def without_parameters(self):

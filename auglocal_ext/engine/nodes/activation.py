@@ -87,10 +87,6 @@ class Activation(Node):
 
     without_parameters = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         found = function_at(at.node, at)

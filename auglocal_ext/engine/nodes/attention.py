@@ -28,10 +28,6 @@ class Attention(Node):
 
     output_is_ours = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         node, module, reader = at.node, at.module(), at.only_reader(at.node)

@@ -30,10 +30,6 @@ class AvgPool(Node):
     without_parameters = True
     keeps_its_source = False
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         pool = at.as_module(nn.AvgPool2d, F.avg_pool2d)

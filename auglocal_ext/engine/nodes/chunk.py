@@ -24,10 +24,6 @@ class Chunk(Node):
 
     without_parameters = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         node = at.node

@@ -29,10 +29,6 @@ class Conv(Node):
     output_is_ours = True
     data_gradient_waits = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         conv = at.module()

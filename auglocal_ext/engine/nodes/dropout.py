@@ -23,10 +23,6 @@ class Dropout(Node):
 
     without_parameters = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         found = dropping_at(at.node, at.module())

@@ -29,10 +29,6 @@ class GlobalPool(Node):
     without_parameters = True
     keeps_its_source = False
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         node, pool = at.node, at.calls(nn.AdaptiveAvgPool2d)

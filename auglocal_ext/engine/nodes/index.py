@@ -25,10 +25,6 @@ class Index(Node):
     without_parameters = True
     keeps_its_source = False
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         node = at.node

@@ -28,10 +28,6 @@ class LayerNorm(Node):
     norm: nn.LayerNorm
     channels: bool
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def takes_whole(cls, module):
         return is_torchvisions(module, "models.convnext.LayerNorm2d")

@@ -26,10 +26,6 @@ class Linear(Node):
     output_is_ours = True
     data_gradient_waits = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         found = at.calls(nn.Linear)

@@ -25,10 +25,6 @@ class Loss(Node):
 
     is_a_loss = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     def plain(self, prediction, *given):
         return self.weight * self.function(prediction, *given)
 

@@ -25,10 +25,6 @@ class MaxPool(Node):
 
     without_parameters = True
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         pool = pool_at(at)

@@ -24,10 +24,6 @@ class PatchMerging(Node):
     without_parameters = True
     keeps_its_source = False
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         node = at.node

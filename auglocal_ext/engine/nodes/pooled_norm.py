@@ -27,10 +27,6 @@ class PooledNorm(Node):
     bn: nn.BatchNorm2d
     pool: nn.MaxPool2d
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def match(cls, at):
         bn, relu = at.module(), at.only_reader(at.node)

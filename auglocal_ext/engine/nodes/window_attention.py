@@ -45,10 +45,6 @@ class WindowAttention(Node):
     window: tuple[int, int] | None
     shift: tuple[int, int] | None
 
-    @property
-    def sources(self):
-        return (self.source,)
-
     @classmethod
     def takes_whole(cls, module):
         return any(is_torchvisions(module, name) for name in (_SWIN, _SWIN_V2, _MAXVIT))
