@@ -47,15 +47,16 @@ def as_backbone(model):
 def _read(model):
     meta_copy(model)  # says what cannot be copied, by its path in the model
     backbone = cut_by_graph(model)
-    plain = isinstance(model, _known("VGG", "vgg"))
+    plain, blocks = isinstance(model, _known("VGG", "vgg")), dict(model.named_modules())
     form = "imagenet" if plain or isinstance(model, _known("ResNet", "resnet")) else None
     form = "cifar" if isinstance(model, models.CifarResNet) else form
-    return replace(backbone, units=tuple(_with_copies(unit, model, plain) for unit in backbone.units), form=form)
+    return replace(
+        backbone, units=tuple(_with_copies(unit, blocks.get(unit.name), plain) for unit in backbone.units), form=form
+    )
 
 
-def _with_copies(unit, model, plain):
-    """A unit with the authors' copies, where they have any for such a one."""
-    block = _found(model, unit.name)
+def _with_copies(unit, block, plain):
+    """A unit with the authors' copies, where they have any for such a one. block: the module of its name, or None."""
     if _is_residual(block):
         width, copy = _read_block(block)
         return replace(unit, module=block, width=width, copy=copy, least_width=_least_width(block, width))
@@ -69,13 +70,6 @@ def _known(kind, family):
     """torchvision's class of that name, in a tuple, if it was imported: a model made by it cannot exist otherwise."""
     module = sys.modules.get(f"torchvision.models.{family}")
     return () if module is None else (getattr(module, kind),)
-
-
-def _found(model, path):
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _least_width(module, width):

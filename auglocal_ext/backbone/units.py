@@ -5,6 +5,7 @@ VGG each convolution with what follows it up to the next one. Units hold the mod
 trains the model.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,6 +76,11 @@ class Backbone:
     class_token: bool = False
     left_out: tuple[str, ...] = ()
     _shapes: dict = field(default_factory=dict, compare=False, repr=False)  # what `feature_shapes` has found
+
+    @functools.cached_property
+    def kinds(self):
+        """What each unit's module is made of, as text: equal ones have units alike."""
+        return [str(unit.module) for unit in self.units]
 
     @property
     def made_for(self):

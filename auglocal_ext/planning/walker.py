@@ -42,7 +42,7 @@ class Walker:
             for size, layout in zip(shapes, layouts, strict=False)
         ]
         self.inputs = [images, *made]
-        self.kinds = [(str(unit.module), tuple(x.shape)) for unit, x in zip(self.units, self.inputs, strict=True)]
+        self.kinds = [(kind, tuple(x.shape)) for kind, x in zip(planner.backbone.kinds, self.inputs, strict=True)]
         self.known, self.macs, self.ways = {}, {}, {}
         self.names = ["images"]  # of each unit's input, and of the last output
         for k in range(len(self.units)):

@@ -92,7 +92,7 @@ class AugLocal(Rule):
         if not isinstance(self.auxiliary, Auxiliary):
             return border.unit
         sample, backbone = self.sample(border.backbone, border.unit), border.backbone
-        before, kinds = backbone.units[border.unit], [str(backbone.units[unit].module) for unit in sample.units]
+        before, kinds = backbone.units[border.unit], [backbone.kinds[unit] for unit in sample.units]
         return before.out_channels, before.plain, self._shape(border), replace(sample, units=()), *kinds
 
     def _made(self, border):
