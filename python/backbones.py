@@ -23,10 +23,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import auglocal_ext
 from auglocal_ext.backbone import as_backbone
 from auglocal_ext.cli import errors
+from auglocal_ext.cli.checks import on_meta
 from auglocal_ext.cli.options import Parser, whole
 from auglocal_ext.common.files import check_writable, write_json, write_text
-from auglocal_ext.common.meta import meta_copy
-from auglocal_ext.common.torchvision import import_torchvision
 from auglocal_ext.engine.as_real import RealLayouts
 from auglocal_ext.engine.meta_attention import MetaAttention
 
@@ -44,12 +43,10 @@ SIDES = {"inception_v3": 299}
 
 
 def build(name):
-    """A builder's model without data; RegNets cannot be made so, and are copied."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    models = import_torchvision("a table of its models").models
-    with torch.device("cpu" if name.startswith("regnet") else "meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return meta_copy(models.get_model(name, **options))
+    """A builder's model without data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of initial weights
+        return on_meta(name, 1000)
 
 
 def eager_saves(model, images):
