@@ -340,13 +340,14 @@ class Run:
         values = (f"{name}-{value}" for name, value in asdict(self).items() if name != "data" and value is not None)
         return re.sub(r"[^\w.-]", "_", "-".join(values))
 
-    def command(self, device, results, checkpoint, seconds):
+    def command(self, device, results, checkpoint, seconds, save=None):
         program = "train_imagenet.py" if self.dataset == "imagenet" else "train_cifar.py"
         command = [sys.executable, str(ROOT / "python" / program)]
         for name, value in asdict(self).items():
             if value is not None and not (name == "dataset" and value == "imagenet"):
                 command += ["--" + name.replace("_", "-"), str(value)]
         command += ["--device", device, "--results", str(results), "--checkpoint", str(checkpoint)]
+        command += ["--save", str(save)] if save else []
         return [*command, "--max-seconds", f"{max(seconds, 1):.0f}", "--quiet"]
 
 
@@ -366,10 +367,10 @@ def wanted_runs(options):
 
 
 class Runner:
-    """Runs trainings within the minutes; a line for each."""
+    """Runs trainings within the minutes; a line for each. models: a folder for their weights, or None."""
 
-    def __init__(self, device, results, files, minutes):
-        self.device, self.results, self.files = device, results, files
+    def __init__(self, device, results, files, minutes, models=None):
+        self.device, self.results, self.files, self.models = device, results, files, models
         self.machine = records.machine(device)["device"]
         self.until = time.perf_counter() + 60 * minutes
 
@@ -402,7 +403,8 @@ class Runner:
         if left <= 0:
             return "left out: the time is up", ""
         checkpoint = self.results.parent / f"{self.results.name}.partial" / run.slug
-        command = run.command(self.device, self.results, checkpoint, left)
+        save = self.models and self.models / f"{run.slug}.pt"
+        command = run.command(self.device, self.results, checkpoint, left, save)
         try:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left + GRACE

@@ -1,0 +1,60 @@
+"""The accuracy study: its queue, its intervals, its table and its picture, of records that were made up."""
+
+import importlib
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
+    return importlib.import_module("study")
+
+
+def record(rule, accuracy, count=1, seed=0, **more):
+    settings = {"dataset": "cifar10", "data": "imagefolder:x", "model": "resnet32", "rule": rule, "depth": None}
+    settings |= {"modules": None, "epochs": 10, "batch_size": 128, "precision": "bf16", "seed": seed, **more}
+    settings["train_images"] = 50_000
+    made = {"settings": settings, "machine": {"device": "one"}, "local_modules": count, "macs_per_bp": 1.0}
+    return made | {"accuracy": {"last": accuracy, "best": accuracy}, "seconds": 1, "peak_bytes": 10**7 // count}
+
+
+def test_the_queue_has_every_row_once_before_any_second_seed(study):
+    queue = study.runs("imagefolder:x")
+    assert len(queue) == len({run.slug for run in queue}) == 34
+    first = [run for run in queue if run.seed == 0]
+    assert queue[: len(first)] == first and len(first) == 14
+    assert {(run.rule, run.depth, run.modules) for run in first if run.auxiliary is None} == {
+        *(("bp", None, None), ("predsim", None, None), ("infopro", None, None), ("dgl", None, None), ("dgl", None, 4)),
+        *(("auglocal", 4, 2), ("auglocal", 4, 4), ("auglocal", 4, None), ("auglocal", 2, None), ("auglocal", 6, None)),
+    }
+    assert sorted(run.modules for run in first if run.auxiliary == "light") == [2, 3, 4, 8]
+
+
+def test_a_difference_has_students_interval(study):
+    one, other = [93.0, 93.2, 93.4], [92.0, 92.4, 92.2]
+    deviation, freedom = study.pooled_deviation([one, other, [50.0]])
+    assert freedom == 4 and deviation == pytest.approx(0.2)
+    assert study.interval(3, 3, deviation, freedom) == pytest.approx(2.776 * 0.2 * (2 / 3) ** 0.5)
+    assert study.pooled_deviation([[1.0], [2.0]]) is None
+    assert [study.verdict(*case) for case in [(-0.3, 0.6), (-0.6, 0.7), (-2.0, 0.7), (2.0, 0.7)]] == [
+        *("equal", "not decided", "worse", "better")
+    ]
+
+
+def test_the_table_and_the_picture(study, tmp_path, capsys):
+    made = [record("bp", 0.90), record("bp", 0.92, seed=1), record("dgl", 0.85, 16)]
+    made += [record("auglocal", 0.91, 4, depth=4, modules=4, auxiliary="light"), record("auglocal", 0.89, 13, depth=4)]
+    file, picture = tmp_path / "found.jsonl", tmp_path / "study.svg"
+    file.write_text("".join(json.dumps(one) + "\n" for one in made))
+    assert study.main([str(file), "--picture", str(picture)]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    half = 12.706 * statistics.stdev([90, 92]) * 1.5**0.5
+    assert lines[2] == ["BP", "1", "1.00", "10 MB", "91.0 ± 1.4", "2", "", "", "93.73", ""]
+    assert lines[3][6:] == [f"-6.00 ± {half:.2f}", "not decided", "86.30", "-7.43"]
+    assert lines[4][0] == "AugLocal d=4, light" and lines[4][8:] == ["", ""]
+    assert lines[5][8:] == ["93.08", "-0.65"]
+    assert "</svg>" in picture.read_text()
