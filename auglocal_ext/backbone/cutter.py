@@ -1,5 +1,6 @@
 """Any model as units and a classifier, by its graph: where one tensor is all that goes on, and what is one part."""
 
+import itertools
 import operator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 from .copies import Copies
 from .graph import is_block, model_graph
 from .layouts import MAPS, TOKENS, channels_of, layout_of, reduction_of
+from .named_units import grouped_by_names
 from .segment import segment_module
 from .units import Backbone, Unit
 
@@ -31,11 +33,13 @@ _ELEMENTWISE = {
 }
 
 
-def cut_by_graph(model):
+def cut_by_graph(model, units=None):
     """The Backbone of a model, read by its graph.
 
     A unit begins with a layer that mixes pixels or channels, such as a convolution; what the model's own modules hold
     together, a residual block or an Inception module, is one. The classifier is the pooling and what is behind it.
+
+    units: names, to begin them there instead; see `named_units`.
 
     Raises:
         ValueError: the model has no graph, or nothing in it to cut at; says what.
@@ -47,7 +51,12 @@ def cut_by_graph(model):
     blocks = [_block_of(piece, types, model) for piece in pieces]
     end = _end_of_the_body(pieces, blocks, model)
     groups = _grouped(pieces[:end], blocks)
-    return _backbone(model, graph, groups, types, [call for piece in pieces[end:] for call in piece.calls])
+    names = _unit_names(model, groups, types)
+    if units is not None:
+        starts = itertools.accumulate(map(len, groups[:-1]), initial=0)
+        groups = grouped_by_names(pieces[:end], units, dict(zip(names, starts, strict=True)), model)
+        names = list(units)
+    return _backbone(model, graph, groups, names, [call for piece in pieces[end:] for call in piece.calls])
 
 
 @dataclass(frozen=True)
@@ -217,17 +226,13 @@ def _leads(pieces, blocks, index):
 # ---- the units ------------------------------------------------------------------------------------------------------
 
 
-def _backbone(model, graph, groups, types, tail):
+def _backbone(model, graph, groups, names, tail):
     units, source, side = [], graph.images, graph.image_shape[1]
     before, takes, reduced = None, MAPS, 1
-    lies_in = [_lies_in(pieces) for pieces in groups]
-    for index, pieces in enumerate(groups):
+    for name, pieces in zip(names, groups, strict=True):
         calls = [call for piece in pieces for call in piece.calls]
         module, out = _module(model, calls, source), calls[-1].value
         layout = layout_of(out)
-        name = _unit_name(model, calls, lies_in, index, types)
-        count = sum(unit.name == name or unit.name.startswith(f"{name} (") for unit in units)
-        name = f"{name} ({count + 1})" if count else name
         channels, reduction = channels_of(out, layout), reduction_of(out, layout, side)
         kept = sum(_elements(call) for call in calls if _mixes(call.node, model)) / side**2
         copies = Copies(module, before, out, takes, layout, max(1, reduction // reduced)) if units else None
@@ -298,6 +303,16 @@ def _lies_in(pieces):
     """The calls of modules that all of a unit's layers with weights lie in."""
     mixing = [piece for piece in pieces if piece.mixes] or pieces
     return _shared([_around(call) for piece in mixing for call in piece.calls])
+
+
+def _unit_names(model, groups, types):
+    """Of the units; where several would be called alike, the later ones are numbered."""
+    lies_in, names = [_lies_in(pieces) for pieces in groups], []
+    for index, pieces in enumerate(groups):
+        name = _unit_name(model, [call for piece in pieces for call in piece.calls], lies_in, index, types)
+        count = sum(known == name or known.startswith(f"{name} (") for known in names)
+        names.append(f"{name} ({count + 1})" if count else name)
+    return names
 
 
 def _unit_name(model, calls, lies_in, index, types):

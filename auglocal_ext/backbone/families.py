@@ -15,15 +15,18 @@ from .cutter import cut_by_graph
 __all__ = ["as_backbone"]
 
 
-def as_backbone(model):
+def as_backbone(model, units=None):
     """Reads a model as units and classifier.
 
     Args:
         model: a network from images (N, C, H, W) to logits (N, classes) whose forward is a graph of layers and
             functions: any of torchvision's classification models, `auglocal_ext.models`, or another.
+        units: names of modules by their paths, such as ["conv1", "layer1", "layer2"], or of units as they are without
+            it: a unit begins where each of these begins, and reaches to the next one's; the first begins with the
+            images, the last ends before the classifier. Default: as the model's own blocks and layers are.
 
     Raises:
-        ValueError: its forward cannot be followed, or has nothing to cut at; says why.
+        ValueError: its forward cannot be followed, or has nothing to cut at, or no unit can begin so; says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -34,7 +37,7 @@ def as_backbone(model):
     if hasattr(model, "_orig_mod"):
         raise ValueError("cannot cut a model from torch.compile into units: pass the model it was made from")
     try:
-        return _read(model)
+        return _read(model, units)
     except ValueError as error:
         if replaced := replaced_methods(model):
             raise ValueError(
@@ -44,9 +47,9 @@ def as_backbone(model):
         raise
 
 
-def _read(model):
+def _read(model, units):
     meta_copy(model)  # says what cannot be copied, by its path in the model
-    backbone = cut_by_graph(model)
+    backbone = cut_by_graph(model, units)
     plain, blocks = isinstance(model, _known("VGG", "vgg")), dict(model.named_modules())
     form = "imagenet" if plain or isinstance(model, _known("ResNet", "resnet")) else None
     form = "cifar" if isinstance(model, models.CifarResNet) else form
@@ -57,7 +60,7 @@ def _read(model):
 
 def _with_copies(unit, block, plain):
     """A unit with the authors' copies, where they have any for such a one. block: the module of its name, or None."""
-    if _is_residual(block):
+    if _is_residual(block) and set(unit.module.parameters()) == set(block.parameters()):
         width, copy = _read_block(block)
         return replace(unit, module=block, width=width, copy=copy, least_width=_least_width(block, width))
     layers = [*unit.module] if type(unit.module) is nn.Sequential else [unit.module]

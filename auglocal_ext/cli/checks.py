@@ -7,8 +7,9 @@ from ..backbone.families import as_backbone
 from ..common.messages import first_line
 from ..planning.budget import rules_of
 from ..rules.by_name import RULES
+from ..rules.cutting import as_recompute
 
-__all__ = ["check_cut", "check_image_size", "on_meta"]
+__all__ = ["check_cut", "check_image_size", "listed", "on_meta"]
 
 
 def on_meta(name, classes):
@@ -26,8 +27,16 @@ def check_cut(options):
     model = on_meta(options.model, given.get("num_classes") or 10)
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper"), options.modules
     more = {name: given[name] for name in ("recompute", "prefer") if name in given}
-    rules_of(as_backbone(model), *rule, budgeted=given.get("budget") is not None, **more)
+    backbone = as_backbone(model, listed(given.get("units")))
+    if given.get("recompute") not in (None, "auto"):
+        as_recompute(listed(given["recompute"]), backbone)
+    rules_of(backbone, *rule, budgeted=given.get("budget") is not None, **more)
     return model
+
+
+def listed(value):
+    """An option's names, which are divided by commas, as a list; what else it may be as it is."""
+    return value.split(",") if isinstance(value, str) and value != "auto" else value
 
 
 def check_image_size(model, height, width, option):

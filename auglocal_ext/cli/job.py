@@ -9,7 +9,7 @@ from .. import data, models
 from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
-from .checks import check_cut, check_image_size
+from .checks import check_cut, check_image_size, listed
 from .weights import load_weights
 
 __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
@@ -71,9 +71,10 @@ def train_as_told(options, model, source, **more):
         form=options.form,
         auxiliary=options.auxiliary,
         modules=options.modules,
+        units=listed(options.units),
         memory_budget=options.budget,
         prefer=options.prefer,
-        recompute=options.recompute,
+        recompute=listed(options.recompute),
         optimizer=named_optimizer(options.optimizer, options.lr, options.momentum, options.weight_decay),
         schedule=schedule_of(options),
         precision=options.precision,

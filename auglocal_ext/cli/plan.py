@@ -2,7 +2,7 @@
 
 from .. import report
 from ..planning.plan import plan
-from .checks import check_cut, check_image_size
+from .checks import check_cut, check_image_size, listed
 
 __all__ = ["plan_command"]
 
@@ -16,7 +16,7 @@ def plan_command(options):
     model, side = check_cut(options), options.image_size
     check_image_size(model, side, side, "--image-size")
     shape = (options.batch_size, 3, side, side)
-    cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules", "recompute")}
+    cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules")}
     # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
     model = model.train().to_empty(device="cpu")
     planned = plan(
@@ -26,6 +26,8 @@ def plan_command(options):
         precision=options.precision,
         memory_budget=options.budget,
         prefer=options.prefer,
+        units=listed(options.units),
+        recompute=listed(options.recompute),
         **cutting,
     )
     print(planned.brief() if options.brief else planned)

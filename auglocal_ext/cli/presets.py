@@ -24,6 +24,7 @@ DEFAULTS = {
     "form": None,
     "auxiliary": "paper",
     "modules": None,
+    "units": None,
     "precision": "fp32",
     "recompute": False,
     "budget": None,

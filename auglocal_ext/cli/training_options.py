@@ -18,7 +18,7 @@ _DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
     "fake:N (default: {default})"
 )
-_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "precision", "recompute", "budget", "prefer")
+_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "units", "precision", "recompute", "budget", "prefer")
 
 
 def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
@@ -117,9 +117,17 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
         "width=0.5 separable', or auto: paper or light as --budget allows (default: {default})",
     )
     add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
+    add(
+        "--units",
+        metavar="NAME,NAME",
+        help="modules that units begin with, by their paths in the model (default: its own blocks and layers)",
+    )
     add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
-    again = "run convolutions again in the backward instead of keeping theirs; auto: of what units --budget asks for"
-    add("--recompute", nargs="?", const=True, choices=["auto"], help=again)
+    again = (
+        "run convolutions again in the backward instead of keeping theirs, of all units or of these; auto: of those "
+    )
+    again += "that --budget asks for"
+    add("--recompute", nargs="?", const=True, metavar="auto|NAME,NAME", help=again)
     add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
         "least work")  # fmt: skip
     add(

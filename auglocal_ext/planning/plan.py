@@ -31,6 +31,7 @@ def plan(
     form: str | None = None,
     auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
+    units: Iterable[str] | None = None,
     precision: str = "fp32",
     memory_budget: int | str | None = None,
     prefer: str = "arithmetic",
@@ -44,9 +45,9 @@ def plan(
     Args:
         model: see `as_backbone`.
         input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, auxiliary, modules, precision, recompute, optimizer: see `auglocal_ext.train`. With a budget
-            depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6 and be
-            the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
+        depth, rule, form, auxiliary, modules, units, precision, recompute, optimizer: see `auglocal_ext.train`. With a
+            budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
+            and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
@@ -62,7 +63,7 @@ def plan(
         ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
             budget: it then says the least that would, and the batch size that would fit.
     """
-    backbone = as_backbone(model)
+    backbone = as_backbone(model, units)
     shape = check_shape(backbone, input_shape)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     options = {"budgeted": budget is not None, "recompute": recompute, "prefer": prefer}

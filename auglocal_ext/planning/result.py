@@ -99,6 +99,11 @@ class Plan:
         return None if None in times else sum(times) / 1e6
 
     @property
+    def units(self):
+        """The names of the backbone's units."""
+        return tuple(name for module in self.modules for name in module.units)
+
+    @property
     def borders(self):
         """The last unit of each module but the last: what `LocalTrainer` takes to cut the same way."""
         ends, last = [], -1

@@ -15,7 +15,7 @@ def check_plan(plan, model, alone):
         raise TypeError(f"plan must be what auglocal_ext.plan returns, given {type(plan).__name__}")
     if not alone:
         raise ValueError(
-            "plan= tells depth, rule, form, auxiliary, modules, borders, optimizer, criterion, precision and "
+            "plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision and "
             "recompute: leave them out, or give them to auglocal_ext.plan"
         )
     if plan.origin.model != fingerprint(model):

@@ -38,6 +38,7 @@ def train(
     form: str | None = None,
     auxiliary: str | Auxiliary | Callable = "paper",
     modules: int | None = None,
+    units: Iterable[str] | None = None,
     memory_budget: int | str | None = None,
     prefer: str = "arithmetic",
     recompute: bool | str | Iterable[str] = False,
@@ -75,6 +76,7 @@ def train(
             `auglocal_ext.rules.Auxiliary`.
         modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
             per unit or nearly so, and two of another network.
+        units: names, to say what the units are; see `as_backbone`.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
             `auglocal_ext.plan`.
@@ -132,7 +134,7 @@ def train(
         model.to(usable_device(device))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
-    cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules}
+    cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}
     cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)

@@ -10,7 +10,7 @@ from ..rules.auxiliary import nets_of
 
 __all__ = ["check_state", "load_state", "random_state", "set_random_state", "state_of"]
 
-VERSION = 2
+VERSION = 3
 
 
 def state_of(trainer):
@@ -82,6 +82,7 @@ def _made_of(trainer):
         "rule": rule.name,
         "depth": rule.depth,
         "auxiliary": nets_of(rule),
+        "units": list(trainer.units),
         "borders": [span.last for span in trainer._spans[:-1]],
         "precision": trainer.precision,
         "recompute": trainer.recompute,

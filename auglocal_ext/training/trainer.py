@@ -59,6 +59,7 @@ class LocalTrainer:
         depth, form, auxiliary: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
         modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
             that fits a memory budget pass plan.
+        units: names, to say what the units are; see `as_backbone`.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut, rule, optimizer,
             criterion, precision and recompute are taken from it, and its step is run, without planning again.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
@@ -75,6 +76,7 @@ class LocalTrainer:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
         aux_nets: nn.ModuleList, one LocalHead for each local module but the last: features -> logits, with the net of
             an extra loss. With the model's, its state_dict and the optimizers' are all that a step changes.
+        units: names of the backbone's units.
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
         nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
@@ -93,6 +95,7 @@ class LocalTrainer:
         form: str | None = None,
         auxiliary: str | Auxiliary | Callable = "paper",
         modules: int | None = None,
+        units: Iterable[str] | None = None,
         borders: Iterable[int] | None = None,
         optimizer: Callable | None = None,
         criterion: nn.CrossEntropyLoss | None = None,
@@ -101,20 +104,22 @@ class LocalTrainer:
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
         if plan is not None:
-            beside = (depth, rule, form, auxiliary, modules, borders, optimizer, criterion, precision, recompute)
-            check_plan(plan, model, beside == (4, "auglocal", None, "paper", None, None, None, None, "fp32", False))
+            beside = (depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, recompute)
+            usual = (4, "auglocal", None, "paper", None, None, None, None, None, "fp32", False)
+            check_plan(plan, model, beside == usual)
             rule, borders, precision = plan.origin.rule, plan.borders, plan.precision
             recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
-            image_size = image_size or plan.input_shape[2:]
+            image_size, units = image_size or plan.input_shape[2:], plan.units
         checks.check_precision(precision)
         self.criterion = as_criterion(criterion)
-        backbone = as_backbone(model)
+        backbone = as_backbone(model, units)
         backbone.say_what_is_left_out()
         rule = as_rule(rule, depth, form, auxiliary)
         self._spans = cut(backbone, rule, modules, borders)
         check_parameters(model)
         first = next(model.parameters())
         self.model, self.precision, self.plan = model, precision, plan
+        self.units = tuple(unit.name for unit in backbone.units)
         self.recompute = rule.recompute or as_recompute(recompute, backbone)
         self._backbone, self._rule = backbone, rule
         self.device, self.dtype = first.device, first.dtype
@@ -147,7 +152,7 @@ class LocalTrainer:
 
     def __setstate__(self, state):
         vars(self).update(state)
-        self._backbone, self._watch = as_backbone(self.model), self._watched()
+        self._backbone, self._watch = as_backbone(self.model, self.units), self._watched()
         self._programs, self._hooks_run = None, set()
 
     def _watched(self):
