@@ -9,7 +9,7 @@ __all__ = ["LONGEST_REBUILD", "Gap", "add_frees", "block_outputs_to_pin", "passe
 
 # How many elementwise passes a rebuild may walk within a part, and how many parts, before a value on its way is pinned
 # instead.
-LONGEST_REBUILD = 6
+LONGEST_REBUILD = 7
 
 
 @dataclass(frozen=True)
