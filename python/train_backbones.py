@@ -3,8 +3,8 @@
     python python/train_backbones.py --data ROOT [--json FILE] [NAME ...]
 
 ROOT has one folder of images per class, of which 2,000 are taken, as many of each, resized where a network needs it.
-AdamW, two epochs of batches of 25. Each local module's accuracy in the last epoch has to be above chance by three
-standard errors. FILE gets a line a network; those that are there already are left out.
+AdamW, two epochs of batches of 25, or what SETTINGS tells. Each local module's accuracy in the last epoch has to be
+above chance by three standard errors. FILE gets a line a network; those that are there already are left out.
 """
 
 import json
@@ -28,14 +28,24 @@ from auglocal_ext.data.images import resized
 sys.path.insert(0, str(Path(__file__).parent))
 import records
 
-IMAGES, CLASSES, EPOCHS, BATCH = 2000, 10, 2, 25
-LR = {"squeezenet1_1": 3e-4, "alexnet": 2e-4, "vgg11_bn": 2e-4}  # of those with dropout between large layers
+IMAGES, CLASSES = 2000, 10
+USUAL = {"lr": 1e-3, "epochs": 2, "batch": 25}
+SETTINGS = {
+    # Those with dropout before or between the classifier's layers learn slowly at first.
+    "squeezenet1_1": {"lr": 3e-4, "batch": 10},
+    "alexnet": {"lr": 2e-4},
+    "vgg11_bn": {"lr": 2e-4},
+    # Those of large images take long.
+    "vit_b_32": {"lr": 3e-4, "epochs": 1},
+    "inception_v3": {"epochs": 1},
+    "maxvit_t": {"lr": 3e-4, "epochs": 1},
+}
 # The smallest of each family, and pixels along a side.
 SIDES = {
     "resnet18": 32,
     "vgg11_bn": 32,
     "alexnet": 64,
-    "squeezenet1_1": 64,
+    "squeezenet1_1": 96,
     "googlenet": 64,
     "densenet121": 32,
     "mobilenet_v2": 64,
@@ -70,26 +80,29 @@ def images_of(root):
 def row(name, images, labels):
     """Trains one network, and tells what came out."""
     torch.manual_seed(0)
-    side = SIDES[name]
+    side, settings = SIDES[name], USUAL | SETTINGS.get(name, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = auglocal_ext.models.create(name, CLASSES)
         images = resized(images, side)
-        loader = DeviceLoader(images, labels, BATCH, *mean_and_std(images), augment=True, pad=side // 8, flip=True)
+        loader = DeviceLoader(
+            images, labels, settings["batch"], *mean_and_std(images), augment=True, pad=side // 8, flip=True
+        )
         started = time.perf_counter()
         result = auglocal_ext.train(
             model,
             loader,
             modules=2,
             auxiliary="light",
-            epochs=EPOCHS,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR.get(name, 1e-3)),
+            epochs=settings["epochs"],
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=settings["lr"]),
             progress=False,
         )
     last, chance = result.history[-1], 1 / CLASSES
     return {
         "model": name,
         "side": side,
+        **settings,
         "module_accuracies": last["module_accuracies"],
         "least": chance + 3 * math.sqrt(chance * (1 - chance) / IMAGES),
         "seconds": time.perf_counter() - started,
