@@ -5,14 +5,10 @@ from dataclasses import dataclass, replace
 from .. import report
 from ..common.memory import format_bytes
 from ..engine.emit import Phase
-from ..rules.bp import BP
-from ..rules.cutting import cut
 from .eager import eager_bytes
+from .fewest import FEWER, cut_into
 
 __all__ = ["Comparison", "Cost", "compared"]
-
-
-FEWER = (2, 3, 4, 8)  # numbers of modules that are tried where a cut needs more memory than backpropagation
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,12 @@ def compared(planner, planned, like=None):
         planned: its Plan.
         like: see `Planner.batch`.
     """
-    shape, whole = planned.input_shape, cut(planner.backbone, BP())
+    shape = planned.input_shape
 
     def at_once(recompute):
         if len(planned.modules) == 1 and planned.origin.recompute == recompute:
             return planned
-        return planner.with_recompute(recompute).plan(whole, shape, BP(), like=like)
+        return planner.at_once(shape, recompute, like)
 
     bp, checkpoint, eager = at_once(False), at_once(True), eager_bytes(planner, shape, like)
     units = [m for m in bp.modules[0].timeline.moments if m.phase is Phase.FORWARD and m.part != "head"]
@@ -109,18 +105,9 @@ def _warning(planner, planned, bp, like):
     best = bp
     for count in FEWER:
         if count < len(planned.modules):
-            other = _cut_into(count, planner, planned, like)
+            other = cut_into(count, planner, planned.input_shape, planned.origin.rule, like)
             best = min(best, other or best, key=lambda plan: plan.peak_bytes)
     remedy = "train with rule='bp'"
     if best is not bp:
         remedy = f"cut with modules={len(best.modules)}, which needs {format_bytes(best.peak_bytes)}"
     return f"a step of this cut needs {ours}, more than the {theirs} of backpropagation on this engine: {remedy}"
-
-
-def _cut_into(count, planner, planned, like):
-    """The plan with modules=count, or None: the model cannot be cut there."""
-    rule = planned.origin.rule
-    try:
-        return planner.plan(cut(planner.backbone, rule, count), planned.input_shape, rule, like=like)
-    except ValueError:  # two modules would share a weight
-        return None

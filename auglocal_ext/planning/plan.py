@@ -10,11 +10,12 @@ from ..backbone.families import as_backbone
 from ..common.checks import whole_number
 from ..common.memory import parse_bytes
 from ..rules.auxiliary import Auxiliary
-from ..rules.cutting import as_recompute, cut
+from ..rules.cutting import as_recompute, cut, has_own_cut
 from ..rules.rule import Rule
 from .budget import check_device, choose, rules_of
 from .calibration import load
 from .comparison import compared
+from .fewest import fewest
 from .planner import Planner
 from .result import Plan
 
@@ -73,6 +74,8 @@ def plan(
     planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
     with planner.progress(f"planning batches of {shape[0]}"):
         if budget is None:
+            if modules is None and not has_own_cut(backbone, rules[0]):
+                return compared(planner, fewest(planner, shape, rules[0]))
             return compared(planner, planner.plan(cut(backbone, rules[0], modules), shape, rules[0]))
         check_device(planner.device, budget)
         spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)

@@ -21,7 +21,8 @@ from ..engine.trace import Reader
 from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
-from ..rules.cutting import Span, assert_apart, borders_of, head_behind
+from ..rules.bp import BP
+from ..rules.cutting import Span, assert_apart, borders_of, cut, head_behind
 from .module_nodes import module_program
 from .optimizer_bytes import OptimizerBytes, frozen_state
 from .origin import Origin, fingerprint
@@ -93,6 +94,7 @@ class Planner:
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
+        self._at_once = {}  # what `at_once` has planned
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
@@ -106,6 +108,15 @@ class Planner:
         other = copy.copy(self)
         other.recompute, other.options = recompute, self.options | {"recompute": recompute}
         return other
+
+    def at_once(self, shape, recompute=False, like=None):
+        """The Plan of backpropagation, one module of all units, for batches of `shape`; made once. recompute: True, of
+        gradient checkpointing. like: see `batch`."""
+        key = tuple(shape), recompute, like is not None and (like.dtype, layout_of(like))
+        if key not in self._at_once:
+            planner = self.with_recompute(recompute)
+            self._at_once[key] = planner.plan(cut(self.backbone, BP()), shape, BP(), like=like)
+        return self._at_once[key]
 
     def batch(self, shape, like=None):
         """(images, labels) of a batch, on the meta device; like: images whose dtype and memory format it has."""

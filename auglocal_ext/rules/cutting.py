@@ -11,7 +11,7 @@ from .auglocal import AugLocal
 from .bp import BP
 from .rule import Border, LocalHead, Rule
 
-__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "head_behind", "local_heads"]
+__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "has_own_cut", "head_behind", "local_heads"]
 
 
 FEW = 2  # local modules of a network that the authors of the rules did not cut
@@ -37,7 +37,8 @@ def cut(backbone, rule, modules=None, borders=None):
         rule: a Rule; it says where the borders are, unless modules or borders do.
         modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
             module (by what its convolutions keep for the backward) is as small as possible. Default: the rule's own
-            cut of a ResNet or VGG, two modules of another network.
+            cut of a ResNet or VGG, two modules of another network; where a batch's shape is known, `train` and `plan`
+            take the fewest of another network that need less memory than backpropagation.
         borders: the last unit of each module but the last one, to cut there instead.
 
     Returns:
@@ -54,7 +55,7 @@ def cut(backbone, rule, modules=None, borders=None):
         if modules is not None:
             whole_number(modules, expected, 1, 1)
         borders = ()
-    elif modules is None and borders is None and (backbone.form is not None or not _cuts_as_the_authors(rule)):
+    elif modules is None and borders is None and has_own_cut(backbone, rule):
         borders = rule.borders(backbone)
     elif borders is None:
         expected = f"modules must be a whole number from 1 to {count}, the units of this network"
@@ -68,8 +69,10 @@ def cut(backbone, rule, modules=None, borders=None):
     return [Span(before + 1, last) for before, last in zip([-1, *ends], ends, strict=False)]
 
 
-def _cuts_as_the_authors(rule):
-    return type(rule).borders in (Rule.borders, AugLocal.borders)
+def has_own_cut(backbone, rule):
+    """Whether a rule says where a backbone is cut: its authors, of their networks, or a rule of somebody's own."""
+    own = isinstance(rule, BP) or type(rule).borders not in (Rule.borders, AugLocal.borders)
+    return own or backbone.form is not None
 
 
 def as_recompute(given, backbone):

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from ..common import checks
 from ..common.device import usable_device
+from ..engine.tensors import layout_of
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
 from ..rules.auxiliary import Auxiliary
+from ..rules.cutting import has_own_cut
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged
@@ -75,7 +77,7 @@ def train(
         auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", which cost a tenth; see
             `auglocal_ext.rules.Auxiliary`.
         modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
-            per unit or nearly so, and two of another network.
+            per unit or nearly so; of another network the fewest that need less memory than backpropagation.
         units: names, to say what the units are; see `as_backbone`.
         memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
             arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
@@ -138,18 +140,20 @@ def train(
     cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
-    trainer.nonfinite = nonfinite
     validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)
     modes, checkpoints, run = modes_of(model), None, None
     try:
         images = move(first, trainer.device)[0]
         if len(images) > 1:  # else the training says that it skips such batches
             trainer.plan_for(images, compare=True)
+            if modules is None and memory_budget is None and trainer.plan.comparison.warning:
+                trainer = _cut_otherwise(trainer, images, depth, **cutting, **options)
             if progress:
                 tqdm.write(first_lines(trainer))
             elif trainer.plan.comparison.warning:
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
         del first, images  # which would live through the whole training
+        trainer.nonfinite = nonfinite
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, checkpoint_minutes)
         run = Run(
@@ -228,6 +232,17 @@ def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optim
         trainer = LocalTrainer(model, depth, **options, image_size=size)
     checks.check_device(first, trainer.device, "the loader's ")
     return trainer
+
+
+def _cut_otherwise(trainer, images, depth, **options):
+    """The trainer, or where nobody chose its cut, and another number of modules needs less memory than backpropagation,
+    one of that cut."""
+    if has_own_cut(trainer._backbone, trainer._rule):
+        return trainer
+    options["optimizer"] = trainer._optimizer
+    planned = plan(trainer.model, images.shape, depth, memory_format=layout_of(images), **options)
+    same = len(planned.modules) == len(trainer.local_modules)
+    return trainer if same else LocalTrainer(trainer.model, plan=planned)
 
 
 def _validation(trainer, val_loader, epochs, progress):
