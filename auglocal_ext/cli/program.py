@@ -16,7 +16,7 @@ from .names import FREE, PRECISIONS
 from .options import Parser, device, whole
 from .training_options import add_cut, add_run
 
-__all__ = ["main"]
+__all__ = ["main", "parser_of_all"]
 
 
 def main(arguments=None):
@@ -26,7 +26,7 @@ def main(arguments=None):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def command():
-        options = _parser().parse_args(arguments)
+        options = parser_of_all().parse_args(arguments)
         module, name = options.run
         del options.run
         return getattr(import_module(module, __package__), name)(options)
@@ -34,7 +34,8 @@ def main(arguments=None):
     return run("auglocal", command)
 
 
-def _parser():
+def parser_of_all():
+    """The parser of all commands."""
     parser = Parser("auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
     parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
     commands = parser.add_subparsers(required=True, metavar="train|resume|evaluate|plan|calibrate|models|export")

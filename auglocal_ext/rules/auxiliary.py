@@ -38,13 +38,14 @@ PLAIN_WIDTH = 512  # of the linear layers in a VGG's aux nets of the paper
 class Auxiliary:
     """How an aux net of AugLocal differs from the paper's, which is the one without arguments.
 
-    pooled: the features are averaged to the network's last resolution first, where the copies then run; a VGG's net
-        ends in pooling and one linear layer, as others do, instead of three.
-    width: of the copies, as a factor, above 0 and at most 4.
-    separable: each k x k convolution of a copy, k > 1, is a depthwise one and a 1 x 1 one.
-    share: copies at most this share of the units that are left, above 0 and at most 1; one at least.
-    readout: "own", or "shared": the linear layer is a copy of the network's own from the step before, which the module
-        does not train. Copies of another width than the network's last unit then end in a 1 x 1 convolution.
+    Attributes:
+        pooled: the features are averaged to the network's last resolution first, where the copies then run; a VGG's net
+            ends in pooling and one linear layer, as others do, instead of three.
+        width: of the copies, as a factor, above 0 and at most 4.
+        separable: each k x k convolution of a copy, k > 1, is a depthwise one and a 1 x 1 one.
+        share: copies at most this share of the units that are left, above 0 and at most 1; one at least.
+        readout: "own", or "shared": the linear layer is a copy of the network's own from the step before, which the
+            module does not train. Copies of another width than the network's last unit then end in a 1 x 1 convolution.
 
     As text: "paper", "light", or what differs, as in "pooled width=0.5 separable". ValueError: out of range.
     """

@@ -102,12 +102,13 @@ class Rule:
     A local module's loss is weights[0] x the extra loss + weights[1] x the cross-entropy of the aux net's logits. The
     last module's is the cross-entropy of the backbone's own classifier.
 
-    name: for people; the class's in lower case unless it says another.
-    depth: the paper's d, for rules that have one.
-    shares_readout: whether the aux nets' last layers follow the classifier's, see `LocalHead`.
-    recompute: see `LocalTrainer`.
-    takes_any_layout: whether its nets take features as the unit puts them out, see `backbone.layouts`; else they are
-        given maps (N, C, H, W), and tokens are refused.
+    Attributes:
+        name: for people; the class's in lower case unless it says another.
+        depth: the paper's d, for rules that have one.
+        shares_readout: whether the aux nets' last layers follow the classifier's, see `LocalHead`.
+        recompute: see `LocalTrainer`.
+        takes_any_layout: whether its nets take features as the unit puts them out, see `backbone.layouts`; else they
+            are given maps (N, C, H, W), and tokens are refused.
     """
 
     name: str
