@@ -27,7 +27,7 @@ from ..training.divergence import NotFinite
 from ..training.loaders import length_of, no_bar
 from .features import Features
 
-__all__ = ["CKA", "Products", "cka", "centred_gram", "products"]
+__all__ = ["CKA", "Products", "centred", "centred_gram", "cka", "products"]
 
 LEAST = 4  # images in a batch that the estimate is defined for
 
@@ -164,14 +164,17 @@ def _whole_batches(loader, images):
 
 
 def centred_gram(features: torch.Tensor) -> torch.Tensor:
-    """U(K) of features (n, ...), float64 (n, n), its diagonal 0; see above."""
+    """U(K) of features (n, ...) whose gram matrix is K: (n, n), float64; see above."""
     x = features.flatten(1)
     x = x.float() if x.dtype.itemsize < 4 else x
     # U does not see an offset. Without this one small differences between large features are not lost in float32, and
     # those that are all equal give 0 to the bit.
     x = x - x[:1]
-    gram = (x @ x.T).double().fill_diagonal_(0)
-    n = len(gram)
-    means = gram.sum(1) / (n - 2)
-    gram += means.sum() / (n - 1) - means[:, None] - means
+    return centred((x @ x.T).double())
+
+
+def centred(gram: torch.Tensor) -> torch.Tensor:
+    """U(K) of K, (n, n), which is overwritten by it; its diagonal is 0."""
+    means = gram.fill_diagonal_(0).sum(1) / (len(gram) - 2)
+    gram += means.sum() / (len(gram) - 1) - means[:, None] - means
     return gram.fill_diagonal_(0)
