@@ -1,5 +1,6 @@
 """Pictures and tables of plain data. matplotlib is imported when the first picture is drawn."""
 
+from .analysis import analysis_report
 from .cka import cka_picture
 from .confusion import confusion_picture
 from .curves import learning_curve
@@ -12,6 +13,7 @@ from .tables import brief_table, cost_lines, plan_table, wrapped
 
 __all__ = [
     "accuracy_picture",
+    "analysis_report",
     "brief_table",
     "check_picture",
     "cka_picture",
