@@ -109,10 +109,10 @@ def _add_analyze(commands):
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     add("--data", metavar="SOURCE", help="as of auglocal train (default: what the first run was trained on)")
     add("--download", action="store_true", help="fetch the images if they are not at ROOT")
-    images = "of the test images, and of the training images, drawn at random (default: %(default)s, or all)"
+    images = "use so many test images and so many training images, drawn at random (default: 10,000)"
     add("--images", type=whole(4, 10**9), default=10_000, metavar="N", help=images)
-    batch = "images at a time; of each CKA keeps a matrix of batch x batch for every unit (default: %(default)s)"
-    add("--batch-size", "-b", type=whole(4), default=128, help=batch)
+    batch = "images at a time; CKA holds B x B numbers for every unit (default: %(default)s)"
+    add("--batch-size", "-b", type=whole(4), default=128, metavar="B", help=batch)
     add("--reference", type=Path, metavar="RUN", help="what the runs are compared with (default: the first one)")
     add("--no-probes", action="store_true", help="no linear probes, which take longest")
     add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: as in training)")
