@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import data, models, ops, optim, rules
+    from . import analysis, data, models, ops, optim, rules
     from .planning.plan import plan
     from .planning.result import Plan
     from .rules.rule import Rule
@@ -30,6 +30,7 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "analysis",
     "assert_isolated",
     "data",
     "evaluate",

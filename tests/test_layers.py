@@ -16,6 +16,7 @@ LAYERS = [
     {"rules"},
     {"planning"},
     {"training"},
+    {"analysis"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -15,7 +15,7 @@ from .presets import DEFAULTS
 from .runs import options_of, read_settings
 from .weights import load_weights
 
-__all__ = ["evaluate_command", "trained"]
+__all__ = ["check_classes", "evaluate_command", "trained"]
 
 _MOST_ROWS = 20  # of the table of classes
 
@@ -42,7 +42,7 @@ def evaluate_command(given):
         check_writable(path, "--out")
     if run:
         source = load_data(options, where, normalisation=(settings["mean"], settings["std"]))
-        _check_classes(source, settings, given.weights, where)
+        check_classes(source, settings, given.weights, where)
         model = trained(given.weights, settings)
     else:
         source = load_data(options, where)
@@ -77,7 +77,8 @@ def _options(given, settings):
     return options
 
 
-def _check_classes(source, settings, folder, where):
+def check_classes(source, settings, folder, where):
+    """ValueError unless the Data at `where` has as many classes as the run in the folder; warns where names differ."""
     if source.num_classes != settings["num_classes"]:
         raise ValueError(
             f"the model of {folder} has {settings['num_classes']} classes, given {source.num_classes} in {where}: give "

@@ -38,10 +38,12 @@ def parser_of_all():
     """The parser of all commands."""
     parser = Parser("auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
     parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="train|resume|evaluate|plan|calibrate|models|export")
+    names = "train|resume|evaluate|analyze|plan|calibrate|models|export"
+    commands = parser.add_subparsers(required=True, metavar=names)
     _add_train(commands)
     _add_resume(commands)
     _add_evaluate(commands)
+    _add_analyze(commands)
     _add_plan(commands)
     _add_calibrate(commands)
     _add_models(commands)
@@ -93,6 +95,31 @@ def _add_evaluate(commands):
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--out", type=Path, metavar="FOLDER", help="where the files go (default: the run's; else here)")
     add("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_analyze(commands):
+    analyzing = commands.add_parser(
+        "analyze",
+        help="compare what trained models' units have learnt",
+        description="Compares the units of trained models: how alike their features are on test images (linear CKA, "
+        "unbiased), of each run with the reference and with itself; what a linear probe reads there; how accurate each "
+        "local module is. Leaves report.html, its pictures and analysis.json.",
+    )
+    analyzing.set_defaults(run=(".analyze", "analyze_command"))
+    add = analyzing.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    add("--data", metavar="SOURCE", help="as of auglocal train (default: what the first run was trained on)")
+    add("--download", action="store_true", help="fetch the images if they are not at ROOT")
+    images = "use so many test images and so many training images, drawn at random (default: 10,000)"
+    add("--images", type=whole(4, 10**9), default=10_000, metavar="N", help=images)
+    batch = "images at a time; CKA holds B x B numbers for every unit (default: %(default)s)"
+    add("--batch-size", "-b", type=whole(4), default=128, metavar="B", help=batch)
+    add("--reference", type=Path, metavar="RUN", help="what the runs are compared with (default: the first one)")
+    add("--no-probes", action="store_true", help="no linear probes, which take longest")
+    add("--workers", "-j", type=whole(0, 1024), help="processes that read large images (default: as in training)")
+    add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add("--out", type=Path, metavar="FOLDER", help="where the files go (default: analysis in the first run's folder)")
+    add("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_models(commands):

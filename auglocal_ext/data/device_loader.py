@@ -8,6 +8,7 @@ from ..common.checks import normalisation, whole_number
 from ..common.device import usable_device
 from .arguments import whole_batch_size
 from .resumable import Resumable, seed_at
+from .split import drawn
 
 __all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std"]
 
@@ -85,6 +86,14 @@ class DeviceLoader(Resumable):
         images = images.to(torch.float32, memory_format=torch.channels_last)
         mean, std = (255 * values.view(-1, 1, 1) for values in (self.mean, self.std))
         return images.sub_(mean).div_(std)
+
+    def sample(self, count: int, seed: int = 0) -> "DeviceLoader":
+        """A loader of `count` of the images, or all where there are fewer, not augmented, each time in the same random
+        order: of which a batch shows all classes, and not one folder's."""
+        chosen = drawn(len(self.images), count, seed).to(self.images.device)
+        images, labels, device = self.images[chosen], self.labels[chosen], self.images.device
+        given = self.batch_size, self.mean, self.std
+        return DeviceLoader(images, labels, *given, augment=False, device=device, seed=self._own_seed)
 
     def _generator(self, *place):
         return torch.Generator(self.images.device).manual_seed(seed_at(*place))

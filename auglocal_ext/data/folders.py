@@ -12,7 +12,7 @@ from .arguments import check_image_size, check_normalisation, check_share, whole
 from .data import Data
 from .images import image_errors, in_bytes, is_pil, name_of, unreadable
 from .resumable import Resumable, seed_at
-from .split import hold_out_share
+from .split import drawn, hold_out_share
 
 __all__ = ["LARGE_SIDE", "image_folders", "large_images", "read_image"]
 
@@ -95,11 +95,11 @@ def large_images(
     one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
     as_they_are = partial(_LargeImages, shuffle=False, drop_last=False, **options)
     return Data(
-        _LargeImages(_Transformed(train, train_transform), shuffle=True, drop_last=one_left, **options),
-        as_they_are(_Transformed(test, test_transform)),
+        _LargeImages(_Transformed(train, train_transform, test_transform), shuffle=True, drop_last=one_left, **options),
+        as_they_are(_Transformed(test, test_transform, test_transform)),
         len(classes),
         {"mean": mean, "std": std, "image_size": [image_size, image_size], "classes": classes},
-        None if val is None else as_they_are(_Transformed(val, test_transform)),
+        None if val is None else as_they_are(_Transformed(val, test_transform, test_transform)),
     )
 
 
@@ -119,6 +119,13 @@ class _LargeImages(Resumable, DataLoader):  # type: ignore[misc]  # torch names 
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # else each pass would draw from the default one
         )
+
+    def sample(self, count, seed=0):
+        """See `DeviceLoader.sample`."""
+        given = self.dataset
+        chosen = Subset(given.dataset, drawn(len(given), count, seed).tolist())
+        made = {"batch_size": self.batch_size, "workers": self.num_workers, "seed": self._own_seed}
+        return _LargeImages(_Transformed(chosen, given.plain, given.plain), shuffle=False, drop_last=False, **made)
 
     def _batches(self, seed, epoch, first):
         self.sampler.start = seed, epoch, first * self.batch_size
@@ -143,10 +150,13 @@ class _Places(Sampler):
 
 
 class _Transformed(Dataset):
-    """The images of a dataset of (image, label), transformed; an index of it is a place, (seed, epoch, index)."""
+    """The images of a dataset of (image, label), transformed; an index of it is a place, (seed, epoch, index).
 
-    def __init__(self, dataset, transform):
-        self.dataset, self.transform = dataset, transform
+    plain: the transform without augmentation.
+    """
+
+    def __init__(self, dataset, transform, plain):
+        self.dataset, self.transform, self.plain = dataset, transform, plain
 
     def __len__(self):
         return len(self.dataset)

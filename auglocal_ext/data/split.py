@@ -1,8 +1,8 @@
-"""Images that are held out of the training ones, for validation."""
+"""Images that are held out of the training ones, for validation; images drawn from all, to look at."""
 
 import torch
 
-__all__ = ["hold_out", "hold_out_share"]
+__all__ = ["drawn", "hold_out", "hold_out_share"]
 
 
 def hold_out_share(labels, count, share):
@@ -37,3 +37,8 @@ def hold_out(labels, count, held):
             labels = None
     parts = train_test_split(torch.arange(count).numpy(), test_size=held, stratify=labels, random_state=0)
     return tuple(torch.from_numpy(part).sort().values for part in parts)
+
+
+def drawn(total, count, seed):
+    """Indices, int64, of `count` of `total` images in random order, the same ones for a seed; of fewer all."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]

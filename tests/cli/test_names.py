@@ -24,7 +24,7 @@ def test_they_are_those_that_there_are():
     assert tuple(takes) == names.WITH_MOMENTUM
 
 
-@pytest.mark.parametrize("command", ["", "train", "resume", "evaluate", "plan", "models", "export"])
+@pytest.mark.parametrize("command", ["", "train", "resume", "evaluate", "analyze", "plan", "models", "export"])
 def test_no_help_imports_torch(command):
     command = [sys.executable, "-X", "importtime", "-m", "auglocal_ext", *command.split(), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

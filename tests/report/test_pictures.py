@@ -12,7 +12,7 @@ from auglocal_ext.report import figure as figure_module
 def drawn(monkeypatch):
     """The figures that are saved, which is done too."""
     figures, real = [], figure_module.save
-    for module in ("curves", "confusion", "front", "step_memory"):
+    for module in ("cka", "curves", "confusion", "front", "probes", "step_memory"):
         monkeypatch.setattr(f"auglocal_ext.report.{module}.save", lambda f, path: figures.append(f) or real(f, path))
     return figures
 
@@ -124,3 +124,46 @@ def test_the_front_shows_both_engines_and_labels_that_cover_nothing(drawn, tmp_p
     assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
     points = numpy.concatenate([axes.transData.transform(line.get_xydata()) for line in axes.get_lines()])
     assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_cka_has_names_numbers_and_one_scale(drawn, tmp_path):
+    report.cka_picture(
+        [[1, -0.04, 0.6], [0.2, 0.5, 1]], ["a", "b"], ["stem", "x", "y"], tmp_path / "x.png", "t", "A", "B"
+    )
+    axes, bar = drawn[0].axes
+    image = axes.images[0]
+    assert image.get_clim() == (0, 1) and image.origin == "lower" and image.get_cmap().name == "cividis"
+    assert [text.get_text() for text in axes.texts] == ["1.00", "-0.04", "0.60", "0.20", "0.50", "1.00"]
+    assert [text.get_color() for text in axes.texts] == ["black", "white", "black", "white", "white", "black"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["stem", "x", "y"]
+    assert (axes.get_ylabel(), axes.get_xlabel(), bar.get_ylabel()) == ("A", "B", "linear CKA")
+
+
+@pytest.mark.parametrize("units", [3, 16, 55])
+def test_names_and_numbers_of_units_do_not_overlap(drawn, tmp_path, units):
+    names = [f"layer{index // 18}.{index % 18}" for index in range(units)]
+    report.cka_picture(-0.01 * numpy.ones((units, units)), names, names, tmp_path / "x.png", "mine")
+    report.probe_picture([("run", [(name, 0.5) for name in names])], tmp_path / "y.png", "mine")
+    for figure in drawn:
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        for labels in (axes.get_xticklabels(), axes.get_yticklabels(), axes.texts):
+            boxes = [label.get_window_extent().padded(-1) for label in labels]
+            assert not any(one.overlaps(other) for one, other in zip(boxes[:-1], boxes[1:], strict=True))
+    assert len(drawn[0].axes[0].texts) == (units**2 if units < 50 else 0)
+
+
+def test_accuracy_along_the_depth_in_lines_that_differ_in_grey(drawn, tmp_path):
+    runs = [(f"run {index}", [("stem", 0.5), ("layer", 0.1 * index)]) for index in range(6)]
+    report.probe_picture(runs, tmp_path / "x.png", "mine")
+    lines = lines_of(drawn[0].axes[0])
+    assert list(lines["run 3"].get_ydata()) == pytest.approx([50, 30])
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines.values()}) == 6
+    assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["stem", "layer"]
+    report.probe_picture([*runs, ("other", [("else", 0.2)])], tmp_path / "x.png", "mine")
+    assert "stem" not in [label.get_text() for label in drawn[1].axes[0].get_xticklabels()]
+    report.local_accuracy_picture([("a", [0.5, None, 0.25]), ("b", [1.0])], tmp_path / "x.png", "mine")
+    lines = lines_of(drawn[2].axes[0])
+    assert numpy.isnan(lines["a"].get_ydata().astype(float)).tolist() == [False, True, False]
+    assert list(lines["b"].get_ydata()) == [100]
