@@ -10,7 +10,7 @@ from ..rules.auxiliary import nets_of
 
 __all__ = ["check_state", "load_state", "random_state", "set_random_state", "state_of"]
 
-VERSION = 2
+VERSION = 3
 
 
 def state_of(trainer):
