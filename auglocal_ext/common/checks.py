@@ -15,6 +15,7 @@ __all__ = [
     "at_least_0",
     "bad_images",
     "bad_labels",
+    "bad_soft_labels",
     "check_batch",
     "check_device",
     "check_images",
@@ -22,7 +23,9 @@ __all__ = [
     "check_pair",
     "check_precision",
     "check_seed",
+    "check_soft_labels",
     "check_tensors",
+    "is_soft",
     "learning_rate_factor",
     "normalisation",
     "not_finite",
@@ -127,15 +130,19 @@ def check_device(batch, device, prefix):
             )
 
 
-def check_batch(images, labels, device, dtype, *, channels=None, half=False, prefix=""):
+def check_batch(images, labels, device, dtype, *, channels=None, half=False, soft_classes=None, prefix=""):
     """Everything about a batch that its values do not tell; see the functions it is made of.
 
     Args:
+        soft_classes: None, or of how many classes labels may be shares.
         prefix: of the names in messages, for instance "validation ".
     """
     check_tensors(images, labels, device, prefix)
     check_images(images, dtype, channels=channels, half=half, name=f"{prefix}images")
-    check_labels(labels, images, f"{prefix}labels")
+    if soft_classes is not None and is_soft(labels):
+        check_soft_labels(labels, images, dtype, soft_classes)
+    else:
+        check_labels(labels, images, f"{prefix}labels")
 
 
 def check_tensors(images, labels, device, prefix=""):
@@ -170,19 +177,37 @@ def check_images(images, dtype, *, channels=None, half=False, name="images"):
 def check_labels(labels, images, name="labels"):
     """ValueError or TypeError unless labels are one int64 number per image."""
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name} must be ({len(images)},), one per image, given shape {tuple(labels.shape)}")
+        remedy = ": take their .argmax(1)" if labels.dim() == 2 and labels.shape[1] > 1 else ""
+        raise ValueError(f"{name} must be ({len(images)},), one per image, given shape {tuple(labels.shape)}{remedy}")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 class numbers, given {labels.dtype}: convert them with .long()")
 
 
-def not_finite(images, dtype):
+def is_soft(labels):
+    """Whether labels are (N, classes), shares of classes, as MixUp and CutMix make them."""
+    return labels.dim() == 2 and labels.is_floating_point()
+
+
+def check_soft_labels(labels, images, dtype, classes):
+    """ValueError or TypeError unless labels that `is_soft` are of the images and of the model's classes and dtype."""
+    if labels.shape != (len(images), classes):
+        raise ValueError(
+            f"soft labels must be ({len(images)}, {classes}), a share of each class per image, given shape "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.dtype != dtype:
+        raise TypeError(f"soft labels must be {dtype} like the model, given {labels.dtype}: call .to({dtype})")
+
+
+def not_finite(values, dtype):
     """(), bool: whether a value is NaN or infinite; dtype is what they are summed in, the model's."""
-    return ~images.sum(dtype=dtype).isfinite()
+    return ~values.sum(dtype=dtype).isfinite()
 
 
-def out_of_range(labels, classes):
-    """(), bool: whether a label is not from 0 to classes - 1; at least one label."""
-    return (labels.amin() < 0) | (labels.amax() >= classes)
+def out_of_range(labels, classes, ignored=None):
+    """(), bool: whether a label is neither from 0 to classes - 1 nor `ignored`."""
+    outside = (labels < 0) | (labels >= classes)
+    return (outside if ignored is None else outside & (labels != ignored)).any()
 
 
 def bad_images(prefix=""):
@@ -192,8 +217,14 @@ def bad_images(prefix=""):
     )
 
 
-def bad_labels(classes, labels=None, prefix=""):
+def bad_soft_labels():
+    """The ValueError of soft labels that are `not_finite`."""
+    return ValueError("soft labels must be finite, given NaN or infinite values: look at how they are made")
+
+
+def bad_labels(classes, labels=None, prefix="", ignored=None):
     """The ValueError of labels that are `out_of_range`; labels: where their values are at hand."""
+    labels = labels if labels is None or ignored is None else labels[labels != ignored]
     given = "values outside it" if labels is None else f"{labels.min().item()} to {labels.max().item()}"
     return ValueError(
         f"{prefix}labels must be from 0 to {classes - 1} for this model of {classes} classes, given {given}: remap the "

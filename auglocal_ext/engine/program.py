@@ -58,7 +58,7 @@ class Program:
         Args:
             inputs: a list that holds the module's input alone. It is emptied, so that the input can go as soon as
                 nothing needs it.
-            labels: (N,), int64.
+            labels: (N,), int64, or (N, classes) of the parameters' dtype.
             images: the step's, for an extra loss that looks at them.
 
         Returns:

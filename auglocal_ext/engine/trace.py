@@ -113,7 +113,7 @@ def join(units, head, features, weight=1.0, criterion=PLAIN):
         units, head: lists of Node in the order of execution. The head's output is the logits.
         features: the name of the value that is handed on to the next module, or None.
         weight: of the loss.
-        criterion: the loss.
+        criterion: the loss, see `criterion.as_criterion`.
     """
     nodes, last = [*units, *head], head[-1]
     head_in_one = take_in_head(nodes, features, weight, criterion)

@@ -131,20 +131,36 @@ def batch_norm_act_mean_backward_out(grad, x, weight, bias, mean, var, residual,
     return batch_norm_act_backward_out(g, x, weight, bias, mean, var, None, eps, False, dx, None)
 
 
-def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index):
+def targets(labels, classes, label_smoothing, ignore_index, class_weight, dtype):
+    """(target (N, K), divisors (2,)) of dtype: the smoothed labels times the classes' weights, zero in rows that do not
+    count; and by what the summed loss and its gradients are divided: NaN for the loss where nothing counts, or where a
+    label is out of range, and infinity for the gradients where nothing counts."""
+    if labels.is_floating_point():
+        target = labels * (1 - label_smoothing)
+        counts = kept = torch.ones_like(labels[:, 0], dtype=torch.bool)
+        wrong = ~kept.all()
+    else:
+        kept = (labels != ignore_index) & (labels >= 0) & (labels < classes)
+        wrong = (~kept & (labels != ignore_index)).any()
+        label = labels.where(kept, 0)
+        target = torch.zeros(len(labels), classes, dtype=dtype, device=labels.device)
+        target.scatter_(1, label.unsqueeze(1), 1 - label_smoothing)
+        counts = kept if class_weight is None else class_weight[label].where(kept, 0)
+    target += label_smoothing / classes
+    if class_weight is not None:
+        target *= class_weight
+    total = counts.sum().to(dtype)
+    of_loss = total.where((total != 0) & ~wrong, torch.nan)
+    return target.where(kept.unsqueeze(1), 0), torch.stack([of_loss, total.where(total != 0, torch.inf)])
+
+
+def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
     """Any labels: a row whose label is out of range makes the loss NaN and is otherwise ignored."""
-    classes = weight.shape[0]
     logits = F.linear(pooled, weight, bias)
-    kept = (labels != ignore_index) & (labels >= 0) & (labels < classes)
-    label, count = labels.where(kept, 0).unsqueeze(1), kept.sum()
     log_p = logits.log_softmax(1)
-    losses = -(1 - label_smoothing) * log_p.gather(1, label).squeeze(1)
-    if label_smoothing:
-        losses -= label_smoothing * log_p.mean(1)
-    losses = losses.where(kept, torch.where(labels == ignore_index, 0.0, torch.nan))
-    target = torch.full_like(log_p, label_smoothing / classes).scatter_add_(
-        1, label, log_p.new_full((1, 1), 1 - label_smoothing).expand(len(label), 1)
-    )
-    dlogits = (log_p.exp_() - target) * (kept.to(log_p.dtype) / count.clamp(min=1)).unsqueeze(1)
-    loss = (losses.sum(dtype=torch.float64) / count).to(losses.dtype)
+    target, divisors = targets(labels, len(weight), label_smoothing, ignore_index, class_weight, logits.dtype)
+    # A class that is masked has a log-probability of -inf, and no share in most targets.
+    losses = -(target * log_p).where(target != 0, 0).sum(1)
+    loss = (losses.sum(dtype=torch.float64) / divisors[0]).to(losses.dtype)
+    dlogits = (log_p.exp_() * target.sum(1, keepdim=True) - target) / divisors[1]
     return loss, logits, dlogits @ weight, dlogits.t() @ pooled, dlogits.sum(0)

@@ -8,11 +8,16 @@ Four launches, none of which stores the gradient of the logits:
 float32, the loss summed in float64; products are not rounded to TF32. Every sum runs in one order that depends on the
 shapes only, and no kernel uses atomics: the same bits on every run. No label is used as an address, so one out of range
 does no harm: see `_kept` and row_loss.
+
+Where labels are shares of classes, or classes count unequally, the kernels are given the targets (N, K) in place of the
+labels (SOFT), and what `_fallbacks.targets` tells of them.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from . import _fallbacks
 
 ROWS, CHANNELS = 32, 32  # a tile of pooled
 CLASSES = 32  # at most, a tile of weight
@@ -38,16 +43,44 @@ def _count(labels, n, k, ignore_index, LABELS: tl.constexpr):
 
 
 @triton.jit
-def _target(classes, label, k, label_smoothing):
-    """The smoothed one-hot: (rows, classes)."""
-    return tl.where(classes[None, :] == label[:, None], 1 - label_smoothing, 0.0) + label_smoothing / k
+def _gradient_divisor(labels, divisors, n, k, ignore_index, SOFT: tl.constexpr, LABELS: tl.constexpr):
+    """By what the gradients of the summed loss are divided."""
+    if SOFT:
+        divisor = tl.load(divisors + 1)
+    else:
+        divisor = tl.maximum(_count(labels, n, k, ignore_index, LABELS), 1).to(tl.float32)
+    return divisor
 
 
 @triton.jit
-def _dlogits(log_p, target, in_range):
+def _labels_of(labels, rows, n, k, ignore_index, SOFT: tl.constexpr):
+    """(labels, whether they count) of rows; of targets, which have no number, the rows themselves."""
+    label, kept = rows, rows < n
+    if not SOFT:
+        label = tl.load(labels + rows, rows < n, ignore_index)
+        kept = _kept(label, k, ignore_index)
+    return label, kept
+
+
+@triton.jit
+def _target(labels, rows, label, classes, in_range, k, label_smoothing, SOFT: tl.constexpr):
+    """The smoothed one-hot, or the targets that are given: (rows, classes)."""
+    if SOFT:
+        target = tl.load(labels + rows[:, None] * k + classes[None, :], in_range, 0.0)
+    else:
+        target = tl.where(classes[None, :] == label[:, None], 1 - label_smoothing, 0.0) + label_smoothing / k
+    return target
+
+
+@triton.jit
+def _dlogits(log_p, target, row_mass, rows, in_range, n, SOFT: tl.constexpr):
     """The gradient of the summed loss: (rows, classes), zero out of range. What is summed up from it is divided by the
-    number of rows afterwards: one rounding less, and fewer divisions."""
-    return tl.where(in_range, tl.exp(log_p) - target, 0.0)
+    number of rows afterwards: one rounding less, and fewer divisions. row_mass: what each row's target sums up to, one
+    where it is made of a label."""
+    p = tl.exp(log_p)
+    if SOFT:
+        p *= tl.load(row_mass + rows, rows < n, 0.0)[:, None]
+    return tl.where(in_range, p - target, 0.0)
 
 
 @triton.jit
@@ -77,8 +110,8 @@ def logits_kernel(
 
 @triton.jit
 def dpooled_kernel(
-    logits, weight, labels, tile_max, tile_sum, row_max, row_log, row_loss, dpooled, n, k, c, ignore_index,
-    label_smoothing,
+    logits, weight, labels, row_mass, divisors, tile_max, tile_sum, row_max, row_log, row_loss, dpooled, n, k, c,
+    ignore_index, label_smoothing, SOFT: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of rows, tiles of channels. row_max, row_log (of the sum of exponentials behind it), row_loss: (N,);
@@ -96,9 +129,8 @@ def dpooled_kernel(
         total += part * tl.exp(tl.load(tile_max + rows * tiles + tile, inside, 0.0) - highest)
     log_total = tl.log(total)
 
-    count = _count(labels, n, k, ignore_index, LABELS)
-    label = tl.load(labels + rows, inside, ignore_index)
-    kept = _kept(label, k, ignore_index)
+    divisor = _gradient_divisor(labels, divisors, n, k, ignore_index, SOFT, LABELS)
+    label, kept = _labels_of(labels, rows, n, k, ignore_index, SOFT)
     gradient = tl.zeros((ROWS, CHANNELS), tl.float32)
     loss = tl.zeros((ROWS,), tl.float32)
     for start in range(0, k, CLASSES):
@@ -106,48 +138,50 @@ def dpooled_kernel(
         in_range = inside[:, None] & (classes < k)[None, :]
         log_p = tl.load(logits + rows[:, None] * k + classes[None, :], in_range, 0.0)
         log_p = log_p - highest[:, None] - log_total[:, None]  # in this order: their sum would lose digits
-        target = _target(classes, label, k, label_smoothing)
-        loss -= tl.sum(tl.where(in_range & (target > 0), target * log_p, 0.0), 1)
-        dlogits = _dlogits(log_p, target, in_range & kept[:, None])
+        target = _target(labels, rows, label, classes, in_range, k, label_smoothing, SOFT)
+        loss -= tl.sum(tl.where(in_range & (target != 0), target * log_p, 0.0), 1)
+        dlogits = _dlogits(log_p, target, row_mass, rows, in_range & kept[:, None], n, SOFT)
         w = tl.load(
             weight + classes[:, None] * c + channels[None, :], (classes < k)[:, None] & (channels < c)[None, :], 0.0
         )
         gradient = tl.dot(dlogits, w, gradient, input_precision="ieee")
-    gradient /= tl.maximum(count, 1)
+    gradient /= divisor
     tl.store(dpooled + rows[:, None] * c + channels[None, :], gradient, inside[:, None] & (channels < c)[None, :])
     if tl.program_id(1) == 0:
         tl.store(row_max + rows, highest, inside)
         tl.store(row_log + rows, log_total, inside)
-        loss = tl.where(kept, loss, tl.where(label == ignore_index, 0.0, float("nan")))
+        if not SOFT:
+            loss = tl.where(kept, loss, tl.where(label == ignore_index, 0.0, float("nan")))
         tl.store(row_loss + rows, loss, inside)
 
 
 @triton.jit
 def dweight_kernel(
-    pooled, logits, labels, row_max, row_log, partial, n, k, c, ignore_index, label_smoothing, run,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr, LABELS: tl.constexpr,
+    pooled, logits, labels, row_mass, divisors, row_max, row_log, partial, n, k, c, ignore_index, label_smoothing, run,
+    SOFT: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of classes, tiles of channels, runs of `run` rows. partial: (runs, K * C + K), dweight then dbias."""
     classes = tl.program_id(0).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
     channels = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
-    count = _count(labels, n, k, ignore_index, LABELS)
+    divisor = _gradient_divisor(labels, divisors, n, k, ignore_index, SOFT, LABELS)
     sums = tl.zeros((CLASSES, CHANNELS), tl.float32)
     bias_sums = tl.zeros((CLASSES,), tl.float32)
     first = tl.program_id(2).to(tl.int64) * run
     for start in range(0, run, ROWS):
         rows = first + start + tl.arange(0, ROWS)
         inside = rows < n
-        label = tl.load(labels + rows, inside, ignore_index)
-        in_range = _kept(label, k, ignore_index)[:, None] & (classes < k)[None, :]
+        label, kept = _labels_of(labels, rows, n, k, ignore_index, SOFT)
+        in_range = kept[:, None] & (classes < k)[None, :]
         log_p = tl.load(logits + rows[:, None] * k + classes[None, :], in_range, 0.0)
         log_p -= tl.load(row_max + rows, inside, 0.0)[:, None]
         log_p -= tl.load(row_log + rows, inside, 0.0)[:, None]
-        dlogits = _dlogits(log_p, _target(classes, label, k, label_smoothing), in_range)
+        target = _target(labels, rows, label, classes, in_range, k, label_smoothing, SOFT)
+        dlogits = _dlogits(log_p, target, row_mass, rows, in_range, n, SOFT)
         x = tl.load(pooled + rows[:, None] * c + channels[None, :], inside[:, None] & (channels < c)[None, :], 0.0)
         sums = tl.dot(tl.trans(dlogits), x, sums, input_precision="ieee")
         bias_sums += tl.sum(dlogits, 0)
-    sums /= tl.maximum(count, 1)
-    bias_sums /= tl.maximum(count, 1)
+    sums /= divisor
+    bias_sums /= divisor
     partial += tl.program_id(2).to(tl.int64) * (k * c + k)
     tl.store(partial + classes[:, None] * c + channels[None, :], sums, (classes < k)[:, None] & (channels < c)[None, :])
     if tl.program_id(1) == 0:
@@ -155,7 +189,10 @@ def dweight_kernel(
 
 
 @triton.jit
-def sums_kernel(partial, row_loss, labels, dweight, dbias, loss, runs, n, k, c, ignore_index, LABELS: tl.constexpr):
+def sums_kernel(
+    partial, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index,
+    SOFT: tl.constexpr, LABELS: tl.constexpr,
+):  # fmt: skip
     """Grid: tiles of dweight and dbias together. The first program also takes the mean of the losses."""
     size = k * c + k
     at = tl.program_id(0).to(tl.int64) * LABELS + tl.arange(0, LABELS)
@@ -170,14 +207,22 @@ def sums_kernel(partial, row_loss, labels, dweight, dbias, loss, runs, n, k, c, 
         for start in range(0, n, LABELS):
             rows = start + tl.arange(0, LABELS)
             losses += tl.load(row_loss + rows, rows < n, 0.0).to(tl.float64)
-        tl.store(loss, tl.sum(losses, 0) / _count(labels, n, k, ignore_index, LABELS))
+        if SOFT:
+            tl.store(loss, tl.sum(losses, 0) / tl.load(divisors))
+        else:
+            tl.store(loss, tl.sum(losses, 0) / _count(labels, n, k, ignore_index, LABELS))
 
 
-def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index):
+def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
     """As `_fallbacks.linear_cross_entropy`, for float32 and at least one row and channel."""
     pooled, weight, labels = pooled.contiguous(), weight.contiguous(), labels.contiguous()
     bias = bias if bias is None else bias.contiguous()
     (n, c), k = pooled.shape, weight.shape[0]
+    soft = labels.is_floating_point() or class_weight is not None
+    row_mass = divisors = None
+    if soft:
+        labels, divisors = _fallbacks.targets(labels, k, label_smoothing, ignore_index, class_weight, pooled.dtype)
+        row_mass = labels.sum(1)
     tile = min(CLASSES, max(16, triton.next_power_of_2(k)))
     rows, classes, channels = triton.cdiv(n, ROWS), triton.cdiv(k, tile), triton.cdiv(c, CHANNELS)
     run = triton.cdiv(rows, max(1, min(rows, PROGRAMS // (classes * channels)))) * ROWS
@@ -187,6 +232,7 @@ def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_i
     dweight, dbias, partial = torch.empty_like(weight), weight.new_empty(k), weight.new_empty(runs, k * c + k)
     tile_max, tile_sum = pooled.new_empty(n, classes), pooled.new_empty(n, classes)
     per_row = row_max, row_log, row_loss = [pooled.new_empty(n) for _ in range(3)]
+    kind = {"SOFT": soft, "LABELS": LABELS}
     blocks = {"ROWS": ROWS, "CLASSES": tile, "CHANNELS": CHANNELS, "num_warps": WARPS}
     target = (n, k, c, ignore_index, label_smoothing)
     with torch.cuda.device_of(pooled):
@@ -194,12 +240,12 @@ def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_i
             pooled, weight, bias, logits, tile_max, tile_sum, n, k, c, HAS_BIAS=bias is not None, **blocks
         )
         dpooled_kernel[rows, channels](
-            logits, weight, labels, tile_max, tile_sum, *per_row, dpooled, *target, LABELS=LABELS, **blocks
+            logits, weight, labels, row_mass, divisors, tile_max, tile_sum, *per_row, dpooled, *target, **kind, **blocks
         )
         dweight_kernel[classes, channels, runs](
-            pooled, logits, labels, row_max, row_log, partial, *target, run, LABELS=LABELS, **blocks
+            pooled, logits, labels, row_mass, divisors, row_max, row_log, partial, *target, run, **kind, **blocks
         )
         sums_kernel[(triton.cdiv(k * c + k, LABELS),)](
-            partial, row_loss, labels, dweight, dbias, loss, runs, n, k, c, ignore_index, LABELS=LABELS
+            partial, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index, **kind
         )
     return loss, logits, dpooled, dweight, dbias

@@ -43,6 +43,7 @@ def pooled_cross_entropy(
     head_bn: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: torch.Tensor | None = None,
 ) -> PooledCrossEntropy:
     """Loss and logits of [relu(batch_norm(x) + residual) ->] average pool -> [batch_norm ->] linear -> cross-entropy.
 
@@ -56,19 +57,24 @@ def pooled_cross_entropy(
         x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
         linear_weight, linear_bias: (K, C), and (K,) or None; float32, or float64 where x is float64. Products are not
             rounded to TF32 in the kernels.
-        labels: (N,), int64, 0 to K - 1 or ignore_index.
+        labels: (N,), int64, 0 to K - 1 or ignore_index; or soft ones, (N, K), a share per class, in linear_weight's
+            dtype. They get no gradient.
         bn: None where x is an activation already, or (weight, bias), each (C,), in linear_weight's dtype.
         residual: None, or with bn a tensor of x's shape and dtype, added before the ReLU.
         relu: with bn, False for no ReLU.
         eps: of bn, added to the variance, at least 0.
         head_bn: None, or (weight, bias, eps) of the BatchNorm1d between the pool and the linear layer.
         label_smoothing: from 0 to 1, as in torch.nn.functional.cross_entropy.
-        ignore_index: rows with this label add nothing to the loss, its mean, or any gradient of it.
+        ignore_index: rows with this label add nothing to the loss, its mean, or any gradient of it. Of soft labels no
+            row is ignored.
+        class_weight: None, or (K,), in linear_weight's dtype: what each class counts, as torch's `weight`. It gets no
+            gradient.
 
     Returns:
         PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var): the loss is the mean over the rows that are
-        not ignored: NaN with gradients of zero where all are, as in torch. Only it is differentiable, and only once.
-        Two calls on the same input give the same bits.
+        not ignored, each counted as its label's class does: NaN with gradients of zero where all are, as in torch. (Of
+        soft labels it is the mean over all rows.) Only it is differentiable, and only once. Two calls on the same input
+        give the same bits.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit. On the CPU also a label out of
@@ -77,14 +83,15 @@ def pooled_cross_entropy(
 
     Equivalent to `pooled_cross_entropy_reference`. Formulas: Lin et al. 2013 (arXiv:1312.4400), section 3.2 (the
     pool); Szegedy et al. 2015 (arXiv:1512.00567), section 7 (label smoothing: the target is
-    (1 - label_smoothing) one_hot + label_smoothing / K, so dlogits = (softmax(logits) - target) / rows not ignored).
+    (1 - label_smoothing) one_hot + label_smoothing / K, so dlogits = (softmax(logits) - target) / rows not ignored;
+    with the target times class_weight it is (sum(target) softmax(logits) - target) / the labels' weights, summed up).
     """
     op = "pooled_cross_entropy"
     channels = {} if bn is None else {"the weight of bn": bn[0], "the bias of bn": bn[1]}
     if head_bn is not None:
         channels |= {"the weight of head_bn": head_bn[0], "the bias of head_bn": head_bn[1]}
     check(op, x, channels, {"residual": residual}, eps)
-    _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing)
+    _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing, class_weight)
     n, _, height, width = x.shape
     if height * width == 0:
         raise ValueError(f"{op}: x must have values to average over, given shape {tuple(x.shape)}")
@@ -107,7 +114,7 @@ def pooled_cross_entropy(
     if head_bn is not None:
         pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)
     loss, logits, *_ = torch.ops.auglocal_ext.linear_cross_entropy(
-        pooled, linear_weight, linear_bias, labels, label_smoothing, ignore_index
+        pooled, linear_weight, linear_bias, labels, label_smoothing, ignore_index, class_weight
     )
     return PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var)
 
@@ -125,6 +132,7 @@ def pooled_cross_entropy_reference(
     head_bn: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    class_weight: torch.Tensor | None = None,
 ) -> PooledCrossEntropy:
     """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
     mean = var = head_mean = head_var = None
@@ -134,7 +142,8 @@ def pooled_cross_entropy_reference(
     if head_bn is not None:
         pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)
     logits = F.linear(pooled, linear_weight, linear_bias)
-    loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    given = {} if labels.is_floating_point() else {"ignore_index": ignore_index}
+    loss = F.cross_entropy(logits, labels, class_weight, label_smoothing=label_smoothing, **given)
     return PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var)
 
 
@@ -147,20 +156,22 @@ def _head_batch_norm(pooled, weight, bias, eps):
     return F.batch_norm(pooled, None, None, weight, bias, training=True, eps=eps), mean, var
 
 
-def _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing):
+def _check_head(op, x, linear_weight, linear_bias, labels, label_smoothing, class_weight):
     """One sentence for what does not fit between x, the linear layer and the labels."""
     n, c = x.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if linear_weight.dim() != 2 or linear_weight.shape[1] != c or not len(linear_weight):
         raise ValueError(f"{op}: linear_weight must be (K, {c}), given shape {tuple(linear_weight.shape)}")
     k = len(linear_weight)
-    shapes = {"linear_weight": (linear_weight, (k, c)), "linear_bias": (linear_bias, (k,)), "labels": (labels, (n,))}
+    soft = labels.is_floating_point()
+    shapes = {"linear_weight": (linear_weight, (k, c)), "linear_bias": (linear_bias, (k,))}
+    shapes |= {"labels": (labels, (n, k) if soft else (n,)), "class_weight": (class_weight, (k,))}
     for name, (given, shape) in shapes.items():
         if given is None:
             continue
         if given.shape != shape:
             raise ValueError(f"{op}: {name} must be {shape}, given shape {tuple(given.shape)}")
-        expected = torch.int64 if name == "labels" else dtype
+        expected = torch.int64 if name == "labels" and not soft else dtype
         if given.dtype != expected:
             raise TypeError(f"{op}: {name} must be {expected} for {x.dtype} x, given {given.dtype}")
         if given.device != x.device:
@@ -266,11 +277,12 @@ not_differentiable("batch_norm_act_mean_apply", "batch_norm_act_mean_backward")
 
 
 # ---- linear_cross_entropy: (loss (), logits (N, K), and the loss's gradients dpooled, dweight, dbias) ---------
-# Kernels in Triton for CUDA; plain torch elsewhere. On the CPU these are three small matrix products and a softmax
-# over (N, K): a compiled kernel would gain nothing. No gradient passes through the logits.
+# labels: (N,), int64, or (N, K) of pooled's dtype; class_weight: (K,). Kernels in Triton for CUDA; plain torch
+# elsewhere. On the CPU these are three small matrix products and a softmax over (N, K): a compiled kernel would gain
+# nothing. No gradient passes through the logits.
 
 
-def _check_loss(pooled, weight, bias, labels):
+def _check_loss(pooled, weight, bias, labels, class_weight=None):
     """What the kernels rely on where they compute addresses."""
     op = "linear_cross_entropy"
     if pooled.dim() != 2 or weight.dim() != 2 or pooled.shape[1] != weight.shape[1] or not len(weight):
@@ -280,36 +292,45 @@ def _check_loss(pooled, weight, bias, labels):
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be ({len(weight)},), given shape {tuple(bias.shape)}")
-    if labels.shape != pooled.shape[:1] or labels.dtype != torch.int64:
+    expected = (pooled.shape[:1], torch.int64), ((len(pooled), len(weight)), pooled.dtype)
+    shape, dtype = expected[labels.is_floating_point()]
+    if labels.shape != shape or labels.dtype != dtype:
         raise ValueError(
-            f"{op}: labels must be ({len(pooled)},) of int64, given {tuple(labels.shape)} of {labels.dtype}"
+            f"{op}: labels must be {tuple(shape)} of {str(dtype).removeprefix('torch.')}, given {tuple(labels.shape)} "
+            f"of {labels.dtype}"
         )
-    for given in (weight, bias, labels):
+    if class_weight is not None and (class_weight.shape, class_weight.dtype) != (weight.shape[:1], pooled.dtype):
+        raise ValueError(
+            f"{op}: class_weight must be ({len(weight)},) of {pooled.dtype}, given {tuple(class_weight.shape)} of "
+            f"{class_weight.dtype}"
+        )
+    for given in (weight, bias, labels, class_weight):
         if given is not None and given.device != pooled.device:
             raise ValueError(f"{op}: all tensors must be on {pooled.device} like pooled, given one on {given.device}")
 
 
 @define_composite(
     "linear_cross_entropy(Tensor pooled, Tensor weight, Tensor? bias, Tensor labels, float label_smoothing,"
-    " int ignore_index) -> (Tensor loss, Tensor logits, Tensor dpooled, Tensor dweight, Tensor dbias)"
+    " int ignore_index, Tensor? class_weight=None)"
+    " -> (Tensor loss, Tensor logits, Tensor dpooled, Tensor dweight, Tensor dbias)"
 )
-def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index):
-    _check_loss(pooled, weight, bias, labels)
-    if pooled.device.type == "cpu":
+def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
+    _check_loss(pooled, weight, bias, labels, class_weight)
+    if pooled.device.type == "cpu" and not labels.is_floating_point():
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= len(weight)))]
         if len(wrong):
             raise ValueError(
                 f"pooled_cross_entropy: labels must be 0 to {len(weight) - 1} or ignore_index {ignore_index},"
                 f" given {wrong[0].item()}"
             )
-    else:
+    if pooled.device.type != "cpu":
         _say_once_what_is_slower(pooled.device.type)
-    return _fallbacks.linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index)
+    return _fallbacks.linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight)
 
 
-def _triton(pooled, weight, bias, labels, label_smoothing, ignore_index):
-    arguments = (pooled, weight, bias, labels, label_smoothing, ignore_index)
-    _check_loss(pooled, weight, bias, labels)
+def _triton(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
+    arguments = (pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight)
+    _check_loss(pooled, weight, bias, labels, class_weight)
     if pooled.dtype != torch.float32 or not pooled.numel():  # float64 is for gradcheck
         return _fallbacks.linear_cross_entropy(*arguments)
     from ._triton_head import linear_cross_entropy
@@ -331,7 +352,7 @@ def _scaled(grad, loss, dpooled, dweight, dbias):
 
 
 @torch.library.register_fake("auglocal_ext::linear_cross_entropy")
-def _(pooled, weight, bias, labels, label_smoothing, ignore_index):
+def _(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
     shapes = (), (pooled.shape[0], weight.shape[0]), pooled.shape, weight.shape, weight.shape[:1]
     return tuple(pooled.new_empty(shape) for shape in shapes)
 
@@ -351,9 +372,9 @@ def _setup_cross_entropy(ctx, inputs, output):
 
 def _cross_entropy_autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     dpooled, dweight, dbias = torch.ops.auglocal_ext.linear_cross_entropy_backward(grad, *ctx.saved_tensors)
-    return dpooled, dweight, dbias if ctx.has_bias else None, None, None, None
+    return dpooled, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 torch.library.register_autograd(

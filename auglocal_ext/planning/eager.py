@@ -44,7 +44,12 @@ def eager_bytes(planner, shape, like=None):
 def _step(planner, parts, images, labels, checkpointed):
     planner.progress.walked()
     *units, classifier = parts
-    with LiveBytes(tensors_of(parts)) as live, RealLayouts(), MetaAttention(), torch.enable_grad():
+    with (
+        LiveBytes([*tensors_of(parts), *planner.criterion.tensors]) as live,
+        RealLayouts(),
+        MetaAttention(),
+        torch.enable_grad(),
+    ):
         existing = live.now
         live.count(images)
         live.count(labels)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine.criterion import CrossEntropy
+from ..engine.criterion import CrossEntropy, OwnLoss
 from ..rules.rule import Rule
 
 __all__ = ["Origin", "fingerprint"]
@@ -13,14 +13,15 @@ __all__ = ["Origin", "fingerprint"]
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, criterion, memory_format: what the plan was made with. model: the `fingerprint` of
-    its model."""
+    """rule, recompute, optimizer, criterion, memory_format, soft_labels: what the plan was made with. model: the
+    `fingerprint` of its model."""
 
     rule: Rule
     recompute: bool | tuple[str, ...]
     optimizer: Callable
-    criterion: CrossEntropy
+    criterion: CrossEntropy | OwnLoss
     memory_format: torch.memory_format
+    soft_labels: bool
     model: tuple
 
 

@@ -38,8 +38,9 @@ def plan(
     prefer: str = "arithmetic",
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
-    criterion: nn.CrossEntropyLoss | None = None,
+    criterion: Callable | None = None,
     memory_format: torch.memory_format = torch.channels_last,
+    soft_labels: bool = False,
 ) -> Plan:
     """Plans a training without running it; the model is not changed.
 
@@ -49,11 +50,11 @@ def plan(
         depth, rule, form, auxiliary, modules, units, precision, recompute, optimizer: see `auglocal_ext.train`. With a
             budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
             and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
-        criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
-            the classifier.
+        criterion: the loss of every local module's head and of the classifier, see `auglocal_ext.train`.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
+        soft_labels: whether labels are (N, classes), as MixUp and CutMix make them, rather than class numbers (N,).
         prefer: what is least in the cut that is chosen: "arithmetic"; "memory", the step's bytes; or "time", as it is
             predicted by what `auglocal calibrate` has measured on this machine.
 
@@ -71,7 +72,7 @@ def plan(
     rules = rules_of(backbone, rule, depth, form, auxiliary, modules, **options)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
-    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
+    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock, soft_labels)
     with planner.progress(f"planning batches of {shape[0]}"):
         if budget is None:
             if modules is None and not has_own_cut(backbone, rules[0]):

@@ -65,8 +65,10 @@ class Planner:
         memory_format: of the images, where no batch tells it.
         backbone: of the model, where it was read already.
         clock: None, or what predicts times; see `calibration.load`.
+        soft_labels: see `auglocal_ext.plan`.
 
     Attributes:
+        criterion: without data; given_criterion: as it was given.
         options: how the programs are built; see `module_nodes.module_program`.
         optimizer_bytes: see `OptimizerBytes`.
         progress: see `Progress`.
@@ -82,15 +84,17 @@ class Planner:
         backbone=None,
         criterion=None,
         clock=None,
+        soft_labels=False,
     ):
         check_precision(precision)
-        self.criterion, self.clock = as_criterion(criterion), clock
+        self.given_criterion, self.clock, self.soft_labels = as_criterion(criterion), clock, soft_labels
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
         self.model, self.backbone = _meta_copies(model, backbone or as_backbone(model))
         train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
+        self.criterion = self.given_criterion.on("meta", self.dtype, self.backbone.num_classes)
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
@@ -124,6 +128,8 @@ class Planner:
         dtype, given = (self.dtype, self.memory_format) if like is None else (like.dtype, layout_of(like))
         size = (max(shape[0], 2), *shape[1:])
         images = torch.empty(size, dtype=dtype, device="meta", memory_format=given)
+        if self.soft_labels:
+            return images, torch.empty(len(images), self.backbone.num_classes, dtype=self.dtype, device="meta")
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
     def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):
@@ -144,7 +150,7 @@ class Planner:
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
         batch_bytes = images.nbytes + labels.nbytes
-        constant = batch_bytes + len(parts) * self.module_bytes
+        constant = batch_bytes + len(parts) * self.module_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
         with self.progress(f"planning batches of {shape[0]}"):
@@ -154,7 +160,8 @@ class Planner:
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
-        origin = Origin(rule, self.recompute, self.factory, self.criterion, layout_of(images), self.fingerprint)
+        made_with = rule, self.recompute, self.factory, self.given_criterion, layout_of(images), self.soft_labels
+        origin = Origin(*made_with, self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
     def _part(self, span, head):
@@ -183,7 +190,8 @@ class Planner:
             else:
                 self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
-                line, features = timeline(program, x, labels, part.existing, index > 0, images, self.clock)
+                existing = [*part.existing, *self.criterion.tensors]
+                line, features = timeline(program, x, labels, existing, index > 0, images, self.clock)
                 walk = _Walk(program, line, features, kept)
             walks.append(walk)
             x, source = walk.features, walk.program.features
@@ -259,8 +267,8 @@ class Planner:
         return self.dtype.itemsize + torch.int64.itemsize
 
     def state_bytes(self):
-        """Parameters, buffers and optimizer state of the model alone."""
-        return bytes_of(tensors_of(self.model)) + self.optimizer_bytes(self.model)[0]
+        """Parameters, buffers and optimizer state of the model alone, and the criterion's tensors."""
+        return bytes_of([*tensors_of(self.model), *self.criterion.tensors]) + self.optimizer_bytes(self.model)[0]
 
 
 def _meta_copies(model, backbone):

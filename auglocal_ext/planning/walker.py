@@ -89,6 +89,7 @@ class Walker:
             options["recompute"] = [self.units[unit].name for unit in again]
         program = module_program(self.planner.backbone, span, head, source, **options)
         existing = [t for unit in span.of(self.units) for t in tensors_of(unit.module)] + tensors_of(head)
+        existing += self.planner.criterion.tensors
         given = program, self.inputs[first], self.labels, existing
         return timeline(*given, count_input=first > 0, clock=self.planner.clock)[0]
 

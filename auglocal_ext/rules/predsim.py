@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -43,9 +44,12 @@ class _Similarity(ExtraLoss):
         self.num_classes = num_classes
 
     def loss(self, prediction, labels, images):
-        targets = F.one_hot(labels, self.num_classes).to(prediction.dtype)
+        soft = labels.is_floating_point()
+        shares = labels if soft else labels[:, None] == torch.arange(self.num_classes, device=labels.device)
+        targets = shares.to(prediction.dtype)
         maps = prediction.flatten(2)
         rows = maps.std(2) if maps.shape[2] > 1 else maps.flatten(1)  # one pixel has no deviation
+        rows = rows * shares.any(1, keepdim=True)  # an image of no class is to be ignored
         return F.mse_loss(_similarity(rows), _similarity(targets))
 
 

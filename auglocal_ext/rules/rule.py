@@ -60,7 +60,7 @@ class ExtraLoss(nn.Module):
 
         Args:
             prediction: what the net made, at least float32.
-            labels: (N,), int64.
+            labels: (N,), int64, with those that the criterion ignores; or soft ones, (N, classes).
             images: (N, C, H, W), as the step was given them.
         """
         raise NotImplementedError

@@ -8,6 +8,7 @@ import torch
 
 from ..common import checks
 from ..common.memory import LiveBytes
+from .batch import counted
 from .loaders import move, until
 
 __all__ = ["PeakMeter", "Sums", "factor_at", "train_epoch"]
@@ -28,8 +29,9 @@ class Sums:
     """What an epoch has come to so far; it can be put away in the middle and gone on from.
 
     Attributes:
-        losses: (modules,), the sum of each module's losses times images, where they are finite.
+        losses: (modules,), the sum of each module's losses times images that count, where they are finite.
         counted: (modules,), int64: of how many images.
+        judged: (), int64: how many images counted: all but those whose label the criterion ignores.
         steps, seen: how many steps there were, and images.
         seconds: that they took.
         over: whether the loader has no more.
@@ -40,13 +42,14 @@ class Sums:
         modules, device = len(trainer.local_modules), trainer.device
         self.losses = torch.zeros(modules, dtype=trainer.dtype, device=device)
         self.counted = torch.zeros(modules, dtype=torch.int64, device=device)
+        self.judged = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = self.seen = 0
         self.seconds, self.over = 0.0, False
         trainer.module_hits.zero_()
         self.skipped_before = sum(trainer.skipped_steps)
         if saved is not None:
-            tensors = (self.losses, "losses"), (self.counted, "counted"), (trainer.module_hits, "hits")
-            for tensor, name in tensors:
+            tensors = (self.losses, "losses"), (self.counted, "counted"), (self.judged, "judged")
+            for tensor, name in (*tensors, (trainer.module_hits, "hits")):
                 tensor.copy_(saved[name])
             self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
             self.seconds = saved["seconds"]
@@ -56,6 +59,7 @@ class Sums:
         return {
             "losses": self.losses,
             "counted": self.counted,
+            "judged": self.judged,
             "hits": self.trainer.module_hits,
             "steps": self.steps,
             "seen": self.seen,
@@ -68,17 +72,18 @@ class Sums:
     def skipped(self):
         return sum(self.trainer.skipped_steps) - self.skipped_before
 
-    def add(self, losses, images):
-        """After a step: its module_losses, of so many images."""
-        finite = losses.isfinite()
-        self.losses += torch.where(finite, losses, 0) * images
-        self.counted += finite * images
-        self.seen, self.steps = self.seen + images, self.steps + 1
+    def add(self, losses, labels):
+        """After a step: its module_losses, of images with these labels."""
+        finite, count = losses.isfinite(), counted(labels, self.trainer.criterion.ignore_index)
+        self.losses += torch.where(finite, losses, 0) * count
+        self.counted += finite * count
+        self.judged += count
+        self.seen, self.steps = self.seen + len(labels), self.steps + 1
 
     def entry(self, epoch, peak):
         """The history's entry of the epoch, from 1. Waits for the device."""
         losses = (self.losses / self.counted).tolist()
-        hits = (self.trainer.module_hits / self.seen).tolist()
+        hits = (self.trainer.module_hits / self.judged).tolist()
         return {
             "epoch": epoch,
             "loss": losses[-1],
@@ -116,10 +121,10 @@ def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
             )
             continue
         trainer.set_learning_rate_factor(factor(sums.steps))
-        trainer.plan_for(images)  # outside of what is measured
+        trainer.plan_for(images, labels)  # outside of what is measured
         with meter(images, labels):
             result = trainer.step(images, labels)
-        sums.add(result.module_losses, len(images))
+        sums.add(result.module_losses, labels)
         sums.seconds = time.perf_counter() - started
         del batch, images, labels
         after_step(result)

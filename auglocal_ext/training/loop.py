@@ -45,7 +45,7 @@ def train(
     prefer: str = "arithmetic",
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
-    criterion: nn.CrossEntropyLoss | None = None,
+    criterion: Callable | None = None,
     schedule: Callable | None = cosine,
     precision: str = "fp32",
     device: str | torch.device | None = None,
@@ -66,7 +66,8 @@ def train(
         model: an image classifier: any of torchvision's, one of `auglocal_ext.models`, or one of your own whose forward
             is a graph of layers and functions, see `as_backbone`.
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
-            the CPU are moved to the model's device.
+            the CPU are moved to the model's device. Labels are class numbers, (N,), int64, or soft, (N, classes), as
+            torchvision's MixUp and CutMix make them: then the training accuracy is that of the largest share.
         depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
         val_loader: like loader; the accuracy on it is measured after each epoch.
         epochs: how often to go through loader.
@@ -89,8 +90,12 @@ def train(
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
             0.1 x batch / 128.
-        criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
-            the classifier. The validation's loss is the plain cross-entropy.
+        criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy;
+            torch.nn.CrossEntropyLoss, with label_smoothing, weight and ignore_index if you like; or a function or
+            module of your own, (logits (N, classes), labels) -> scalar. That runs on tensors without data too, when a
+            step is planned: it may read no values, and constant tensors belong into buffers, which are moved to the
+            model's device. Where every label of a batch is ignored the loss is NaN and gradients are zero, as in
+            torch. The validation's loss is the plain cross-entropy in any case.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
             loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`.
         precision: "fp32" or "bf16".
@@ -143,16 +148,17 @@ def train(
     validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)
     modes, checkpoints, run = modes_of(model), None, None
     try:
-        images = move(first, trainer.device)[0]
+        images, labels = move(first, trainer.device)
         if len(images) > 1:  # else the training says that it skips such batches
-            trainer.plan_for(images, compare=True)
+            trainer.plan_for(images, labels, compare=True)
             if modules is None and memory_budget is None and trainer.plan.comparison.warning:
+                options["soft_labels"] = labels.is_floating_point()
                 trainer = _cut_otherwise(trainer, images, depth, **cutting, **options)
             if progress:
                 tqdm.write(first_lines(trainer))
             elif trainer.plan.comparison.warning:
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
-        del first, images  # which would live through the whole training
+        del first, images, labels  # which would live through the whole training
         trainer.nonfinite = nonfinite
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, checkpoint_minutes)
@@ -219,11 +225,12 @@ def _check_limits(patience, max_seconds):
 
 def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optimizer, **options):
     """The LocalTrainer; under a budget that of the cut that is found for it. first: the first batch."""
-    images = first[0]
+    images, labels = first
     options["optimizer"] = optimizer or sgd(images.shape[:1].numel())  # of what is no batch at all: refused below
     chosen = prefer != "arithmetic" or "auto" in (depth, options["auxiliary"], options["recompute"])
     if memory_budget is not None or chosen:
-        planned = plan(model, images.shape, depth, memory_budget=memory_budget, prefer=prefer, **options)
+        counted = {"memory_budget": memory_budget, "prefer": prefer, "soft_labels": checks.is_soft(labels)}
+        planned = plan(model, images.shape, depth, **counted, **options)
         if progress:
             tqdm.write(str(planned.choice))
         trainer = LocalTrainer(model, plan=planned)

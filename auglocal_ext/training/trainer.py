@@ -27,6 +27,7 @@ from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
 from ..rules.cutting import as_recompute, assert_apart, cut, local_heads
 from ..rules.rule import Rule
+from .batch import checked, raise_refused, right_answers
 from .divergence import UndoWhereNotFinite
 from .errors import check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
@@ -64,8 +65,7 @@ class LocalTrainer:
             criterion, precision and recompute are taken from it, and its step is run, without planning again.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
             momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
-        criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy, or
-            torch.nn.CrossEntropyLoss(label_smoothing=...).
+        criterion: the loss of every local module's head and of the classifier; see `auglocal_ext.train`.
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
         recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
@@ -81,7 +81,8 @@ class LocalTrainer:
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
         nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
             `auglocal_ext.train`. skipped_steps: of each module, how many.
-        module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like.
+        module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like. Of
+            soft labels the class of the largest share is right; where the label is ignored no answer is.
     """
 
     @torch.inference_mode(False)
@@ -98,7 +99,7 @@ class LocalTrainer:
         units: Iterable[str] | None = None,
         borders: Iterable[int] | None = None,
         optimizer: Callable | None = None,
-        criterion: nn.CrossEntropyLoss | None = None,
+        criterion: Callable | None = None,
         precision: str = "fp32",
         recompute: bool | Iterable[str] = False,
         image_size: int | tuple[int, int] | None = None,
@@ -111,7 +112,7 @@ class LocalTrainer:
             recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
             image_size, units = image_size or plan.input_shape[2:], plan.units
         checks.check_precision(precision)
-        self.criterion = as_criterion(criterion)
+        criterion = as_criterion(criterion)
         backbone = as_backbone(model, units)
         backbone.say_what_is_left_out()
         rule = as_rule(rule, depth, form, auxiliary)
@@ -131,6 +132,7 @@ class LocalTrainer:
             units = [unit.module for unit in span.of(backbone.units)]
             self.local_modules.append(LocalModule(units, head))
         assert_apart(self.local_modules, {p: name for name, p in model.named_parameters()})
+        self.criterion = criterion.on(self.device, self.dtype, backbone.num_classes)
         self._optimizer = optimizer or sgd(128)
         self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
         self._made_optimizers = list(self.optimizers)
@@ -142,7 +144,7 @@ class LocalTrainer:
         self.module_hits = torch.zeros(len(self.local_modules), dtype=torch.int64, device=self.device)
         self._hooks_run: set[nn.Module] = set()  # the modules whose hooks a step runs
         self._said: set[str] = set()  # what was warned of
-        self._refused = torch.zeros(2, dtype=torch.bool, device=self.device)  # images, labels
+        self._refused = torch.zeros(3, dtype=torch.bool, device=self.device)  # images, labels, soft labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
 
     def __getstate__(self):
@@ -165,7 +167,8 @@ class LocalTrainer:
         Args:
             images: (N, channels, H, W), floating point, on the model's device; N at least 2. Its memory format,
                 contiguous or channels_last, is that of the whole step.
-            labels: (N,), int64, from 0 to num_classes - 1.
+            labels: (N,), int64, from 0 to num_classes - 1 or the criterion's ignore_index; or soft ones, (N,
+                num_classes), of the model's dtype, as MixUp and CutMix make them.
 
         Returns:
             StepResult. Nothing waits for the device until one of its values is read.
@@ -182,8 +185,8 @@ class LocalTrainer:
                 "trainer.optimizers is not what the trainer made, one for each local module: change the settings in "
                 "their param_groups, or pass optimizer= to a new trainer"
             )
-        images, labels, refused = self._check_batch(images, labels)
-        modes = self._plan_for(images)
+        images, labels, refused = checked(self, images, labels)
+        modes = self._plan_for(images, labels)
         if images.is_inference():  # which autograd cannot use
             images, labels = images.clone(), labels.clone()
         for module in self.local_modules:
@@ -208,7 +211,7 @@ class LocalTrainer:
             finally:
                 optimizer.zero_grad(set_to_none=True)
             losses[index] = loss
-            self.module_hits[index] += (logits.argmax(1) == labels).sum()
+            self.module_hits[index] += right_answers(logits, labels, self.criterion.ignore_index)
             inputs.append(features)
             del features, loss
         if refused is not None:
@@ -231,43 +234,47 @@ class LocalTrainer:
         return self._current_programs()[index].run([features], labels, images)
 
     @torch.inference_mode(False)
-    def plan_for(self, images: torch.Tensor, compare: bool = False) -> None:
+    def plan_for(self, images: torch.Tensor, labels: torch.Tensor | None = None, compare: bool = False) -> None:
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
-        another size of images or memory format, and after modes or frozen parameters have changed. A smaller batch runs
-        on the plan there is. Puts the model into training mode if it is in eval mode as a whole.
+        another size of images or memory format, for the first soft labels, and after modes or frozen parameters have
+        changed. A smaller batch runs on the plan there is. Puts the model into training mode if it is in eval mode as a
+        whole.
 
+        labels: see `step`; None: class numbers.
         compare: also find out what the step costs otherwise, `plan.comparison`.
         """
-        self._plan_for(images, compare)
+        self._plan_for(images, labels, compare)
         if compare and self.plan is not None and self.plan.comparison is None:  # it was planned before
-            self.plan = compared(self._planner(), self.plan, images)
+            self.plan = compared(self._planner(self.plan.origin.soft_labels), self.plan, images)
 
-    def _planner(self):
-        options = {"criterion": self.criterion, "backbone": self._backbone}
+    def _planner(self, soft_labels):
+        options = {"criterion": self.criterion, "backbone": self._backbone, "soft_labels": soft_labels}
         return Planner(self.model, self.precision, self._optimizer, self.recompute, **options)
 
-    def _plan_for(self, images, compare=False):
+    def _plan_for(self, images, labels, compare=False):
         """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""
         self.check_images(images)
         if not self.model.training and train_mode(self.model):
             self._warn("the model was in eval mode as a whole: a step puts it into training mode, and leaves it there")
-        shape, modes = tuple(images.shape), self._watch.modes()
+        shape, modes, soft = tuple(images.shape), self._watch.modes(), labels is not None and checks.is_soft(labels)
         if self.plan is not None and (modes, *_kind(images)) == self._planned_for:
-            planned = self.plan.input_shape
-            if shape[1:] == planned[1:] and shape[0] <= planned[0]:
+            planned, planned_soft = self.plan.input_shape, self.plan.origin.soft_labels
+            if shape[1:] == planned[1:] and shape[0] <= planned[0] and soft <= planned_soft:
                 if self._programs is None:  # the plan was given
                     self._rule.check_images(images)
                 self._current_programs(modes)
                 return modes
+            given, planned = (f"{s}{' with soft labels' * t}" for s, t in ((shape, soft), (planned, planned_soft)))
             warnings.warn(
-                f"a batch of shape {shape} does not fit the plan for {planned}: planning again, which takes a moment; "
+                f"a batch of shape {given} does not fit the plan for {planned}: planning again, which takes a moment; "
                 f"give batches of one shape, the largest first",
                 stacklevel=4,
             )
+            soft = soft or planned_soft
         self._rule.check_images(images)
         heads = [module.head for module in self.local_modules]
         self._check_size(heads, shape[2:])
-        planner = self._planner()
+        planner = self._planner(soft)
         planned = planner.plan(self._spans, shape, self._rule, heads, images, self.optimizers)
         if compare or (self.plan is not None and self.plan.comparison is not None):
             planned = compared(planner, planned, images)
@@ -328,10 +335,7 @@ class LocalTrainer:
 
     def check(self) -> None:
         """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""
-        images, labels = self._refused.tolist()
-        self._refused.zero_()
-        if images or labels:
-            raise checks.bad_labels(self.num_classes) if labels else checks.bad_images()
+        raise_refused(self)
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Sets every learning rate to `factor` times what it was when the optimizers were made.
@@ -345,8 +349,10 @@ class LocalTrainer:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def tensors(self):
-        """Every tensor that training keeps between steps: parameters, buffers, optimizer state, `module_hits`."""
+        """Every tensor that training keeps between steps: parameters, buffers, optimizer state, `module_hits`, the
+        criterion's."""
         yield self.module_hits
+        yield from self.criterion.tensors
         for module in (self.model, self.aux_nets):
             yield from tensors_of(module)
         for optimizer in self.optimizers:
@@ -375,25 +381,6 @@ class LocalTrainer:
         """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
         channels, half = self.image_channels, self.precision == "bf16"
         checks.check_images(images, self.dtype, channels=channels, half=half, name=name)
-
-    def _check_batch(self, images, labels):
-        channels, half = self.image_channels, self.precision == "bf16"
-        checks.check_batch(images, labels, self.device, self.dtype, channels=channels, half=half)
-        if len(images) < 2:
-            raise ValueError(f"a step needs at least 2 images for its batch statistics, given {len(images)}")
-        not_finite = checks.not_finite(images, self.dtype)
-        out_of_range = checks.out_of_range(labels, self.num_classes)
-        if self._values_are_at_hand:
-            if not_finite:
-                raise checks.bad_images()
-            if out_of_range:
-                raise checks.bad_labels(self.num_classes, labels)
-            return images, labels, None
-        # Reading the flags would wait for the device, and a label out of range would end its context: keep the
-        # flags, and take the step on values that harm nothing.
-        images = images.nan_to_num(0, 0, 0)
-        self._refused |= torch.stack([not_finite, out_of_range])
-        return images, labels.clamp(0, self.num_classes - 1), not_finite | out_of_range
 
 
 def _kind(images):

@@ -286,6 +286,16 @@ def test_any_number_as_a_label():
         ({"bias": torch.ones(4)}, r"bias must be \(5,\), given shape \(4,\)"),
         ({"labels": torch.zeros(5).long()}, r"labels must be \(6,\) of int64, given \(5,\) of torch.int64"),
         ({"labels": torch.zeros(6).int()}, r"labels must be \(6,\) of int64, given \(6,\) of torch.int32"),
+        ({"labels": torch.zeros(6, 4)}, r"labels must be \(6, 5\) of float32, given \(6, 4\) of torch.float32"),
+        (
+            {"labels": torch.zeros(6, 5).double()},
+            r"labels must be \(6, 5\) of float32, given \(6, 5\) of torch.float64",
+        ),
+        (
+            {"class_weight": torch.ones(4)},
+            r"class_weight must be \(5,\) of torch.float32, given \(4,\) of torch.float32",
+        ),
+        ({"class_weight": torch.ones(5).double()}, r"\(5,\) of torch.float32, given \(5,\) of torch.float64"),
     ],
 )
 def test_the_loss_refuses_what_would_read_out_of_bounds(spoiled, message, device):
@@ -293,7 +303,8 @@ def test_the_loss_refuses_what_would_read_out_of_bounds(spoiled, message, device
     given |= {"labels": torch.zeros(6).long()}
     given = {name: t.to(device) for name, t in (given | spoiled).items()}
     with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
-        OPS.linear_cross_entropy(*given.values(), 0.0, -100)
+        class_weight = given.pop("class_weight", None)
+        OPS.linear_cross_entropy(*given.values(), 0.0, -100, class_weight)
 
 
 def test_the_loss_refuses_tensors_of_several_devices():

@@ -93,13 +93,81 @@ def test_labels_and_losses(label_smoothing, ignore_index, linear_bias, classes, 
     assert_equal_the_reference(tensors, labels, kind, label_smoothing=label_smoothing, ignore_index=ignore_index)
 
 
+def weights_of(classes, dtype=torch.float64, device="cpu"):
+    """What each class counts, the last one nothing."""
+    weights = torch.rand(classes, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    weights[1:][-1:] = 0
+    return weights.to(device, dtype)
+
+
+def soft(labels, classes, dtype=torch.float64):
+    """Labels mixed with the next image's, as MixUp does."""
+    shares = F.one_hot(labels, classes).to(dtype)
+    return 0.7 * shares + 0.3 * shares.roll(1, 0)
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("labels_are", ["numbers", "some ignored", "soft", "no shares"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("linear_bias", [False, True])
+@pytest.mark.parametrize("classes", [1, 7, 1000])
+def test_class_weights_and_soft_labels(label_smoothing, labels_are, weighted, linear_bias, classes, device):
+    shape, kind = (12, 5, 3, 3), (True, True)
+    arguments = {"linear_bias": linear_bias, "classes": classes, "device": device}
+    tensors, labels = head(shape, torch.float64, LAYOUTS[0], kind, **arguments)
+    options = {"label_smoothing": label_smoothing}
+    if labels_are == "some ignored":
+        labels[::3] = options["ignore_index"] = 0 if classes > 1 else 1
+    elif labels_are == "soft":
+        labels = soft(labels, classes)
+    elif labels_are == "no shares":  # which sum up to something else than one, and may be negative
+        labels = torch.randn(12, classes, generator=torch.Generator().manual_seed(5)).double().to(device)
+    if weighted:
+        options["class_weight"] = weights_of(classes, device=device)
+    assert_equal_the_reference(tensors, labels, kind, **options)
+
+
+def test_class_weights_are_torchs_weighted_mean():
+    """Two rows of classes that count 1 and 3: the mean is a quarter of the one loss and three of the other."""
+    tensors, _ = head((2, 3, 2, 2), torch.float64, LAYOUTS[0], None)
+    labels, weights = torch.tensor([0, 1]), torch.tensor([1.0, 3, 5, 5, 5, 5, 5], dtype=torch.float64)
+    result = call(pooled_cross_entropy, tensors, labels, None, class_weight=weights)
+    losses = F.cross_entropy(result.logits, labels, reduction="none")
+    torch.testing.assert_close(result.loss, losses[0] / 4 + losses[1] * 3 / 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_that_all_weigh_nothing_are_nan_with_gradients_of_zero(label_smoothing, device):
+    tensors, labels = head((4, 3, 2, 2), torch.float64, LAYOUTS[0], (False, True), device=device)
+    weights = weights_of(7, device=device)
+    options = {"label_smoothing": label_smoothing, "class_weight": weights}
+    ours = run(pooled_cross_entropy, tensors, torch.full_like(labels, 6), (False, True), **options)
+    assert ours["loss"].isnan() and not any(ours[f"d{name}"].any() for name in tensors)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_masked_class_costs_nothing_where_no_target_has_a_share_in_it(label_smoothing):
+    """Its logit is -inf: torch's loss is finite without smoothing, and infinite with it."""
+    tensors, labels = head((4, 3, 2, 2), torch.float64, LAYOUTS[0], None)
+    tensors["linear_bias"][3] = -torch.inf
+    labels[labels == 3] = 2
+    for given, options in ((labels, {}), (labels, {"class_weight": weights_of(7)}), (soft(labels, 7), {})):
+        result = call(pooled_cross_entropy, tensors, given, None, label_smoothing=label_smoothing, **options)
+        assert result.loss.isfinite() == (label_smoothing == 0) and not result.loss.isnan()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_all_ignored_is_nan_with_gradients_of_zero_as_in_torch(kind, label_smoothing, device):
     tensors, labels = head((4, 3, 2, 2), torch.float64, LAYOUTS[0], kind, device=device)
-    ours = assert_equal_the_reference(tensors, torch.full_like(labels, -100), kind, label_smoothing=label_smoothing)
-    assert ours["loss"].isnan() and not any(ours[f"d{name}"].any() for name in tensors)
+    for weighted in ({}, {"class_weight": weights_of(7, device=device)}):
+        options = weighted | {"label_smoothing": label_smoothing}
+        ours = assert_equal_the_reference(tensors, torch.full_like(labels, -100), kind, **options)
+        assert ours["loss"].isnan() and not any(ours[f"d{name}"].any() for name in tensors)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -157,11 +225,16 @@ def test_large_means_are_survived(layout, kind, device):
 def test_gradcheck(layout, kind, head_bn):
     tensors, labels = head((5, 3, 3, 2), torch.float64, layout, kind, head_bn=head_bn)
     labels[2] = -100
+    options = {"label_smoothing": 0.1}
 
     def loss(*values):
-        return call(pooled_cross_entropy, dict(zip(tensors, values, strict=True)), labels, kind, label_smoothing=0.1)[0]
+        return call(pooled_cross_entropy, dict(zip(tensors, values, strict=True)), labels, kind, **options)[0]
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in tensors.values()])
+    options["class_weight"] = weights_of(7)
+    assert torch.autograd.gradcheck(loss, list(tensors.values()))
+    labels = soft(labels.clamp(0), 7)
+    assert torch.autograd.gradcheck(loss, list(tensors.values()))
 
 
 @pytest.mark.covering(1)
@@ -194,6 +267,9 @@ def test_opcheck_of_the_loss(n, c, k, linear_bias, device):
     tensors = [t.requires_grad_() for t in tensors] + [None] * (not linear_bias)
     labels = torch.randint(k, (n,), generator=generator).to(device)
     opcheck(OPS.linear_cross_entropy.default, (*tensors, labels, 0.1, -100))
+    weights, shares = (value.to(device, torch.float32) for value in (weights_of(k), soft(labels, k)))
+    opcheck(OPS.linear_cross_entropy.default, (*tensors, labels, 0.1, -100, weights))
+    opcheck(OPS.linear_cross_entropy.default, (*tensors, shares, 0.1, -100, weights))
     loss, _, *gradients = (t.detach() for t in OPS.linear_cross_entropy(*tensors, labels, 0.1, -100))
     opcheck(OPS.linear_cross_entropy_backward.default, (loss, loss, *gradients))
 
@@ -370,6 +446,16 @@ BAD = [
     ({"labels": torch.zeros(4).int()}, TypeError, "labels must be torch.int64 for torch.float32 x, given torch.int32"),
     ({"labels": torch.tensor([0, 4, 5, 1])}, ValueError, "labels must be 0 to 4 or ignore_index -100, given 5"),
     ({"labels": torch.tensor([0, 4, -1, 1])}, ValueError, "labels must be 0 to 4 or ignore_index -100, given -1"),
+    ({"labels": torch.zeros(4)}, ValueError, r"labels must be \(4, 5\), given shape \(4,\)"),
+    ({"labels": torch.zeros(4, 4)}, ValueError, r"labels must be \(4, 5\), given shape \(4, 4\)"),
+    (
+        {"labels": torch.zeros(4, 5).double()},
+        TypeError,
+        "labels must be torch.float32 for torch.float32 x, given torch",
+    ),
+    ({"class_weight": torch.ones(4)}, ValueError, r"class_weight must be \(5,\), given shape \(4,\)"),
+    ({"class_weight": torch.ones(5).double()}, TypeError, "class_weight must be torch.float32 for torch.float32 x"),
+    ({"class_weight": torch.ones(5, device="meta")}, ValueError, "class_weight must be on cpu like x, given meta"),
     ({"bn": (torch.ones(2), torch.ones(3))}, ValueError, r"the weight of bn must be \(3,\), given shape \(2,\)"),
     ({"eps": -1.0}, ValueError, "eps must be at least 0, given -1.0"),
     ({"residual": torch.ones(4, 3, 2, 2), "bn": None}, ValueError, "residual must be None where bn is None"),

@@ -58,7 +58,7 @@ class Head(Node):
             pooled = made[0]
         gradients = emit.gradient_names(self.linear.weight, self.linear.bias)
         writes = [self.out, emit.loss_name("cross-entropy"), f"{self.out}.gradient", *gradients]
-        run = partial(_linear_cross_entropy, self.linear, self.weight, self.criterion.label_smoothing)
+        run = partial(_linear_cross_entropy, self.linear, self.weight, self.criterion)
         emit.step(self, "linear and loss", run, [pooled, "labels"], writes, self._macs)
 
     def backward(self, emit):
@@ -85,10 +85,13 @@ class Head(Node):
 
 
 def take_in_head(nodes, features, weight, criterion):
-    """The nodes of a module with a Head in place of those it consists of, where that is how they end; else None.
+    """The nodes of a module with a Head in place of those it consists of, where that is how they end and the loss is a
+    cross-entropy; else None.
 
     features: the name of the value that is handed on to the next module, or None: a Head may not be its only reader.
     """
+    if not isinstance(criterion, CrossEntropy):
+        return None
     names = {node.out: node for node in nodes}
     readers = [features, *(source for node in nodes for source in node.sources)]
     # pool, [flatten,] [BatchNorm1d,] linear
@@ -155,9 +158,9 @@ def _head_norm_backward(bn, grad, x, mean, invstd):
     return _aten.native_batch_norm_backward(grad, x, bn.weight, *running, mean, invstd, True, bn.eps, mask)
 
 
-def _linear_cross_entropy(linear, weight, label_smoothing, pooled, labels):
-    given = (pooled, linear.weight, linear.bias, labels, label_smoothing, -100)
-    loss, logits, *gradients = _ops.linear_cross_entropy(*given)
+def _linear_cross_entropy(linear, weight, criterion, pooled, labels):
+    options = criterion.label_smoothing, criterion.ignore_index, criterion.weight
+    loss, logits, *gradients = _ops.linear_cross_entropy(pooled, linear.weight, linear.bias, labels, *options)
     if weight != 1:
         for value in (loss, *gradients):
             value.mul_(weight)

@@ -38,7 +38,7 @@ class Loss(Node):
 
 
 def cross_entropy(part, logits, weight, criterion):
-    """The cross-entropy of logits that an island computed; criterion: `CrossEntropy`."""
+    """The loss of logits that no Head computes; criterion: `CrossEntropy` or `OwnLoss`."""
     return Loss(CROSS_ENTROPY, part, logits, weight, criterion, ("labels",))
 
 
