@@ -1,4 +1,4 @@
-"""How gradients come into their parameters: at the end of a program, or each added to those there are when it is made."""
+"""How gradients come into their parameters: at a program's end, or each added to what is there when it is made."""
 
 from dataclasses import replace
 from functools import partial

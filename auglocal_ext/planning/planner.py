@@ -91,7 +91,8 @@ class Planner:
         train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
         self.options = {
             "autocast": self.autocast,
@@ -127,7 +128,7 @@ class Planner:
             heads = self.heads(spans, shape, rule)
         else:
             heads = [*(meta_copy(head) for head in heads[:-1]), LocalHead(self.backbone.classifier)]
-        parts = [self._part(span, head) for span, head in zip(spans, heads, strict=True)]
+        parts = [self._part(*one) for one in zip(spans, heads, range(len(spans)), strict=True)]
         assert_apart([part.module for part in parts], {p: name for name, p in self.model.named_parameters()})
         images, labels = self.batch(shape, like)
         self._assert_same_function(images.to(self.dtype))
@@ -146,11 +147,12 @@ class Planner:
         origin = Origin(rule, self.recompute, self.factory, self.criterion, layout_of(images), self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
-    def _part(self, span, head):
+    def _part(self, span, head, index):
         body = nn.ModuleList(unit.module for unit in span.of(self.backbone.units))
         module = nn.ModuleList((body, head))
         existing = [*tensors_of(body), *tensors_of(head)]
-        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *self.optimizer_bytes(module))
+        of_optimizer = self.optimizer_bytes(module, head, index)
+        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *of_optimizer)
 
     def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor

@@ -83,8 +83,10 @@ def train(
         recompute: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
             inside every module, for a third more arithmetic; or of the units of these names only.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
-            functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
-            0.1 x batch / 128.
+            functools.partial of one. If its first argument is called `named` or `named_parameters`, it is given a list
+            of (name, parameter), as "layer1.0.conv1.weight", of aux nets "aux_nets.0. ...", and may make groups of
+            them; see `auglocal_ext.optim.no_decay_on_norms`. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4,
+            learning rate 0.1 x batch / 128.
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier. The validation's loss is the plain cross-entropy.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the

@@ -61,8 +61,8 @@ class LocalTrainer:
             that fits a memory budget pass plan.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut, rule, optimizer,
             criterion, precision and recompute are taken from it, and its step is run, without planning again.
-        optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
-            momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
+        optimizer: parameters -> torch.optim.Optimizer, called once per local module; see `auglocal_ext.train`. Default:
+            SGD with Nesterov momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy, or
             torch.nn.CrossEntropyLoss(label_smoothing=...).
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
@@ -125,9 +125,13 @@ class LocalTrainer:
         for span, head in zip(self._spans, heads, strict=True):
             units = [unit.module for unit in span.of(backbone.units)]
             self.local_modules.append(LocalModule(units, head))
-        assert_apart(self.local_modules, {p: name for name, p in model.named_parameters()})
+        names = {p: name for name, p in model.named_parameters()}
+        assert_apart(self.local_modules, names)
         self._optimizer = optimizer or sgd(128)
-        self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
+        names |= {p: f"aux_nets.{name}" for name, p in self.aux_nets.named_parameters() if p not in names}
+        self.optimizers = [
+            make_optimizer(self._optimizer, [(names[p], p) for p in m.parameters()]) for m in self.local_modules
+        ]
         self._made_optimizers = list(self.optimizers)
         self._watch = self._watched()
         self._programs = self._planned_for = self._programmed_modes = None  # what plan and programs were made for
