@@ -7,14 +7,15 @@ import torch
 
 from ..engine.criterion import CrossEntropy
 from ..rules.rule import Rule
+from .stepping import Stepping
 
 __all__ = ["Origin", "fingerprint"]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, criterion, memory_format: what the plan was made with. model: the `fingerprint` of
-    its model."""
+    """rule, recompute, optimizer, criterion, memory_format, stepping: what the plan was made with. model: the
+    `fingerprint` of its model."""
 
     rule: Rule
     recompute: bool | tuple[str, ...]
@@ -22,6 +23,7 @@ class Origin:
     criterion: CrossEntropy
     memory_format: torch.memory_format
     model: tuple
+    stepping: Stepping = Stepping()
 
 
 def fingerprint(model):

@@ -17,6 +17,7 @@ from .calibration import load
 from .comparison import compared
 from .planner import Planner
 from .result import Plan
+from .stepping import Stepping
 
 __all__ = ["check_shape", "plan"]
 
@@ -37,6 +38,11 @@ def plan(
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: nn.CrossEntropyLoss | None = None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    clip: str = "module",
+    ema: float | None = None,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Plan:
     """Plans a training without running it; the model is not changed.
@@ -49,6 +55,8 @@ def plan(
             the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
         criterion: None, or torch.nn.CrossEntropyLoss(label_smoothing=...): the loss of every local module's head and of
             the classifier.
+        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`; input_shape is of one of the
+            batches that are accumulated.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
@@ -62,6 +70,7 @@ def plan(
         ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
             budget: it then says the least that would, and the batch size that would fit.
     """
+    stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
     backbone = as_backbone(model)
     shape = check_shape(backbone, input_shape)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -69,7 +78,7 @@ def plan(
     rules = rules_of(backbone, rule, depth, form, auxiliary, modules, **options)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
-    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock)
+    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock, stepping)
     with planner.progress(f"planning batches of {shape[0]}"):
         if budget is None:
             return compared(planner, planner.plan(cut(backbone, rules[0], modules), shape, rules[0]))
