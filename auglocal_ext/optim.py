@@ -14,9 +14,11 @@ __all__ = [
     "exponential",
     "make_optimizer",
     "named_optimizer",
+    "no_decay_on_norms",
     "paper",
     "sgd",
     "step",
+    "takes_names",
 ]
 
 OPTIMIZERS = {
@@ -35,7 +37,7 @@ def sgd(batch_size):
     return named_optimizer("sgd", 0.1 * batch_size / 128)
 
 
-def named_optimizer(name, lr, momentum=None, weight_decay=None):
+def named_optimizer(name, lr, momentum=None, weight_decay=None, norm_weight_decay=None, bias_weight_decay=None):
     """An optimizer as a factory, for `auglocal_ext.train`.
 
     Args:
@@ -43,21 +45,63 @@ def named_optimizer(name, lr, momentum=None, weight_decay=None):
         lr: the learning rate; None: torch's default for it.
         momentum: of "sgd", where it is Nesterov's and 0.9 by default, and of "rmsprop".
         weight_decay: by default 1e-4 for "sgd", for the others torch's.
+        norm_weight_decay, bias_weight_decay: of normalisations and of biases; None: as of the others. See
+            `no_decay_on_norms`.
     """
     given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     given = {option: value for option, value in given.items() if value is not None}
     if name == "sgd":
         given = {"momentum": 0.9, "weight_decay": 1e-4} | given
         given["nesterov"] = given["momentum"] > 0
-    return partial(_make, kind=OPTIMIZERS[name], **given)
+    factory = partial(_make, kind=OPTIMIZERS[name], **given)
+    if norm_weight_decay is None and bias_weight_decay is None:
+        return factory
+    return no_decay_on_norms(factory, norm_weight_decay, bias_weight_decay)
 
 
 def _make(parameters, kind, **options):
+    """parameters: or groups of them."""
     parameters = list(parameters)
+    each = [p for one in parameters for p in (one["params"] if isinstance(one, dict) else [one])]
     # Fused where torch has it on every device: the same numbers in one pass, without scratch of the parameters' size.
     if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) or None
+        options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in each) or None
     return kind(parameters, **options)
+
+
+def no_decay_on_norms(factory, norm_weight_decay=0.0, bias_weight_decay=0.0):
+    """A factory of optimizers with another weight decay for normalisations and biases, as torchvision's references
+    have it by the same names; for `auglocal_ext.train`.
+
+    Args:
+        factory: groups of parameters -> torch.optim.Optimizer; an optimizer class with a weight_decay, or a partial.
+        norm_weight_decay: of normalisations: of weights of one dimension and the biases beside them. None: as others.
+        bias_weight_decay: of every bias, those of normalisations included. None: as of what it is beside.
+
+    Returns:
+        [(name, parameter)] -> torch.optim.Optimizer, with the groups that are not empty.
+    """
+    return partial(_decay_apart, factory=factory, norm=norm_weight_decay, bias=bias_weight_decay)
+
+
+def _decay_apart(named, factory, norm, bias):
+    groups = {
+        "others": {"params": []},
+        "norms": {"params": [], "weight_decay": norm},
+        "biases": {"params": [], "weight_decay": bias},
+    }
+    named = dict(named)
+    for name, parameter in named.items():
+        place, _, last = name.rpartition(".")
+        weight = named.get(f"{place}.weight" if place else "weight")
+        if bias is not None and last.endswith("bias"):  # in_proj_bias too
+            kind = "biases"
+        elif norm is not None and weight is not None and weight.ndim == 1 and last in ("weight", "bias"):
+            kind = "norms"
+        else:
+            kind = "others"
+        groups[kind]["params"].append(parameter)
+    return factory([group for group in groups.values() if group["params"]])
 
 
 def cosine(epoch, epochs, warmup=None):
@@ -120,35 +164,59 @@ def paper(lr):
     return factor
 
 
-def make_optimizer(factory, parameters):
+def takes_names(factory):
+    """Whether a factory is to be given (name, parameter) pairs: its first argument is `named` or `named_parameters`."""
+    try:
+        first = next(iter(inspect.signature(factory).parameters), None)
+    except (TypeError, ValueError):  # a callable that has no signature
+        return False
+    return first in ("named", "named_parameters")
+
+
+def make_optimizer(factory, named):
     """One module's optimizer.
 
     Args:
-        factory: parameters -> torch.optim.Optimizer; an optimizer class, or a partial of one.
-        parameters: the module's, its aux net's included.
+        factory: parameters -> torch.optim.Optimizer; an optimizer class, or a partial of one. One whose first argument
+            is called `named` or `named_parameters` is given the list of pairs instead.
+        named: (name, parameter) of the module, its aux net's included.
+
+    Raises:
+        TypeError, ValueError: it is no such factory, or makes what cannot step a module.
     """
     if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
         raise TypeError(
             f"optimizer must be a factory, because each local module has its own: given {type(factory).__name__}, "
             f"expected for instance functools.partial(torch.optim.AdamW, lr=1e-3)"
         )
-    parameters = list(parameters)
-    optimizer = factory(parameters)
+    named = list(named)
+    optimizer = factory(named if takes_names(factory) else [parameter for _, parameter in named])
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer, given one that makes {type(optimizer).__name__}")
-    if {p for group in optimizer.param_groups for p in group["params"]} != set(parameters):
+    taken = {p for group in optimizer.param_groups for p in group["params"]}
+    if taken != {parameter for _, parameter in named}:
+        left_out = [name for name, parameter in named if parameter not in taken]
+        which = f"leaves out {left_out[0]}" if left_out else "takes others"
         raise ValueError(
-            "optimizer must train exactly the parameters that it is called with, one local module's, given a factory "
-            "that takes others: use its argument, as in lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+            f"optimizer must train exactly the parameters that it is called with, one local module's, given a factory "
+            f"that {which}: use its argument, as in lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if isinstance(optimizer, torch.optim.LBFGS) or (closure and closure.default is inspect.Parameter.empty):
+    if _evaluates_again(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__} cannot train local modules: it re-evaluates the loss in step(), when the "
             f"module's activations are gone already; choose one without a closure, such as SGD or AdamW"
         )
     optimizer.register_load_state_dict_post_hook(_lay_out_state)
     return optimizer
+
+
+def _evaluates_again(optimizer):
+    """Whether a step needs the loss more than once: LBFGS's, one that demands a closure, and that of SAM and its kin,
+    which goes up in a first step and down in a second."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    demanded = closure is not None and closure.default is inspect.Parameter.empty
+    in_two = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    return isinstance(optimizer, torch.optim.LBFGS) or demanded or in_two
 
 
 def _lay_out_state(optimizer):

@@ -1,12 +1,23 @@
 """The default optimizer and schedule."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from auglocal_ext import train
-from auglocal_ext.optim import OPTIMIZERS, constant, cosine, exponential, named_optimizer, paper, sgd, step
+from auglocal_ext import LocalTrainer, models, plan, train
+from auglocal_ext.optim import (
+    OPTIMIZERS,
+    constant,
+    cosine,
+    exponential,
+    named_optimizer,
+    no_decay_on_norms,
+    paper,
+    sgd,
+    step,
+)
 
 
 def test_sgd_is_the_papers():
@@ -70,6 +81,69 @@ def test_named_optimizers():
     assert kind is torch.optim.AdamW and (made["lr"], made["weight_decay"]) == (1e-3, 1e-2)
     kind, made = group("rmsprop", 0.1, 0.5)
     assert kind is torch.optim.RMSprop and (made["lr"], made["momentum"], made["weight_decay"]) == (0.1, 0.5, 0)
+
+
+def named_groups(optimizer, named):
+    """The (weight decay, names) of each group."""
+    names = {p: name for name, p in named}
+    return [(g["weight_decay"], [names[p] for p in g["params"]]) for g in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("decays", "expected"),
+    [
+        ((0.0, None), [(0.5, ["conv.weight", "conv.bias"]), (0.0, ["bn.weight", "bn.bias"])]),
+        ((0.1, 0.2), [(0.5, ["conv.weight"]), (0.1, ["bn.weight"]), (0.2, ["bn.bias", "conv.bias"])]),
+        ((None, 0.0), [(0.5, ["bn.weight", "conv.weight"]), (0.0, ["bn.bias", "conv.bias"])]),
+    ],
+)
+def test_another_weight_decay_of_norms_and_biases(decays, expected):
+    layers = torch.nn.ModuleDict({"bn": torch.nn.BatchNorm2d(4), "conv": torch.nn.Conv2d(4, 4, 1)})
+    named = list(layers.named_parameters())
+    adamw = partial(torch.optim.AdamW, weight_decay=0.5)
+    assert named_groups(no_decay_on_norms(adamw, *decays)(named), named) == expected
+    assert named_groups(named_optimizer("sgd", 0.1, None, 0.5, *decays)(named), named) == expected
+    assert named_optimizer("adamw", 0.1, None, 0.5, *decays)(named).param_groups[-1]["fused"]
+
+
+def test_a_factory_may_look_at_names(tiny_model, batch):
+    """Those of the model, and of the aux nets; a plan gives it the same, and a budget's search."""
+    given = []
+
+    def factory(named):
+        given.append([name for name, _ in named])
+        groups = [{"params": [p], "momentum": 0.9 if "conv" in name else 0} for name, p in named]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    trainer = LocalTrainer(tiny_model, depth=2, optimizer=factory)
+    names = {name for name, _ in tiny_model.named_parameters()}
+    names |= {f"aux_nets.{name}" for name, _ in trainer.aux_nets.named_parameters()}
+    assert sorted(sum(given, [])) == sorted(names) and len(given) == 3
+    assert "layer1.0.conv1.weight" in given[1] and any(name.startswith("aux_nets.1.") for name in given[1])
+    of_trainer, given[:] = list(given), []
+    for budget in (None, "5MB"):
+        plan(models.CifarResNet(1), (8, 3, 16, 16), 2, optimizer=factory, memory_budget=budget)
+    assert all(names in given for names in of_trainer)
+    result = train(models.CifarResNet(1), [batch] * 2, 2, epochs=1, optimizer=factory, progress=False)
+    assert result.peak_bytes == result.plan.peak_bytes
+
+
+def test_what_a_factory_leaves_out_is_named(tiny_model):
+    with pytest.raises(ValueError, match="given a factory that leaves out conv1.weight: use its argument"):
+        LocalTrainer(tiny_model, depth=2, optimizer=lambda named: torch.optim.SGD(named[1:]))
+
+
+def test_optimizers_that_need_the_loss_again_are_refused(tiny_model):
+    class SAM(torch.optim.SGD):
+        def first_step(self): ...
+
+        def second_step(self): ...
+
+    for kind in (torch.optim.LBFGS, SAM):
+        with pytest.raises(
+            ValueError, match=f"{kind.__name__} cannot train local modules: it re-evaluates the loss in"
+        ):
+            LocalTrainer(tiny_model, depth=2, optimizer=kind)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from .emit import Emit, Step
+from .leaving import accumulating, leave
 from .nodes import Head, Island
 from .schedule import Gap, add_frees, block_outputs_to_pin, passes_of, with_rebuilds
-from .tensors import as_gradient, dense
+from .tensors import dense
 
 __all__ = ["Program", "build"]
 
@@ -36,6 +37,7 @@ class Program:
         input, labels, images, features, logits, loss: names of values; features is None for the last module.
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
+        accumulates: whether steps of its own have added the gradients to those in the parameters.
         islands: what runs by autograd.
         gaps: where the schedule drops and rebuilds, for `build`'s `kept_gaps`.
     """
@@ -50,10 +52,11 @@ class Program:
     loss: str = "loss"
     labels: str = "labels"
     images: str = "images"
+    accumulates: bool = False
 
     @torch.no_grad()
     def run(self, inputs, labels, images=None):
-        """Forward and backward; leaves the gradients in the parameters.
+        """Forward and backward; leaves the gradients in the parameters, added to those there are where it accumulates.
 
         Args:
             inputs: a list that holds the module's input alone. It is emptied, so that the input can go as soon as
@@ -71,8 +74,9 @@ class Program:
             with torch.autocast(device, enabled=False):
                 for step in self.steps:
                     self.execute(step, values)
-            for name, parameter in self.gradients.items():
-                _leave(parameter, values.pop(name))
+            if not self.accumulates:
+                for name, parameter in self.gradients.items():
+                    leave(parameter, values.pop(name))
             return values.get(self.features), values[self.logits], values[self.loss]
         finally:
             values.clear()  # a traceback would keep them
@@ -89,20 +93,18 @@ class Program:
             del values[name]
 
 
-def _leave(parameter, gradient):
-    """Puts a gradient into its parameter, and calls the parameter's hooks as autograd's own backward does."""
-    if gradient is not None and parameter._backward_hooks:
-        for hook in tuple(parameter._backward_hooks.values()):
-            changed = hook(gradient)
-            gradient = gradient if changed is None else changed
-        gradient = as_gradient(gradient, parameter)
-    parameter.grad = gradient
-    if gradient is not None and parameter._post_accumulate_grad_hooks:
-        for hook in tuple(parameter._post_accumulate_grad_hooks.values()):
-            hook(parameter)
-
-
-def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, recomputed=(), device_type="cpu"):
+def build(
+    nodes,
+    source,
+    features,
+    *,
+    autocast=None,
+    kept_gaps=(),
+    pinned=None,
+    recomputed=(),
+    accumulate=False,
+    device_type="cpu",
+):
     """The program of one local module.
 
     Args:
@@ -113,6 +115,7 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
         kept_gaps: keys of gaps not to drop a value over.
         pinned: names of parts' outputs never to drop, instead of every LONGEST_REBUILD-th of a chain.
         recomputed: the names of the parts whose convolution outputs are dropped too, and the convolutions run again.
+        accumulate: whether gradients are added to those in the parameters, each as soon as it is made.
         device_type: of the real step, where the program is walked on the meta device.
     """
     emit = Emit(nodes, source, features, autocast, recomputed, device_type)
@@ -127,7 +130,11 @@ def build(nodes, source, features, *, autocast=None, kept_gaps=(), pinned=None, 
     _, _, within = passes_of(emit)
     steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned | within)
     logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
-    outputs = {features, logits, "loss", *emit.gradients} - {None}
+    outputs = {features, logits, "loss"} - {None}
+    if accumulate:
+        steps, gaps = accumulating(steps, gaps, emit.gradients)
+    else:
+        outputs |= emit.gradients.keys()
     add_frees(steps, {source, "labels", "images"}, outputs)
     islands = [node for node in nodes if isinstance(node, Island)]
-    return Program(steps, source, features, logits, emit.gradients, islands, gaps)
+    return Program(steps, source, features, logits, emit.gradients, islands, gaps, accumulates=accumulate)

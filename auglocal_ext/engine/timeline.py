@@ -202,21 +202,27 @@ class _Walk:
             return
         if key in self.open:  # written over: the memory goes on in another role
             self._close(key, index)
+            self.gradients -= self._gradient_bytes(key)
         else:
             self.live += storage.nbytes()
-            self.gradients += storage.nbytes() * (kind == "gradient")
         self.open[key] = [name, part, kind, storage.nbytes(), index]
         self.held[name] = key
+        self.gradients += self._gradient_bytes(key)
 
     def _free(self, name, index):
         key = self.held.pop(name, None)
         if key is None or key in self.held.values() or key not in self.open:
             return
         self.live -= self.open[key][3]
+        self.gradients -= self._gradient_bytes(key)
         if key == self.input:
             self.base += self.open[key][3]  # the walk's caller holds it, unlike the program's
         self._close(key, index)
         del self.open[key]
+
+    def _gradient_bytes(self, key):
+        _, _, kind, size, _ = self.open[key]
+        return size * (kind == "gradient")
 
     def _close(self, key, index):
         name, part, kind, size, born = self.open[key]

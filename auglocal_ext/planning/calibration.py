@@ -69,7 +69,8 @@ class Calibration:
         """
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if factory not in self._optimizers:
-            self._optimizers[factory] = type(make_optimizer(factory, [nn.Parameter(torch.zeros(1))])).__name__
+            made = make_optimizer(factory, [("weight", nn.Parameter(torch.zeros(1)))])
+            self._optimizers[factory] = type(made).__name__
         return self.predict(optimizer_sample(self._optimizers[factory], trained, state_bytes)) if trained else 0
 
     def predict(self, sample):

@@ -98,7 +98,7 @@ def _optimizer(device, name, pair):
     """The Sample of an optimizer's step, its gradients freed with it."""
     count, elements = pair
     parameters = [nn.Parameter(torch.zeros(elements, device=device)) for _ in range(count)]
-    optimizer, runs = make_optimizer(named_optimizer(name, 1e-3), parameters), []
+    optimizer, runs = make_optimizer(named_optimizer(name, 1e-3), enumerate(parameters)), []
     for _ in range(1 + REPEATS):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)

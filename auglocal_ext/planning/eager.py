@@ -32,9 +32,12 @@ def eager_bytes(planner, shape, like=None):
     # In the dtype of the features as a whole: autocast does not know meta tensors.
     parts = meta_copy(parts).to(planner.autocast or planner.dtype)
     constant, (_, scratch) = planner.state_bytes(), planner.optimizer_bytes(planner.model)
+    scratch = max(scratch, planner.stepping.clip_scratch(planner.model.parameters()))
     images, labels = planner.batch(shape, like)
     # When the optimizer steps, all gradients and what it needs for a moment are there, and the batch.
-    end = bytes_of([images, labels, *(p for p in planner.model.parameters() if p.requires_grad)]) + scratch
+    end = bytes_of([images, labels]) + scratch
+    if not planner.stepping.accumulates:  # else they are there all the time
+        end += bytes_of(p for p in planner.model.parameters() if p.requires_grad)
     return {
         name: constant + max(end, _step(planner, parts, images, labels, checkpointed))
         for name, checkpointed in (("bp", False), ("gc", True))
@@ -44,8 +47,11 @@ def eager_bytes(planner, shape, like=None):
 def _step(planner, parts, images, labels, checkpointed):
     planner.progress.walked()
     *units, classifier = parts
+    trained = [p for p in parts.parameters() if p.requires_grad] if planner.stepping.accumulates else []
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
     with (
-        LiveBytes([*tensors_of(parts), *planner.criterion.tensors]) as live,
+        LiveBytes([*tensors_of(parts), *planner.criterion.tensors, *(p.grad for p in trained)]) as live,
         RealLayouts(),
         MetaAttention(),
         torch.enable_grad(),

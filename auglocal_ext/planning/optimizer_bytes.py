@@ -5,7 +5,7 @@ from torch import nn
 
 from ..common.memory import LiveBytes, bytes_of
 from ..engine.as_real import RealLayouts
-from ..optim import make_optimizer
+from ..optim import make_optimizer, takes_names
 
 __all__ = ["OptimizerBytes", "frozen_state"]
 
@@ -16,21 +16,38 @@ class OptimizerBytes:
     Args:
         factory: see `auglocal_ext.train`.
         dtype, device: of the real parameters.
+        names: parameter -> name, of the model's, for a factory that looks at them.
     """
 
-    def __init__(self, factory, dtype, device):
+    def __init__(self, factory, dtype, device, names):
         self.factory, self.dtype, self.device = factory, dtype, device
+        self.names = names if takes_names(factory) else None
         self._known = {}
 
-    def __call__(self, module):
-        trained = tuple((tuple(p.shape), p.stride(), p.dtype) for p in module.parameters() if p.requires_grad)
+    def __call__(self, module, head=None, index=0):
+        """
+        Args:
+            module: a local module, or a part of one.
+            head: its LocalHead, where that is only a part of it.
+            index: of the local module, as names of its aux net have it.
+        """
+        names = (
+            {} if self.names is None else {p: f"aux_nets.{index}.{n}" for n, p in (head or module).named_parameters()}
+        )
+        names |= self.names or {}
+        trained = tuple(
+            (names.get(parameter), tuple(parameter.shape), parameter.stride(), parameter.dtype)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        )
         if trained not in self._known:
-            self._known[trained] = self._probe(trained)
+            self._known[trained] = self._probe(trained) if trained else (0, 0)
         return self._known[trained]
 
     def _probe(self, trained):
-        """For parameters of (shape, strides, dtype)."""
-        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
+        """For parameters of (name, shape, strides, dtype)."""
+        one = nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))
+        probe = make_optimizer(self.factory, [(name, one) for name, *_ in trained[:1]])
         fused = all(group.get("fused") for group in probe.param_groups)
         try:
             state, scratch = self._two_steps(trained, "meta")
@@ -40,12 +57,10 @@ class OptimizerBytes:
 
     def _two_steps(self, trained, device):
         def zeros():
-            return [torch.empty_strided(*like, dtype=dtype, device=device).zero_() for *like, dtype in trained]
+            return [torch.empty_strided(*like, dtype=dtype, device=device).zero_() for _, *like, dtype in trained]
 
-        if not trained:
-            return 0, 0
         parameters = [nn.Parameter(value) for value in zeros()]
-        optimizer = make_optimizer(self.factory, parameters)
+        optimizer = make_optimizer(self.factory, [(like[0], p) for like, p in zip(trained, parameters, strict=True)])
         for parameter, gradient in zip(parameters, zeros(), strict=True):
             parameter.grad = gradient
         with RealLayouts(values=False):

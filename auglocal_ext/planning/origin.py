@@ -7,14 +7,15 @@ import torch
 
 from ..engine.criterion import CrossEntropy, OwnLoss
 from ..rules.rule import Rule
+from .stepping import Stepping
 
 __all__ = ["Origin", "fingerprint"]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, criterion, memory_format, soft_labels: what the plan was made with. model: the
-    `fingerprint` of its model."""
+    """rule, recompute, optimizer, criterion, memory_format, soft_labels, stepping: what the plan was made with. model:
+    the `fingerprint` of its model."""
 
     rule: Rule
     recompute: bool | tuple[str, ...]
@@ -23,6 +24,7 @@ class Origin:
     memory_format: torch.memory_format
     soft_labels: bool
     model: tuple
+    stepping: Stepping = Stepping()
 
 
 def fingerprint(model):

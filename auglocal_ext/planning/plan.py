@@ -18,6 +18,7 @@ from .comparison import compared
 from .fewest import fewest
 from .planner import Planner
 from .result import Plan
+from .stepping import Stepping
 
 __all__ = ["check_shape", "plan"]
 
@@ -39,6 +40,11 @@ def plan(
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: Callable | None = None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    clip: str = "module",
+    ema: float | None = None,
     memory_format: torch.memory_format = torch.channels_last,
     soft_labels: bool = False,
 ) -> Plan:
@@ -51,6 +57,8 @@ def plan(
             budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
             and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
         criterion: the loss of every local module's head and of the classifier, see `auglocal_ext.train`.
+        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`; input_shape is of one of the batches
+            that are accumulated.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
@@ -65,6 +73,7 @@ def plan(
         ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
             budget: it then says the least that would, and the batch size that would fit.
     """
+    stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
     backbone = as_backbone(model, units)
     shape = check_shape(backbone, input_shape)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
@@ -72,7 +81,8 @@ def plan(
     rules = rules_of(backbone, rule, depth, form, auxiliary, modules, **options)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
-    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, criterion, clock, soft_labels)
+    made_with = criterion, clock, soft_labels, stepping
+    planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, *made_with)
     with planner.progress(f"planning batches of {shape[0]}"):
         if budget is None:
             if modules is None and not has_own_cut(backbone, rules[0]):

@@ -28,6 +28,7 @@ from .optimizer_bytes import OptimizerBytes, frozen_state
 from .origin import Origin, fingerprint
 from .progress import Progress
 from .result import ModulePlan, Plan
+from .stepping import Stepping
 
 __all__ = ["Planner", "train_mode"]
 
@@ -66,6 +67,7 @@ class Planner:
         backbone: of the model, where it was read already.
         clock: None, or what predicts times; see `calibration.load`.
         soft_labels: see `auglocal_ext.plan`.
+        stepping: how optimizers step, see `Stepping`.
 
     Attributes:
         criterion: without data; given_criterion: as it was given.
@@ -85,9 +87,11 @@ class Planner:
         criterion=None,
         clock=None,
         soft_labels=False,
+        stepping=Stepping(),  # noqa: B008 - it cannot change
     ):
         check_precision(precision)
         self.given_criterion, self.clock, self.soft_labels = as_criterion(criterion), clock, soft_labels
+        self.stepping = stepping
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
@@ -96,13 +100,15 @@ class Planner:
         self.dtype = next(self.model.parameters()).dtype
         self.criterion = self.given_criterion.on("meta", self.dtype, self.backbone.num_classes)
         self.autocast = torch.bfloat16 if precision == "bf16" else None
-        self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
         self._at_once = {}  # what `at_once` has planned
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
             "criterion": self.criterion,
+            "accumulate": stepping.accumulates,
             "trace": self.reader.trace,
             "device_type": self.device.type,
         }
@@ -144,7 +150,7 @@ class Planner:
             heads = self.heads(spans, shape, rule)
         else:
             heads = [*(meta_copy(head) for head in heads[:-1]), LocalHead(self.backbone.classifier)]
-        parts = [self._part(span, head) for span, head in zip(spans, heads, strict=True)]
+        parts = [self._part(*one) for one in zip(spans, heads, range(len(spans)), strict=True)]
         assert_apart([part.module for part in parts], {p: name for name, p in self.model.named_parameters()})
         images, labels = self.batch(shape, like)
         self._assert_same_function(images.to(self.dtype))
@@ -153,22 +159,46 @@ class Planner:
         constant = batch_bytes + len(parts) * self.module_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
+        stepping_bytes = sum(self.stepping.gradient_bytes(part.module) for part in parts)
+        stepping_bytes += self.stepping.average_bytes(self.model)
+        constant += stepping_bytes
+        scratch = self._step_scratch(parts)
         with self.progress(f"planning batches of {shape[0]}"):
             walks = self._filled(parts, images, labels)
         modules = tuple(
-            self._module_plan(index, part, walk, constant, words[index], shape)
+            self._module_plan(index, part, walk, constant, scratch[index], words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = _bp_macs([walk.line for walk in walks])
         made_with = rule, self.recompute, self.factory, self.given_criterion, layout_of(images), self.soft_labels
-        origin = Origin(*made_with, self.fingerprint)
-        return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
+        return Plan(
+            self.name,
+            rule.name,
+            rule.depth,
+            self.precision,
+            shape,
+            modules,
+            batch_bytes,
+            bp_macs,
+            Origin(*made_with, self.fingerprint, self.stepping),
+            stepping_bytes=stepping_bytes,
+        )
 
-    def _part(self, span, head):
+    def _part(self, span, head, index):
         body = nn.ModuleList(unit.module for unit in span.of(self.backbone.units))
         module = nn.ModuleList((body, head))
         existing = [*tensors_of(body), *tensors_of(head)]
-        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *self.optimizer_bytes(module))
+        of_optimizer = self.optimizer_bytes(module, head, index)
+        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *of_optimizer)
+
+    def _step_scratch(self, parts):
+        """Of each module, what its step needs for a moment: all modules' is behind the last one where they are clipped
+        together."""
+        if self.stepping.clips_globally:
+            together = [parameter for part in parts for parameter in part.module.parameters()]
+            most = max(part.optimizer_scratch for part in parts)
+            return [*[0] * (len(parts) - 1), max(most, self.stepping.clip_scratch(together))]
+        return [max(p.optimizer_scratch, self.stepping.clip_scratch(p.module.parameters())) for p in parts]
 
     def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
@@ -197,7 +227,7 @@ class Planner:
             x, source = walk.features, walk.program.features
         return walks
 
-    def _module_plan(self, index, part, walk, constant, aux_net, shape):
+    def _module_plan(self, index, part, walk, constant, scratch, aux_net, shape):
         """aux_net: in words; None: the classifier is the head."""
         line, last, of_head = walk.line, aux_net is None, _count(part.head)
         output = self.backbone.feature_shapes(shape[1:])[part.span.last]
@@ -213,10 +243,10 @@ class Planner:
             state_bytes=part.state_bytes,
             gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad}),
             optimizer_bytes=part.optimizer_bytes,
-            optimizer_scratch=part.optimizer_scratch,
+            optimizer_scratch=scratch,
             kept_bytes=line.kept,
             activation_bytes=line.activations,
-            peak_bytes=constant + max(line.peak, line.end + part.optimizer_scratch),
+            peak_bytes=constant + max(line.peak, line.end + scratch),
             macs=line.macs,
             rebuild_share=line.rebuild_share,
             islands=tuple(island.what for island in walk.program.islands),
@@ -228,7 +258,8 @@ class Planner:
     def _nanoseconds(self, part, line):
         if self.clock is None:
             return None
-        return line.nanoseconds + self.clock.optimizer(self.factory, part.module.parameters(), part.optimizer_bytes)
+        step = self.clock.optimizer(self.factory, part.module.parameters(), part.optimizer_bytes)
+        return line.nanoseconds + step // self.stepping.accumulate
 
     def _assert_same_function(self, images):
         """See `equivalence.assert_same_function`; once for images of a shape and layout."""
@@ -267,8 +298,11 @@ class Planner:
         return self.dtype.itemsize + torch.int64.itemsize
 
     def state_bytes(self):
-        """Parameters, buffers and optimizer state of the model alone, and the criterion's tensors."""
-        return bytes_of([*tensors_of(self.model), *self.criterion.tensors]) + self.optimizer_bytes(self.model)[0]
+        """What stays between steps, of the model alone: parameters, buffers, optimizer state, gradients that are
+        accumulated, averages; and the criterion's tensors."""
+        stepping = self.stepping.gradient_bytes(self.model) + self.stepping.average_bytes(self.model)
+        existing = bytes_of([*tensors_of(self.model), *self.criterion.tensors])
+        return existing + self.optimizer_bytes(self.model)[0] + stepping
 
 
 def _meta_copies(model, backbone):

@@ -30,7 +30,7 @@ class ModulePlan:
     state_bytes: int  # parameters and buffers, its own and its aux net's
     gradient_bytes: int  # of the parameters
     optimizer_bytes: int  # the optimizer's state
-    optimizer_scratch: int  # what the optimizer needs for a moment in its step
+    optimizer_scratch: int  # what the optimizer and clipping need for a moment in the module's step
     kept_bytes: int  # what the forward pass leaves for the backward, the input included
     activation_bytes: int  # highest, without the parameters' gradients
     peak_bytes: int  # highest of the whole step while this module runs: state, batch, losses, activations, gradients
@@ -62,6 +62,7 @@ class Plan:
     origin: Origin = field(compare=False, repr=False)  # what it was made of
     comparison: Comparison | None = field(default=None, compare=False, repr=False)  # None where nobody asked
     choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
+    stepping_bytes: int = 0  # that stay between steps: gradients that are accumulated, averaged weights
 
     @property
     def parameters(self):
@@ -75,8 +76,9 @@ class Plan:
 
     @property
     def state_bytes(self):
-        """What lives between steps: parameters, buffers and optimizer state, of the model and the aux nets."""
-        return sum(module.state_bytes + module.optimizer_bytes for module in self.modules)
+        """What lives between steps: parameters, buffers and optimizer state, of the model and the aux nets; with
+        `accumulate` their gradients, with `ema` the averaged model."""
+        return sum(module.state_bytes + module.optimizer_bytes for module in self.modules) + self.stepping_bytes
 
     @property
     def activation_bytes(self):

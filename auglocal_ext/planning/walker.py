@@ -71,7 +71,7 @@ class Walker:
                 identity=[identity for identity, _ in rebuilds],
                 rebuild_length=[length for _, length in rebuilds],
                 longest_rebuild=LONGEST_REBUILD,
-                unit_scratch=[planner.optimizer_bytes(unit.module)[1] for unit in self.units],
+                unit_scratch=self.scratch(heads),
                 constant=planner.state_bytes() + self.inputs[0].nbytes + self.labels.nbytes + planner.module_bytes,
             )
 
@@ -173,7 +173,8 @@ class Walker:
             told = [self._head(j, head, way) for way in again]
             (segment, macs), (segment_again, macs_again) = told[0], told[-1]
             state, scratch = self.planner.optimizer_bytes(head)
-            state += bytes_of(tensors_of(head)) + self.planner.module_bytes
+            state += bytes_of(tensors_of(head)) + self.planner.module_bytes + self.planner.stepping.gradient_bytes(head)
+            scratch = 0 if self.planner.stepping.clips_globally else scratch
             self.ways[key] = HeadWay((segment, segment_again), (macs, macs_again), state, scratch)
         return self.ways[key]
 
@@ -202,7 +203,25 @@ class Walker:
         planner = self.planner
         if planner.clock is None:
             return 0
-        return planner.clock.optimizer(planner.factory, module.parameters(), planner.optimizer_bytes(module)[0])
+        step = planner.clock.optimizer(planner.factory, module.parameters(), planner.optimizer_bytes(module)[0])
+        return step // planner.stepping.accumulate
+
+    def scratch(self, heads):
+        """What a step needs for a moment on each unit: the optimizer, and clipping, which is told for all modules as of
+        the one that it needs the most for.
+
+        heads: those that there may be behind each unit, of each rule.
+        """
+        stepping, units = self.planner.stepping, [unit.module for unit in self.units]
+        borders = list(zip(*heads, strict=True))[:-1]
+        largest = sorted((max(behind, key=_tensors) for behind in borders), key=_tensors)
+        together = [self.planner.model, *(largest if stepping.clips_globally else largest[-1:])]
+        clipping = stepping.clip_scratch([parameter for module in together for parameter in module.parameters()])
+        if not stepping.clips_globally:
+            return [max(self.planner.optimizer_bytes(unit)[1], clipping) for unit in units]
+        stepped = [*units, *(head for behind in borders for head in behind), self.stubs[self.end]]
+        most = max(self.planner.optimizer_bytes(module)[1] for module in stepped)
+        return [*[0] * self.end, max(most, clipping)]
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
@@ -213,6 +232,10 @@ class Walker:
         passes, before, _ = passes_of(emit)
         # What cannot be rebuilt, an island's output, is always kept.
         return bool(before.get(out)), passes.get(out, LONGEST_REBUILD + 1)
+
+
+def _tensors(module):
+    return len(list(module.parameters()))
 
 
 def _unit_segments(line, name):

@@ -6,7 +6,7 @@ from ..common.memory import format_bytes
 from ..planning.origin import fingerprint
 from ..planning.result import Plan
 
-__all__ = ["check_parameters", "check_plan", "say_where_it_stopped"]
+__all__ = ["check_parameters", "check_plan", "check_optimizers", "say_where_it_stopped"]
 
 
 def check_plan(plan, model, alone):
@@ -15,8 +15,9 @@ def check_plan(plan, model, alone):
         raise TypeError(f"plan must be what auglocal_ext.plan returns, given {type(plan).__name__}")
     if not alone:
         raise ValueError(
-            "plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision and "
-            "recompute: leave them out, or give them to auglocal_ext.plan"
+            "plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, "
+            "recompute, accumulate, clip_norm, clip_value, clip and ema: leave them out, or give them to "
+            "auglocal_ext.plan"
         )
     if plan.origin.model != fingerprint(model):
         raise ValueError(
@@ -51,14 +52,24 @@ def check_parameters(model):
             )
 
 
-def say_where_it_stopped(error, index, count, plan, device):
-    """Adds to the error's message how far the step came; its type stays, so that callers can still tell it."""
-    if index == 0:
+def check_optimizers(optimizers, made):
+    """ValueError unless the optimizers are those that the trainer made."""
+    if optimizers != made:
+        raise ValueError(
+            "trainer.optimizers is not what the trainer made, one for each local module: change the settings in "
+            "their param_groups, or pass optimizer= to a new trainer"
+        )
+
+
+def say_where_it_stopped(error, index, count, stepped, plan, device):
+    """Adds to the error's message how far the step came, in module `index` of so many, of which the first have stepped;
+    its type stays, so that callers can still tell it."""
+    if stepped == 0:
         ahead = "No finished module was changed"
-    elif index == 1:
+    elif stepped == 1:
         ahead = "Module 0 has taken this step already and is one step ahead of the rest"
     else:
-        ahead = f"Modules 0 to {index - 1} have taken this step already and are one step ahead of the rest"
+        ahead = f"Modules 0 to {stepped - 1} have taken this step already and are one step ahead of the rest"
     note = f"The step stopped in local module {index} of {count}. {ahead}. The model is whole and can be used or saved."
     note += _out_of_memory(error, plan, device)
     if not error.args:

@@ -9,6 +9,9 @@ def assert_isolated(trainer, images, labels):
     names = {p: name for name, p in trainer.model.named_parameters()}
     for index, module in enumerate(trainer.local_modules[:-1]):
         names |= {p: f"local_modules.{index}.head.{name}" for name, p in module.head.named_parameters()}
+    held = [(parameter, parameter.grad) for parameter in names]  # of a group of batches under way
+    for parameter in names:
+        parameter.grad = None
     features = images
     for index, module in enumerate(trainer.local_modules):
         features, _, _ = trainer.backward(index, features, labels, images)
@@ -19,3 +22,5 @@ def assert_isolated(trainer, images, labels):
         if reached != own:
             wrong = ", ".join(sorted(names[p] for p in reached ^ own))
             raise AssertionError(f"the loss of local module {index} reaches, or misses, against its cut: {wrong}")
+    for parameter, gradient in held:
+        parameter.grad = gradient

@@ -88,8 +88,10 @@ def train(
         recompute: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
             inside every module, for a third more arithmetic; or of the units of these names only.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
-            functools.partial of one. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4, learning rate
-            0.1 x batch / 128.
+            functools.partial of one. If its first argument is called `named` or `named_parameters`, it is given a list
+            of (name, parameter), as "layer1.0.conv1.weight", of aux nets "aux_nets.0. ...", and may make groups of
+            them; see `auglocal_ext.optim.no_decay_on_norms`. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4,
+            learning rate 0.1 x batch / 128.
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy;
             torch.nn.CrossEntropyLoss, with label_smoothing, weight and ignore_index if you like; or a function or
             module of your own, (logits (N, classes), labels) -> scalar. That runs on tensors without data too, when a
@@ -152,7 +154,7 @@ def train(
         if len(images) > 1:  # else the training says that it skips such batches
             trainer.plan_for(images, labels, compare=True)
             if modules is None and memory_budget is None and trainer.plan.comparison.warning:
-                options["soft_labels"] = labels.is_floating_point()
+                options["soft_labels"] = checks.is_soft(labels)
                 trainer = _cut_otherwise(trainer, images, depth, **cutting, **options)
             if progress:
                 tqdm.write(first_lines(trainer))

@@ -1,6 +1,7 @@
 """Everything that a trainer's next step depends on, as plain values and tensors, and back."""
 
 import random
+from dataclasses import asdict
 
 import numpy
 import torch
@@ -14,13 +15,15 @@ VERSION = 3
 
 
 def state_of(trainer):
-    """Weights, statistics, auxiliary nets, optimizers, random numbers; what torch.load(weights_only=True) can load."""
+    """Weights, statistics, auxiliary nets, optimizers, a group of batches under way, averages, random numbers; what
+    torch.load(weights_only=True) can load."""
     return {
         "version": VERSION,
         "made_of": _made_of(trainer),
         "model": trainer.model.state_dict(),
         "aux_nets": trainer.aux_nets.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "stepper": trainer.stepper.state_dict(),
         "frozen": [name for name, parameter in _both(trainer).named_parameters() if not parameter.requires_grad],
         "evaluating": [name for name, module in _both(trainer).named_modules() if not module.training],
         "random": random_state(trainer.device),
@@ -71,6 +74,7 @@ def load_state(trainer, state):
     trainer.aux_nets.load_state_dict(state["aux_nets"])
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    trainer.stepper.load_state_dict(state["stepper"])
     set_random_state(state["random"], trainer.device)
 
 
@@ -88,6 +92,7 @@ def _made_of(trainer):
         "recompute": trainer.recompute,
         "criterion": str(trainer.criterion),
         "optimizer": type(trainer.optimizers[0]).__name__,
+        **asdict(trainer.stepping),
     }
 
 

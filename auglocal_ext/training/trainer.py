@@ -18,21 +18,22 @@ from ..common import checks
 from ..common.memory import tensors_of
 from ..engine.criterion import as_criterion
 from ..engine.tensors import layout_of
-from ..optim import make_optimizer, sgd
+from ..optim import sgd
 from ..planning.comparison import compared
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
 from ..planning.result import Plan
+from ..planning.stepping import Stepping
 from ..rules.auxiliary import Auxiliary
 from ..rules.by_name import as_rule
 from ..rules.cutting import as_recompute, assert_apart, cut, local_heads
 from ..rules.rule import Rule
 from .batch import checked, raise_refused, right_answers
-from .divergence import UndoWhereNotFinite
-from .errors import check_parameters, check_plan, say_where_it_stopped
+from .errors import check_optimizers, check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
 from .state import load_state, state_of
 from .step_result import StepResult
+from .stepping import Stepper, optimizers_of, set_learning_rate_factor
 from .watch import Watch
 
 __all__ = ["LocalTrainer", "StepResult"]
@@ -47,8 +48,8 @@ class LocalTrainer:
 
     The model keeps its class, its keys and its behaviour; no hook is left on it. The step runs programs made of its
     modules (see `auglocal_ext.engine.program`): hooks on parameters run; hooks on modules do not, but on what runs by
-    autograd, and one warning names the first that does not. Gradient accumulation and clipping by the global norm are
-    not possible: a module's gradients are gone before the next one's exist.
+    autograd, and one warning names the first that does not. A module's gradients are gone before the next one's exist,
+    but where they are accumulated.
 
     Between steps modules may be switched between training and eval mode, statistics of normalisations on and off, and
     parameters be frozen: the next step goes by it, after planning again. A model wholly in eval mode is put into
@@ -61,14 +62,16 @@ class LocalTrainer:
         modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
             that fits a memory budget pass plan.
         units: names, to say what the units are; see `as_backbone`.
-        plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut, rule, optimizer,
-            criterion, precision and recompute are taken from it, and its step is run, without planning again.
-        optimizer: parameters -> torch.optim.Optimizer, called once per local module. Default: SGD with Nesterov
-            momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
+        plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut and all else that
+            it was made with are taken from it, and its step is run, without planning again.
+        optimizer: parameters -> torch.optim.Optimizer, called once per local module; see `auglocal_ext.train`. Default:
+            SGD with Nesterov momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         criterion: the loss of every local module's head and of the classifier; see `auglocal_ext.train`.
         precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
         recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
+        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`. Every accumulate-th `step` steps the
+            optimizers, and `flush` does by a group that is not whole.
         image_size: (height, width) of the images, for a rule whose nets depend on it (predsim, dgl, infopro). Default:
             32 for the CIFAR networks, 224 for others. Other sizes may follow where they need no other nets.
 
@@ -102,12 +105,19 @@ class LocalTrainer:
         criterion: Callable | None = None,
         precision: str = "fp32",
         recompute: bool | Iterable[str] = False,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        clip: str = "module",
+        ema: float | None = None,
         image_size: int | tuple[int, int] | None = None,
     ) -> None:
+        self.stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
         if plan is not None:
             beside = (depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, recompute)
-            usual = (4, "auglocal", None, "paper", None, None, None, None, None, "fp32", False)
-            check_plan(plan, model, beside == usual)
+            alone = beside == (4, "auglocal", None, "paper", None, None, None, None, None, "fp32", False)
+            check_plan(plan, model, alone and self.stepping == Stepping())
+            self.stepping = plan.origin.stepping
             rule, borders, precision = plan.origin.rule, plan.borders, plan.precision
             recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
             image_size, units = image_size or plan.input_shape[2:], plan.units
@@ -134,13 +144,14 @@ class LocalTrainer:
         assert_apart(self.local_modules, {p: name for name, p in model.named_parameters()})
         self.criterion = criterion.on(self.device, self.dtype, backbone.num_classes)
         self._optimizer = optimizer or sgd(128)
-        self.optimizers = [make_optimizer(self._optimizer, m.parameters()) for m in self.local_modules]
+        self.optimizers = optimizers_of(self._optimizer, model, self.aux_nets, self.local_modules)
         self._made_optimizers = list(self.optimizers)
+        self.nonfinite, self.skipped_steps = "stop", [0] * len(self.local_modules)
+        self.stepper = Stepper(self.stepping, model, self.local_modules, self.optimizers, self.skipped_steps)
         self._watch = self._watched()
         self._programs = self._planned_for = self._programmed_modes = None  # what plan and programs were made for
         if plan is not None:
-            self._planned_for = self._modes_in_training(), plan.origin.memory_format, self.dtype
-        self.nonfinite, self.skipped_steps = "stop", [0] * len(self.local_modules)
+            self._planned_for = self._watch.modes_in_training(), plan.origin.memory_format, self.dtype
         self.module_hits = torch.zeros(len(self.local_modules), dtype=torch.int64, device=self.device)
         self._hooks_run: set[nn.Module] = set()  # the modules whose hooks a step runs
         self._said: set[str] = set()  # what was warned of
@@ -180,11 +191,7 @@ class LocalTrainer:
                 NaN, and `check` raises.
         """
         self._watch.check()
-        if self.optimizers != self._made_optimizers:
-            raise ValueError(
-                "trainer.optimizers is not what the trainer made, one for each local module: change the settings in "
-                "their param_groups, or pass optimizer= to a new trainer"
-            )
+        check_optimizers(self.optimizers, self._made_optimizers)
         images, labels, refused = checked(self, images, labels)
         modes = self._plan_for(images, labels)
         if images.is_inference():  # which autograd cannot use
@@ -194,22 +201,17 @@ class LocalTrainer:
         inputs, modules = [images], self._current_programs(modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
         losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)
-        for index, optimizer in enumerate(self.optimizers):
-            optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
+        for index, module in enumerate(modules):
             logits = None  # the module before's
             try:
+                self.stepper.before(index, skip=self.nonfinite == "skip")
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
-                undo = UndoWhereNotFinite(self.local_modules[index]) if self.nonfinite == "skip" else None
-                features, logits, loss = modules[index].run(inputs, labels, images)
-                if undo is not None and undo.needed(loss):
-                    self.skipped_steps[index] += 1
-                else:
-                    optimizer.step()
+                features, logits, loss = module.run(inputs, labels, images)
+                self.stepper.after(index, loss)
             except BaseException as error:
-                say_where_it_stopped(error, index, len(self.optimizers), self.plan, self.device)
+                stepped = self.stepper.drop(index)
+                say_where_it_stopped(error, index, len(modules), stepped, self.plan, self.device)
                 raise
-            finally:
-                optimizer.zero_grad(set_to_none=True)
             losses[index] = loss
             self.module_hits[index] += right_answers(logits, labels, self.criterion.ignore_index)
             inputs.append(features)
@@ -217,6 +219,15 @@ class LocalTrainer:
         if refused is not None:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses)
+
+    def flush(self) -> None:
+        """Steps by what is accumulated of fewer than `accumulate` batches, if any, divided by how many there are."""
+        self.stepper.flush()
+
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """With ema the averaged model, of the trained one's class and on its device."""
+        return None if self.stepper.average is None else self.stepper.average.module
 
     @torch.inference_mode(False)
     def backward(
@@ -249,6 +260,7 @@ class LocalTrainer:
 
     def _planner(self, soft_labels):
         options = {"criterion": self.criterion, "backbone": self._backbone, "soft_labels": soft_labels}
+        options["stepping"] = self.stepping
         return Planner(self.model, self.precision, self._optimizer, self.recompute, **options)
 
     def _plan_for(self, images, labels, compare=False):
@@ -285,14 +297,6 @@ class LocalTrainer:
         self._current_programs(modes)  # here, not in the step: tracing leaves meta tensors behind for a while
         return modes
 
-    def _modes_in_training(self):
-        """The modes that the first step will find, which puts a model in eval mode into training mode."""
-        was_in_eval_mode = train_mode(self.model)
-        modes = self._watch.modes()
-        if was_in_eval_mode:
-            self.model.eval()
-        return modes
-
     def _make_heads(self, size):
         return local_heads(self._backbone, self._rule, self._spans, (self._backbone.image_channels, *size))
 
@@ -316,6 +320,7 @@ class LocalTrainer:
             planned = self.plan is not None and modes == self._planned_for[0]
             kept_gaps = [module.kept_gaps for module in self.plan.modules] if planned else None
             options = {"autocast": autocast, "recompute": self.recompute, "criterion": self.criterion}
+            options["accumulate"] = self.stepping.accumulates
             self._programs = programs(self._backbone, self._spans, heads, kept_gaps, **options)
             self._programmed_modes = modes
             called = [island.call for program in self._programs for island in program.islands]
@@ -343,21 +348,16 @@ class LocalTrainer:
         Raises:
             ValueError: factor is no finite number of at least 0; no learning rate has changed.
         """
-        factor = checks.learning_rate_factor(factor, "factor must be")
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        set_learning_rate_factor(self.optimizers, checks.learning_rate_factor(factor, "factor must be"))
 
     def tensors(self):
         """Every tensor that training keeps between steps: parameters, buffers, optimizer state, `module_hits`, the
-        criterion's."""
+        criterion's, and what accumulate and ema keep."""
         yield self.module_hits
         yield from self.criterion.tensors
         for module in (self.model, self.aux_nets):
             yield from tensors_of(module)
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        yield from self.stepper.tensors()
 
     def state_dict(self):
         """Everything that the next step depends on: weights, auxiliary nets, optimizers, random number generators; what

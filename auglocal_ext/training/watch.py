@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules import module as torch_hooks
 
 from ..common.meta import HOOKS, METHODS
+from ..planning.planner import train_mode
 
 __all__ = ["Watch"]
 
@@ -43,7 +44,7 @@ class Watch:
     """
 
     def __init__(self, roots):
-        paths = {}  # of each module, the first one
+        self._model, paths = roots[""], {}  # of each module, the first one
         for name, root in roots.items():
             for path, module in root.named_modules(prefix=name):
                 paths.setdefault(module, path)
@@ -92,6 +93,14 @@ class Watch:
         found.extend([kind.forward for kind in self._kinds])
         found.extend([parameter.requires_grad for parameter in self._parameters])
         return found
+
+    def modes_in_training(self):
+        """The modes that the first step will find, which puts a model in eval mode into training mode."""
+        was_in_eval_mode = train_mode(self._model)
+        modes = self.modes()
+        if was_in_eval_mode:
+            self._model.eval()
+        return modes
 
     def hooked(self, run):
         """The path of the first module with a hook that no step runs, or None. run: the modules whose hooks are run."""

@@ -1,0 +1,79 @@
+"""What happens to gradients behind a backward, as far as a plan depends on it: settings and bytes."""
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..common.checks import whole_number
+from ..common.memory import LiveBytes, bytes_of, tensors_of
+
+__all__ = ["CLIPS", "Stepping"]
+
+
+CLIPS = ("module", "global")
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """How optimizers step; for the fields see `auglocal_ext.train`. ValueError where one is out of its range, or they
+    do not go together."""
+
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    clip: str = "module"
+    ema: float | None = None
+
+    def __post_init__(self):
+        whole_number(self.accumulate, "accumulate must be a whole number of batches, at least 1", 1)
+        for name in ("clip_norm", "clip_value"):
+            _check_number(name, getattr(self, name), "a finite number above 0", lambda value: value > 0)
+        _check_number("ema", self.ema, "a decay from 0 to below 1, such as 0.999", lambda value: 0 <= value < 1)
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip must be one of {', '.join(CLIPS)}, given {self.clip!r}")
+        if self.clips_globally and self.clip_norm is None:
+            raise ValueError("clip='global' is how clip_norm is meant: give clip_norm too, for instance clip_norm=1.0")
+        if self.clips_globally and not self.accumulates:
+            raise ValueError(
+                "clip='global' needs accumulate=2 or more: with accumulate=1 a module's gradients are gone before the "
+                "next one's exist; give that, or leave clip at 'module'"
+            )
+
+    @property
+    def accumulates(self):
+        return self.accumulate > 1
+
+    @property
+    def clips_globally(self):
+        return self.clip == "global"
+
+    def gradient_bytes(self, module):
+        """Bytes of a module's gradients that are there all the time: none where they go with each batch."""
+        return bytes_of({p for p in module.parameters() if p.requires_grad}) if self.accumulates else 0
+
+    def average_bytes(self, model):
+        """Bytes of the averaged model, and of how many it is the average."""
+        return 0 if self.ema is None else bytes_of(tensors_of(model)) + torch.int64.itemsize
+
+    def clip_scratch(self, parameters):
+        """Bytes that clipping the gradients of these parameters needs for a moment; without data."""
+        if self.clip_norm is None:
+            return 0
+        # It grows with their number only. On the CPU, as torch goes other ways on the meta device.
+        standing = [nn.Parameter(torch.zeros(1, dtype=p.dtype)) for p in parameters if p.requires_grad]
+        for parameter in standing:
+            parameter.grad = torch.zeros_like(parameter)
+        with LiveBytes([*standing, *(p.grad for p in standing)]) as live:
+            before = live.now
+            nn.utils.clip_grad_norm_(standing, self.clip_norm)
+        return live.peak - before
+
+
+def _check_number(name, value, expected, holds):
+    """ValueError unless it is None, or a finite number of which this holds."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is not None and not (real and math.isfinite(value) and holds(value)):
+        raise ValueError(f"{name} must be None or {expected}, given {value!r}")

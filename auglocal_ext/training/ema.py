@@ -1,0 +1,28 @@
+"""The exponential moving average of a model's weights."""
+
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+__all__ = ["ModelAverage"]
+
+
+class ModelAverage(AveragedModel):
+    """torch's AveragedModel with an exponential average of parameters and buffers, BatchNorm's statistics included.
+
+    The first `update_parameters` copies the model. A copy of this can be pickled.
+
+    Args:
+        model: left as it is; `module` is one like it, on its device.
+        decay: what the average keeps of itself in each update.
+    """
+
+    def __init__(self, model, decay):
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.module.zero_grad(set_to_none=True)
+        self.decay = decay
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "multi_avg_fn"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.multi_avg_fn = get_ema_multi_avg_fn(self.decay)

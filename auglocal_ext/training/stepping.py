@@ -1,0 +1,179 @@
+"""What happens to a local module's gradients: they are accumulated, clipped, stepped by, and go."""
+
+import torch
+from torch import nn
+
+from ..optim import make_optimizer
+from .divergence import UndoWhereNotFinite
+from .ema import ModelAverage
+
+__all__ = ["Stepper", "optimizers_of", "set_learning_rate_factor"]
+
+
+def optimizers_of(factory, model, aux_nets, modules):
+    """The local modules' optimizers; for the factory see `auglocal_ext.train`."""
+    names = {p: f"aux_nets.{name}" for name, p in aux_nets.named_parameters()}
+    names |= {p: name for name, p in model.named_parameters()}
+    return [make_optimizer(factory, [(names[p], p) for p in module.parameters()]) for module in modules]
+
+
+def set_learning_rate_factor(optimizers, factor):
+    """Sets every learning rate to `factor` times what it was at first."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+class Stepper:
+    """Steps the optimizers of a model's local modules.
+
+    Batches go in groups of `settings.accumulate`. With groups of one a module's gradients are gone as soon as it is
+    stepped. In larger ones they stay in their parameters, through the steps too: the next group is added to their
+    memory. A step divides them by the number of batches in the group, clips them by value, then by norm, so that both
+    bounds hold, and steps. A module is stepped behind its last backward of the group; where the norm is that of all
+    gradients, all are behind the last module's.
+
+    Args:
+        settings: `planning.stepping.Stepping`.
+        model: whose weights are averaged.
+        optimizers: one per local module.
+        modules: the local modules.
+        skipped: of each module, how many steps it was left out of; counted on.
+
+    Attributes:
+        count: batches in the group so far.
+        average: `ModelAverage`, or None.
+    """
+
+    def __init__(self, settings, model, modules, optimizers, skipped):
+        self.settings, self._model, self._modules, self._optimizers = settings, model, modules, optimizers
+        self.average = None if settings.ema is None else ModelAverage(model, settings.ema)
+        self.count, self._skipped = 0, skipped
+        self._spoilt = set()  # modules that are left out of the group's step
+        self._undo = None
+
+    @property
+    def _ends_group(self):
+        return self.count + 1 == self.settings.accumulate
+
+    def before(self, index, skip):
+        """Before a module's forward. skip: whether it is to be left out of the step where something is not finite."""
+        if not self.count:  # what an earlier group has left, or an earlier backward of the caller's
+            self._clear(index)
+        self._undo = UndoWhereNotFinite(self._modules[index]) if skip else None
+
+    def after(self, index, loss):
+        """After a module's backward."""
+        if self._undo is not None and self._undo.needed(loss):
+            self._spoilt.add(index)
+        self._undo = None
+        last = index == len(self._modules) - 1
+        if self._ends_group and not self.settings.clips_globally:
+            self._step([index], self.count + 1)
+        elif self._ends_group and last:
+            self._step(range(len(self._modules)), self.count + 1)
+        if not self.settings.accumulates:
+            self._clear(index)
+        if last:
+            self.count += 1
+            if self.count == self.settings.accumulate:
+                self._end_group()
+
+    def flush(self):
+        """Steps by what is accumulated of a group that is not whole."""
+        if not self.count:
+            return
+        modules = range(len(self._modules))
+        for together in [modules] if self.settings.clips_globally else [[index] for index in modules]:
+            self._step(together, self.count)
+        self._end_group()
+
+    def drop(self, index=0):
+        """Forgets the group, after what stopped its step in module `index`; returns how many modules have stepped."""
+        stepped = index if self._ends_group and not self.settings.clips_globally else 0
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.count, self._spoilt, self._undo = 0, set(), None
+        return stepped
+
+    def _clear(self, index):
+        """Lets a module's gradients go, or where they are accumulated sets them to zero."""
+        if not self.settings.accumulates:
+            self._optimizers[index].zero_grad(set_to_none=True)
+            return
+        parameters = list(self._modules[index].parameters())
+        for parameter in parameters:
+            if not parameter.requires_grad:  # frozen since; an optimizer would go on stepping it
+                parameter.grad = None
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            torch._foreach_zero_(gradients)
+
+    def _step(self, group, batches):
+        """Steps modules whose gradients, of so many batches, are clipped together."""
+        for index in self._spoilt.intersection(group):
+            self._skipped[index] += 1
+        group = [index for index in group if index not in self._spoilt]
+        parameters = [p for index in group for p in self._modules[index].parameters() if p.grad is not None]
+        if batches > 1 and parameters:
+            torch._foreach_div_([p.grad for p in parameters], batches)
+        if self.settings.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.settings.clip_value)
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        for index in group:
+            self._optimizers[index].step()
+
+    def _end_group(self):
+        self.count, self._spoilt = 0, set()
+        if self.average is not None:
+            self.average.update_parameters(self._model)
+
+    # ---- between steps -------------------------------------------------------------------------------------------
+
+    def tensors(self):
+        """Those that stay between steps: the optimizers' state, gradients and averages."""
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        if self.settings.accumulates:
+            for module in self._modules:
+                yield from (p.grad for p in module.parameters() if p.grad is not None)
+        if self.average is not None:
+            yield from (*self.average.parameters(), *self.average.buffers())
+
+    def state_dict(self):
+        """A group under way, and the average, as plain values and tensors."""
+        average = None if self.average is None else self.average.state_dict()
+        return {
+            "count": self.count,
+            "gradients": self._gradients(),
+            "spoilt": sorted(self._spoilt),
+            "average": average,
+        }
+
+    def load_state_dict(self, state):
+        """Puts it where `state_dict` found one of the same modules and settings."""
+        self.drop()
+        self.count, self._spoilt = state["count"], set(state["spoilt"])
+        self._put(state["gradients"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def __getstate__(self):
+        """For pickle and deepcopy, which leave parameters' gradients out."""
+        return vars(self) | {"gradients": self._gradients()}
+
+    def __setstate__(self, state):
+        gradients = state.pop("gradients")
+        vars(self).update(state)
+        self._put(gradients)
+
+    def _gradients(self):
+        """Of a group under way, each module's."""
+        return [[p.grad for p in module.parameters()] if self.count else [] for module in self._modules]
+
+    def _put(self, gradients):
+        for module, own in zip(self._modules, gradients, strict=True):
+            for parameter, gradient in zip(module.parameters(), own, strict=False):
+                if gradient is not None:
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
