@@ -94,7 +94,8 @@ void with_type(const char* op, const Tensor& x, const Run& run) {
     case ScalarType::Float: return run(float());
     case ScalarType::Double: return run(double());
     case ScalarType::BFloat16: return run(bf16());
-    default: require(false, op, ": x must be float32, bfloat16 or float64");
+    case ScalarType::Half: return run(fp16());
+    default: require(false, op, ": x must be float32, bfloat16, float16 or float64");
   }
 }
 

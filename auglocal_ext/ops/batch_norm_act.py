@@ -40,7 +40,7 @@ def batch_norm_act(
     Running statistics are the caller's: update them from the returned mean and variance.
 
     Args:
-        x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
         residual: None, or a tensor of x's shape and dtype, added before the activation. With one, only a ReLU and
             no activation at all can be differentiated.
@@ -89,7 +89,7 @@ def batch_norm_act_reference(
 def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a BatchNorm in training mode normalises by, alone: (mean, biased variance) over (N, H, W), each (C,).
 
-    x: (N, C, H, W), float32, bfloat16 or float64. The result is float64 for float64 x and float32 otherwise, the
+    x: (N, C, H, W), float32, bfloat16, float16 or float64. The result is float64 for float64 x and float32 otherwise, the
     same bits as `batch_norm_act` returns, and not differentiable.
     """
     check("batch_norm_statistics", x, {}, {}, 0)
@@ -186,8 +186,8 @@ def check(op, x, channels, like_x, eps):
     """One sentence for what does not fit. channels: (C,) tensors by name; like_x: None or tensors like x."""
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), given shape {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: x must be float32, bfloat16 or float64, given {x.dtype}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{op}: x must be float32, bfloat16, float16 or float64, given {x.dtype}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, given in channels.items():
         if not isinstance(given, torch.Tensor):

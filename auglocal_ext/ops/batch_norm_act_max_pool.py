@@ -29,7 +29,7 @@ def batch_norm_act_max_pool(
     keeps the ReLU's output and 8 bytes instead. The backward gathers, it does not scatter: the same bits each time.
 
     Args:
-        x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
         kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d; windows of up to 16 x 16.
         eps: added to the variance, at least 0.

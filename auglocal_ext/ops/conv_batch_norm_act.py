@@ -34,7 +34,7 @@ def conv_batch_norm_act(
     the weight gradient, drops it, and only then takes the data gradient, over which BatchNorm's is written.
 
     Args:
-        x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: BatchNorm's, (C,), float32, or float64 where x is float64.
         conv_weight: (K, C / groups, kernel H, kernel W); cast to x's dtype where it has another.
         conv_bias: None or (K,).

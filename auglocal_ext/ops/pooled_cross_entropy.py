@@ -54,7 +54,7 @@ def pooled_cross_entropy(
     bn=None the gradient of x is an expanded (N, C) matrix; only for bfloat16 torch makes it a map of its own.)
 
     Args:
-        x: (N, C, H, W), float32, bfloat16 or float64; contiguous or channels_last (anything else is copied).
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         linear_weight, linear_bias: (K, C), and (K,) or None; float32, or float64 where x is float64. Products are not
             rounded to TF32 in the kernels.
         labels: (N,), int64, 0 to K - 1 or ignore_index; or soft ones, (N, K), a share per class, in linear_weight's

@@ -171,14 +171,18 @@ HD Lanes<A> load_tile(const A* from) {
   memcpy(&lanes, from, sizeof(lanes));
   return lanes;
 }
-HD Lanes<float> load_tile(const bf16* from) {
+HD WideBits load_bits(const void* from) {
   NarrowBits narrow;
   memcpy(&narrow, from, sizeof(narrow));
-  const WideBits wide = __builtin_convertvector(narrow, WideBits) << 16;
+  return __builtin_convertvector(narrow, WideBits);
+}
+HD Lanes<float> load_tile(const bf16* from) {
+  const WideBits wide = load_bits(from) << 16;
   Lanes<float> lanes;
   memcpy(&lanes, &wide, sizeof(lanes));
   return lanes;
 }
+HD Lanes<float> load_tile(const fp16* from) { return from_fp16<Lanes<float>>(load_bits(from)); }
 
 // The first `width` of kTile values, zeros behind them.
 template <class T>
@@ -193,13 +197,17 @@ template <class A>
 HD void store_tile(A* to, const Lanes<A>& lanes) {
   memcpy(to, &lanes, sizeof(lanes));
 }
+HD void store_bits(void* to, const WideBits& wide) {
+  const NarrowBits narrow = __builtin_convertvector(wide, NarrowBits);
+  memcpy(to, &narrow, sizeof(narrow));
+}
 HD void store_tile(bf16* to, const Lanes<float>& lanes) {
   WideBits bits;  // rounded as by store, which lane by lane would not be vectorised
   memcpy(&bits, &lanes, sizeof(bits));
   const WideBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const NarrowBits narrow = __builtin_convertvector(lanes != lanes ? WideBits{} + 0x7fc0u : rounded, NarrowBits);
-  memcpy(to, &narrow, sizeof(narrow));
+  store_bits(to, lanes != lanes ? WideBits{} + 0x7fc0u : rounded);
 }
+HD void store_tile(fp16* to, const Lanes<float>& lanes) { store_bits(to, to_fp16<WideBits>(lanes)); }
 template <class T, class A>
 HD void store_tile(T* to, const A& lanes, int64_t width) {
   if (width == kTile) return store_tile(to, lanes);

@@ -50,6 +50,10 @@ struct alignas(8) Vector<bf16, 4> : Words<bf16, uint16_t, 4> {};
 template <>
 struct alignas(16) Vector<bf16, 8> : Words<bf16, uint16_t, 8> {};
 template <>
+struct alignas(8) Vector<fp16, 4> : Words<fp16, uint16_t, 4> {};
+template <>
+struct alignas(16) Vector<fp16, 8> : Words<fp16, uint16_t, 8> {};
+template <>
 struct alignas(4) Vector<uint8_t, 4> : Words<uint8_t, uint8_t, 4> {};
 template <>
 struct alignas(8) Vector<uint8_t, 8> : Words<uint8_t, uint8_t, 8> {};

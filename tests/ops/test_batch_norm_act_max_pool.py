@@ -51,7 +51,7 @@ def test_equals_the_reference_in_float64(shape, layout, window, device):
 @pytest.mark.covering(2)
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(8, 20, 28, 28), (16, 64, 9, 7), (8, 20, 27, 56)])
 def test_error_is_at_most_twice_torchs(shape, layout, dtype, device):
@@ -73,7 +73,7 @@ def test_gradcheck(layout, window):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("device", DISPATCHED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 6, 5), (2, 1, 2, 2), (0, 3, 4, 4)])
 def test_opcheck(shape, layout, dtype, device):

@@ -57,7 +57,7 @@ def test_equals_the_reference_in_float64(kernel, options, layout, bias, relu, de
 
 @pytest.mark.many_blocks
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_error_is_at_most_twice_torchs(layout, dtype, device):
     kernel, options = GEOMETRIES[0]

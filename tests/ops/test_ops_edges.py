@@ -15,7 +15,7 @@ OPS = torch.ops.auglocal_ext
 WITHOUT_VALUES = [(4, 6, 5, 0), (4, 6, 0, 3), (4, 6, 0, 0), (3, 1, 0, 1), (0, 6, 5, 3), (0, 6, 1, 1), (0, 6, 0, 0)]
 WITHOUT_CHANNELS = [(4, 0, 5, 3), (4, 0, 1, 1), (0, 0, 0, 0)]
 EMPTY = WITHOUT_VALUES + WITHOUT_CHANNELS
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu
 CPU_IS_COMPILED = pytest.mark.skipif(MISSING["cpu"] is not None, reason=f"no compiled kernels: {MISSING['cpu']}")
 
@@ -239,7 +239,7 @@ def test_any_byte_as_an_index_of_the_max_pool(shape, byte, window, layout, dtype
     equal(*results)
     dx = torch.zeros_like(x)
     plain = (grad, x, wild, weight, bias, mean, var, 1e-5, *window, dx)
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float64: 1e-9}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float64: 1e-9}[dtype]
     for a, b in zip([*_fallbacks.batch_norm_act_max_pool_backward_out(*plain), dx], results[0], strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -358,7 +358,7 @@ def test_what_the_kernels_refuse_is_one_sentence_without_a_path():
     index = torch.zeros(4, 3, 1, 1, dtype=torch.uint8)
     for name, *arguments in [
         ("batch_norm_statistics", x[0]),
-        ("batch_norm_statistics", x.half()),
+        ("batch_norm_statistics", x.int()),
         ("batch_norm_act", x, weight[:2], bias, None, 1e-5, True),
         ("batch_norm_act", x, weight, bias.double(), None, 1e-5, True),
         ("batch_norm_act", x, weight, bias, x[:1], 1e-5, True),
