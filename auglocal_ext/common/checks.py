@@ -11,6 +11,7 @@ import operator
 import torch
 
 __all__ = [
+    "AUTOCAST",
     "PRECISIONS",
     "at_least_0",
     "bad_images",
@@ -21,6 +22,7 @@ __all__ = [
     "check_images",
     "check_labels",
     "check_pair",
+    "autocasting",
     "check_precision",
     "check_seed",
     "check_soft_labels",
@@ -34,13 +36,21 @@ __all__ = [
 ]
 
 
-PRECISIONS = ("fp32", "bf16")
+# Precisions of features, and what autocast is told of them; None: they are of the parameters' dtype.
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(AUTOCAST)
 
 
 def check_precision(precision):
     """ValueError unless it is one of PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, given {precision!r}")
+
+
+def autocasting(device, precision):
+    """The context of a forward pass in a precision."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(device.type, dtype or torch.bfloat16, dtype is not None)
 
 
 def whole_number(value, expected, least=None, most=None):
@@ -162,7 +172,7 @@ def check_images(images, dtype, *, channels=None, half=False, name="images"):
     Args:
         dtype: of the model's parameters.
         channels: (N, channels, H, W) is expected; None: of any shape with a batch dimension.
-        half: float16 and bfloat16 will do too, as for precision "bf16".
+        half: float16 and bfloat16 will do too, as for precisions "bf16" and "fp16".
     """
     if channels is not None and (images.dim() != 4 or images.shape[1] != channels or min(images.shape[2:]) < 1):
         raise ValueError(f"{name} must be (N, {channels}, H, W) for this model, given shape {tuple(images.shape)}")

@@ -98,6 +98,12 @@ class Emit:
                 if parts.get(name) in recomputed and (self.readers[name] > 1 or leaves):
                     self.pinned.add(name)
 
+    @property
+    def scale(self):
+        """The name of what gradients are multiplied by with the loss, as those in float16 must be; in a list, which is
+        empty where they need not."""
+        return ["scale"] if self.autocast is torch.float16 else []
+
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def step(self, node, kind, run, reads, writes, macs=None):

@@ -34,7 +34,8 @@ class Program:
     """The steps of one local module.
 
     Attributes:
-        input, labels, images, features, logits, loss: names of values; features is None for the last module.
+        input, labels, images, scale, features, logits, loss: names of values; features is None for the last module,
+            scale where features are not float16.
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
         accumulates: whether steps of its own have added the gradients to those in the parameters.
@@ -52,10 +53,11 @@ class Program:
     loss: str = "loss"
     labels: str = "labels"
     images: str = "images"
+    scale: str | None = None
     accumulates: bool = False
 
     @torch.no_grad()
-    def run(self, inputs, labels, images=None):
+    def run(self, inputs, labels, images=None, scale=None):
         """Forward and backward; leaves the gradients in the parameters, added to those there are where it accumulates.
 
         Args:
@@ -63,11 +65,14 @@ class Program:
                 nothing needs it.
             labels: (N,), int64, or (N, classes) of the parameters' dtype.
             images: the step's, for an extra loss that looks at them.
+            scale: a tensor (), by which gradients are multiplied where features are float16; None: 1.
 
         Returns:
             (features or None, logits, loss)
         """
         values = {self.images: images, self.input: dense(inputs.pop()), self.labels: labels}
+        if self.scale is not None:
+            values[self.scale] = labels.new_ones((), dtype=torch.float32) if scale is None else scale
         try:
             # An autocast of the caller's would change the dtype of what the steps make.
             device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta
@@ -135,6 +140,7 @@ def build(
         steps, gaps = accumulating(steps, gaps, emit.gradients)
     else:
         outputs |= emit.gradients.keys()
-    add_frees(steps, {source, "labels", "images"}, outputs)
+    add_frees(steps, {source, "labels", "images", "scale"}, outputs)
     islands = [node for node in nodes if isinstance(node, Island)]
-    return Program(steps, source, features, logits, emit.gradients, islands, gaps, accumulates=accumulate)
+    scale = emit.scale[0] if emit.scale else None
+    return Program(steps, source, features, logits, emit.gradients, islands, gaps, accumulates=accumulate, scale=scale)

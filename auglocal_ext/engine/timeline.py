@@ -121,7 +121,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None, clock=
 
     Kinds of buffers: "input", the module's input; "kept", what the forward pass leaves for the backward; "gradient",
     a parameter's gradient; "transient", the rest: activations and feature maps' gradients, there for a moment. The
-    labels and images, which the caller holds, are not counted.
+    labels, images and scale, which the caller holds, are not counted.
     """
     walk = _Walk(program, x, labels, count_input, images, clock)
     with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted, RealLayouts():
@@ -135,6 +135,8 @@ class _Walk:
     def __init__(self, program, x, labels, count_input, images, clock):
         self.clock = clock
         self.program, self.values = program, {program.images: images, program.input: x, program.labels: labels}
+        if program.scale is not None:
+            self.values[program.scale] = labels.new_ones((), dtype=torch.float32)
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held = {}  # value -> its storage's key
         self.moments, self.buffers = [], []

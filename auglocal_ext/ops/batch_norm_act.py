@@ -89,8 +89,8 @@ def batch_norm_act_reference(
 def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a BatchNorm in training mode normalises by, alone: (mean, biased variance) over (N, H, W), each (C,).
 
-    x: (N, C, H, W), float32, bfloat16, float16 or float64. The result is float64 for float64 x and float32 otherwise, the
-    same bits as `batch_norm_act` returns, and not differentiable.
+    x: (N, C, H, W), float32, bfloat16, float16 or float64. The result is float64 for float64 x and float32 otherwise,
+    the same bits as `batch_norm_act` returns, and not differentiable.
     """
     check("batch_norm_statistics", x, {}, {}, 0)
     return torch.ops.auglocal_ext.batch_norm_statistics(x)

@@ -160,7 +160,7 @@ def machine(device, precision):
 
     Args:
         device: a torch.device, or its name.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
     """
     device = usable_device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name_of_processor()

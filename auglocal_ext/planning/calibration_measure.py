@@ -6,6 +6,7 @@ import statistics
 import torch
 from torch import nn
 
+from ..common.checks import AUTOCAST
 from ..common.memory import bytes_of, tensors_of
 from ..common.stopwatch import Stopwatch
 from ..engine.program import build
@@ -27,7 +28,7 @@ def measure(device, precision, cases=None, parameters=PARAMETERS, progress=iter)
 
     Args:
         device: a torch.device.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         cases: list of `Case`; None: `calibration_cases`, which take about a minute on one core.
         parameters: (how many tensors, of how many elements) pairs, of at least one tensor.
         progress: wraps the list of what is measured, as tqdm does.
@@ -35,7 +36,7 @@ def measure(device, precision, cases=None, parameters=PARAMETERS, progress=iter)
     Returns:
         list of Sample. Times are medians; see `Stopwatch`.
     """
-    autocast = torch.bfloat16 if precision == "bf16" else None
+    autocast = AUTOCAST[precision]
     _settle_allocator()
     work = [(_module, case, autocast) for case in (calibration_cases() if cases is None else cases)]
     work += [(_optimizer, name, pair) for name in OPTIMIZERS for pair in parameters]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backbone.equivalence import assert_same_function
 from ..backbone.families import as_backbone
-from ..common.checks import check_precision
+from ..common.checks import AUTOCAST, check_precision
 from ..common.memory import bytes_of, tensors_of
 from ..common.meta import as_meta_copy, meta_copy
 from ..engine.as_real import RealLayouts
@@ -99,7 +99,7 @@ class Planner:
         train_mode(self.model)
         self.dtype = next(self.model.parameters()).dtype
         self.criterion = self.given_criterion.on("meta", self.dtype, self.backbone.num_classes)
-        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.autocast = AUTOCAST[precision]
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
@@ -156,7 +156,7 @@ class Planner:
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
         batch_bytes = images.nbytes + labels.nbytes
-        constant = batch_bytes + len(parts) * self.module_bytes + bytes_of(self.criterion.tensors)
+        constant = batch_bytes + len(parts) * self.module_bytes + self._scale_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
         stepping_bytes = sum(self.stepping.gradient_bytes(part.module) for part in parts)
@@ -294,15 +294,27 @@ class Planner:
 
     @property
     def module_bytes(self):
-        """Of a local module's loss and its count of right answers, in tensors of all modules'."""
-        return self.dtype.itemsize + torch.int64.itemsize
+        """Of a local module's loss and its count of right answers, in tensors of all modules', and its loss scale with
+        how often that was right."""
+        scale = torch.float32.itemsize + torch.int32.itemsize if self.scaled else 0
+        return self.dtype.itemsize + torch.int64.itemsize + scale
+
+    @property
+    def scaled(self):
+        """Whether losses are scaled, as gradients in float16 must be."""
+        return self.autocast is torch.float16
+
+    @property
+    def _scale_bytes(self):
+        """Of what a loss scale is multiplied with, and of the product."""
+        return 2 * torch.float32.itemsize if self.scaled else 0
 
     def state_bytes(self):
         """What stays between steps, of the model alone: parameters, buffers, optimizer state, gradients that are
         accumulated, averages; and the criterion's tensors."""
         stepping = self.stepping.gradient_bytes(self.model) + self.stepping.average_bytes(self.model)
         existing = bytes_of([*tensors_of(self.model), *self.criterion.tensors])
-        return existing + self.optimizer_bytes(self.model)[0] + stepping
+        return existing + self.optimizer_bytes(self.model)[0] + stepping + self._scale_bytes
 
 
 def _meta_copies(model, backbone):

@@ -14,7 +14,7 @@ def checked(trainer, images, labels):
         be refused, which `raise_refused` does; then what would do harm is replaced.
     """
     classes, ignored, soft = trainer.num_classes, trainer.criterion.ignore_index, is_soft(labels)
-    options = {"channels": trainer.image_channels, "half": trainer.precision == "bf16", "soft_classes": classes}
+    options = {"channels": trainer.image_channels, "half": trainer.precision != "fp32", "soft_classes": classes}
     checks.check_batch(images, labels, trainer.device, trainer.dtype, **options)
     if soft and ignored is not None and ignored >= 0:
         raise ValueError(f"labels must be class numbers with ignore_index={ignored}, given soft ones: leave it out")

@@ -96,10 +96,10 @@ class UndoWhereNotFinite:
     def __init__(self, module):
         self._module, self._before = module, [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def needed(self, loss):
-        """Whether the loss or a gradient is not finite, so that the module must not be stepped; then the buffers are
-        as they were before. Waits for the device."""
-        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+    def needed(self, loss, gradients=True):
+        """Whether the loss, or where told to look at them a gradient, is not finite, so that the module must not be
+        stepped; then the buffers are as they were before. Waits for the device."""
+        gradients = [p.grad for p in self._module.parameters() if gradients and p.grad is not None]
         if (loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()).item():
             return False
         for buffer, before in self._before:

@@ -33,7 +33,7 @@ def check_parameters(model):
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"parameter {name} is {parameter.dtype}: parameters must be float32, or float64; call "
-                f"model.float(), and pass precision='bf16' for bfloat16 features"
+                f"model.float(), and pass precision='bf16' or 'fp16' for features of half the size"
             )
         if parameter.dtype != first.dtype or parameter.device != first.device:
             raise ValueError(

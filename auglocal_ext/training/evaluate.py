@@ -59,7 +59,7 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: str = "fp32", pro
     Args:
         model: any classifier, images -> (N, classes).
         loader: an iterable of (images, labels): floating-point images of the model's dtype, int64 labels (N,).
-        precision: "fp32", or "bf16": under autocast.
+        precision: "fp32", or "bf16" or "fp16": under autocast.
         progress: a progress bar.
 
     Returns:
@@ -102,7 +102,7 @@ class Validation:
         """The batch on the model's device; raises for what can be told without running the model."""
         checks.check_device(batch, self.device, self.prefix)
         images, labels = batch = move(batch, self.device)
-        options = {"channels": self.channels, "half": self.precision == "bf16", "prefix": self.prefix}
+        options = {"channels": self.channels, "half": self.precision != "fp32", "prefix": self.prefix}
         checks.check_batch(images, labels, self.device, self.dtype, **options)
         self._note(0, checks.not_finite(images, self.dtype))
         if self.classes is not None and len(labels):
@@ -114,7 +114,7 @@ class Validation:
         images, labels = self.check(batch)
         if not len(images):
             return
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
+        with torch.inference_mode(), checks.autocasting(self.device, self.precision):
             logits = self._logits(images)
             if self.classes is None:
                 self.classes = logits.shape[1]

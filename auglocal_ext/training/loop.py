@@ -100,7 +100,9 @@ def train(
             torch. The validation's loss is the plain cross-entropy in any case.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
             loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`.
-        precision: "fp32" or "bf16".
+        precision: "fp32"; "bf16" or "fp16": features under autocast, parameters and statistics in fp32. With "fp16"
+            each local module's loss is scaled by a torch.amp.GradScaler of its own, which leaves out steps that
+            overflow.
         device: moves the model there first. Default: where the model is.
         seed: torch.manual_seed for the aux nets' weights and everything random after.
         progress: a progress bar, what is trained and what a step costs, and a line per epoch.

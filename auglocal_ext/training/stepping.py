@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from ..optim import make_optimizer
 from .divergence import UndoWhereNotFinite
@@ -39,18 +40,28 @@ class Stepper:
         optimizers: one per local module.
         modules: the local modules.
         skipped: of each module, how many steps it was left out of; counted on.
+        scaled: None, or the device of losses that are scaled, for gradients in float16: each module's by a scale of its
+            own, which halves where its gradients overflow, and then leaves it out of the step.
 
     Attributes:
         count: batches in the group so far.
         average: `ModelAverage`, or None.
     """
 
-    def __init__(self, settings, model, modules, optimizers, skipped):
+    def __init__(self, settings, model, modules, optimizers, skipped, scaled=None):
         self.settings, self._model, self._modules, self._optimizers = settings, model, modules, optimizers
         self.average = None if settings.ema is None else ModelAverage(model, settings.ema)
         self.count, self._skipped = 0, skipped
         self._spoilt = set()  # modules that are left out of the group's step
         self._undo = None
+        self._one = None if scaled is None else torch.ones((), device=scaled)
+        self.scalers = [] if scaled is None else [GradScaler(scaled.type) for _ in modules]
+        for index in range(len(self.scalers)):
+            self.scale(index)  # which makes its tensors
+
+    def scale(self, index):
+        """What a module's loss is multiplied by, a tensor (), or None."""
+        return self.scalers[index].scale(self._one) if self.scalers else None
 
     @property
     def _ends_group(self):
@@ -64,7 +75,7 @@ class Stepper:
 
     def after(self, index, loss):
         """After a module's backward."""
-        if self._undo is not None and self._undo.needed(loss):
+        if self._undo is not None and self._undo.needed(loss, gradients=not self.scalers):
             self._spoilt.add(index)
         self._undo = None
         last = index == len(self._modules) - 1
@@ -112,7 +123,7 @@ class Stepper:
         """Steps modules whose gradients, of so many batches, are clipped together."""
         for index in self._spoilt.intersection(group):
             self._skipped[index] += 1
-        group = [index for index in group if index not in self._spoilt]
+        group = self._unscaled([index for index in group if index not in self._spoilt])
         parameters = [p for index in group for p in self._modules[index].parameters() if p.grad is not None]
         if batches > 1 and parameters:
             torch._foreach_div_([p.grad for p in parameters], batches)
@@ -121,7 +132,29 @@ class Stepper:
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
         for index in group:
-            self._optimizers[index].step()
+            if self.scalers:
+                self.scalers[index].step(self._optimizers[index])
+                self.scalers[index].update()
+            else:
+                self._optimizers[index].step()
+
+    def _unscaled(self, group):
+        """The modules of a group whose gradients are as if nothing had been scaled; those that are clipped together are
+        without the ones that have overflown, whose norm would spoil the others'."""
+        if not self.scalers:
+            return group
+        finite = []
+        for index in group:
+            gradients = [p.grad for p in self._modules[index].parameters() if p.grad is not None]
+            if not gradients:
+                continue
+            self.scalers[index].unscale_(self._optimizers[index])
+            if self.settings.clips_globally and not nn.utils.get_total_norm(gradients).isfinite():
+                self.scalers[index].step(self._optimizers[index])  # which leaves it out
+                self.scalers[index].update()
+            else:
+                finite.append(index)
+        return finite
 
     def _end_group(self):
         self.count, self._spoilt = 0, set()
@@ -140,6 +173,8 @@ class Stepper:
                 yield from (p.grad for p in module.parameters() if p.grad is not None)
         if self.average is not None:
             yield from (*self.average.parameters(), *self.average.buffers())
+        for scaler in self.scalers:
+            yield from (self._one, scaler._scale, scaler._growth_tracker)
 
     def state_dict(self):
         """A group under way, and the average, as plain values and tensors."""
@@ -149,6 +184,7 @@ class Stepper:
             "gradients": self._gradients(),
             "spoilt": sorted(self._spoilt),
             "average": average,
+            "scales": [scaler.state_dict() for scaler in self.scalers],
         }
 
     def load_state_dict(self, state):
@@ -158,6 +194,8 @@ class Stepper:
         self._put(state["gradients"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        for scaler, saved in zip(self.scalers, state["scales"], strict=True):
+            scaler.load_state_dict(saved)
 
     def __getstate__(self):
         """For pickle and deepcopy, which leave parameters' gradients out."""

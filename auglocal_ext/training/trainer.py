@@ -67,7 +67,7 @@ class LocalTrainer:
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; see `auglocal_ext.train`. Default:
             SGD with Nesterov momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
         criterion: the loss of every local module's head and of the classifier; see `auglocal_ext.train`.
-        precision: "fp32", or "bf16": features in bfloat16 under autocast, parameters and statistics in fp32.
+        precision: "fp32", "bf16" or "fp16"; see `auglocal_ext.train`.
         recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
         accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`. Every accumulate-th `step` steps the
@@ -147,7 +147,8 @@ class LocalTrainer:
         self.optimizers = optimizers_of(self._optimizer, model, self.aux_nets, self.local_modules)
         self._made_optimizers = list(self.optimizers)
         self.nonfinite, self.skipped_steps = "stop", [0] * len(self.local_modules)
-        self.stepper = Stepper(self.stepping, model, self.local_modules, self.optimizers, self.skipped_steps)
+        scaled = self.device if precision == "fp16" else None
+        self.stepper = Stepper(self.stepping, model, self.local_modules, self.optimizers, self.skipped_steps, scaled)
         self._watch = self._watched()
         self._programs = self._planned_for = self._programmed_modes = None  # what plan and programs were made for
         if plan is not None:
@@ -206,7 +207,7 @@ class LocalTrainer:
             try:
                 self.stepper.before(index, skip=self.nonfinite == "skip")
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
-                features, logits, loss = module.run(inputs, labels, images)
+                features, logits, loss = module.run(inputs, labels, images, self.stepper.scale(index))
                 self.stepper.after(index, loss)
             except BaseException as error:
                 stepped = self.stepper.drop(index)
@@ -316,7 +317,7 @@ class LocalTrainer:
         modes = self._watch.modes() if modes is None else modes
         if self._programs is None or modes != self._programmed_modes:
             heads = [module.head for module in self.local_modules]
-            autocast = torch.bfloat16 if self.precision == "bf16" else None
+            autocast = checks.AUTOCAST[self.precision]
             planned = self.plan is not None and modes == self._planned_for[0]
             kept_gaps = [module.kept_gaps for module in self.plan.modules] if planned else None
             options = {"autocast": autocast, "recompute": self.recompute, "criterion": self.criterion}
@@ -370,6 +371,11 @@ class LocalTrainer:
         load_state(self, state)
 
     @property
+    def loss_scales(self) -> list[float]:
+        """Of each local module, with precision "fp16": what its loss is multiplied by. Waits for the device."""
+        return [scaler.get_scale() for scaler in self.stepper.scalers]
+
+    @property
     def image_channels(self) -> int:
         return self._backbone.image_channels
 
@@ -379,7 +385,7 @@ class LocalTrainer:
 
     def check_images(self, images, name="images"):
         """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
-        channels, half = self.image_channels, self.precision == "bf16"
+        channels, half = self.image_channels, self.precision != "fp32"
         checks.check_images(images, self.dtype, channels=channels, half=half, name=name)
 
 

@@ -93,11 +93,10 @@ def test_a_resnet152_is_measured_on_meta_tensors(torchvision):
     assert max(peaks) == planned.peak_bytes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("bf16", torch.float32), ("fp16", torch.float32), ("fp32", torch.float64)
+])  # fmt: skip
 def test_other_precisions(precision, dtype):
-    if precision == "bf16" and dtype == torch.float64:
-        pytest.skip("bf16 features go with float32 parameters")
     trainer = LocalTrainer(models.resnet20().to(dtype), 3, modules=4, precision=precision)
     assert measured_peak(trainer, *batch(4, 32, dtype=dtype)) == trainer.plan.peak_bytes
 

@@ -71,5 +71,5 @@ def test_half_precision_is_summed_in_full():
 
 
 def test_a_precision_that_there_is_none_of():
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, given 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, given 'fp8'"):
         evaluation(Votes(), [(torch.eye(3), torch.arange(3))], precision="fp8")

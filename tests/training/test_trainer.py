@@ -226,8 +226,8 @@ def test_a_frozen_parameter_is_named(tiny_model):
 
 
 def test_precision_is_checked(tiny_model):
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, given 'fp16'"):
-        LocalTrainer(tiny_model, depth=2, precision="fp16")
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, given 'fp8'"):
+        LocalTrainer(tiny_model, depth=2, precision="fp8")
 
 
 IMAGES, LABELS = torch.randn(4, 3, 8, 8), torch.arange(4)

@@ -59,7 +59,7 @@ class Head(Node):
         gradients = emit.gradient_names(self.linear.weight, self.linear.bias)
         writes = [self.out, emit.loss_name("cross-entropy"), f"{self.out}.gradient", *gradients]
         run = partial(_linear_cross_entropy, self.linear, self.weight, self.criterion)
-        emit.step(self, "linear and loss", run, [pooled, "labels"], writes, self._macs)
+        emit.step(self, "linear and loss", run, [pooled, "labels", *emit.scale], writes, self._macs)
 
     def backward(self, emit):
         norm, gradient = self.norm, f"{self.out}.gradient"
@@ -158,10 +158,13 @@ def _head_norm_backward(bn, grad, x, mean, invstd):
     return _aten.native_batch_norm_backward(grad, x, bn.weight, *running, mean, invstd, True, bn.eps, mask)
 
 
-def _linear_cross_entropy(linear, weight, criterion, pooled, labels):
+def _linear_cross_entropy(linear, weight, criterion, pooled, labels, scale=None):
     options = criterion.label_smoothing, criterion.ignore_index, criterion.weight
     loss, logits, *gradients = _ops.linear_cross_entropy(pooled, linear.weight, linear.bias, labels, *options)
     if weight != 1:
         for value in (loss, *gradients):
             value.mul_(weight)
+    if scale is not None:
+        for value in gradients:
+            value.mul_(scale)
     return logits, loss, *(gradients if linear.bias is not None else gradients[:-1])

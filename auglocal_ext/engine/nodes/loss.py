@@ -30,8 +30,8 @@ class Loss(Node):
 
     def forward(self, emit):
         writes = [emit.loss_name(self.out), emit.give(self.source)]
-        run = partial(_run, self.function, self.weight)
-        emit.step(self, "loss", run, [self.source, *self.given], writes)
+        run = partial(_run, self.function, self.weight, bool(emit.scale))
+        emit.step(self, "loss", run, [self.source, *self.given, *emit.scale], writes)
 
     def backward(self, emit):
         """The gradient is there with the loss."""
@@ -42,9 +42,11 @@ def cross_entropy(part, logits, weight, criterion):
     return Loss(CROSS_ENTROPY, part, logits, weight, criterion, ("labels",))
 
 
-def _run(function, weight, prediction, *given):
+def _run(function, weight, scaled, prediction, *given):
+    *given, scale = given if scaled else (*given, 1)
     with torch.enable_grad():
         leaf = prediction.detach().requires_grad_()
         value = weight * function(leaf if leaf.dtype == torch.float64 else leaf.float(), *given)
-    (gradient,) = torch.autograd.grad(value, leaf)
+        scaled_value = value * scale if scaled else value
+    (gradient,) = torch.autograd.grad(scaled_value, leaf)
     return value.detach(), dense(gradient)
