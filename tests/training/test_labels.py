@@ -227,10 +227,10 @@ def test_labels_that_are_refused(tiny_model, batch, labels, criterion, kind, mes
 def test_where_values_are_not_at_hand_they_are_flagged(tiny_model, batch):
     """What a CUDA device does, on the CPU: ignored labels stay what they are, others that are wrong are replaced."""
     images, labels = batch
-    trainer = LocalTrainer(tiny_model, 2, modules=2)
+    trainer, shares = LocalTrainer(tiny_model, 2, modules=2), soft(labels)
+    trainer.plan_for(images, shares)
     trainer._values_are_at_hand = False
     assert trainer.step(images, labels.where(labels > 3, -100)).loss.isfinite()
-    shares = soft(labels)
     assert trainer.step(images, shares).loss.isfinite()
     trainer.check()
     shares[2, 3] = torch.inf
