@@ -1,6 +1,7 @@
 """Labels and losses of every kind in whole steps: values, planned bytes, what counts, what is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from auglocal_ext import LocalTrainer, evaluate, models, plan, train
 from auglocal_ext.common.memory import LiveBytes
+from auglocal_ext.training.divergence import TrainingDiverged
 
 WEIGHTS = torch.linspace(0.5, 2, 10)
 
@@ -182,6 +184,17 @@ def test_the_validations_loss_is_the_plain_cross_entropy(tiny_model, batch):
     with torch.no_grad():
         expected = F.cross_entropy(tiny_model.eval()(batch[0]), batch[1])
     assert result.history[0]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_loss_of_ones_own_that_ends_far_worse_is_told_without_a_guess(tiny_model, batch):
+    scales = iter([1.0, 1, 1, 100, 100, 100])  # of the steps of two epochs
+
+    def growing(logits, labels):
+        return F.cross_entropy(logits, labels) * (1 if logits.is_meta else next(scales))
+
+    options = {"rule": "bp", "optimizer": partial(torch.optim.SGD, lr=0.0), "schedule": None}
+    with pytest.raises(TrainingDiverged, match=r"the classifier's loss was \d+.* in the first one: training diverged"):
+        train(tiny_model, [batch] * 3, **options, epochs=2, criterion=growing, progress=False)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
