@@ -20,6 +20,8 @@ MORE_SETTINGS = (
     "schedule",
     "warmup",
     "label_smoothing",
+    "mixup",
+    "cutmix",
     "weights",
     "val_split",
     "image_size",

@@ -60,9 +60,12 @@ def make_model(options, source, weights=None):
 
 def train_as_told(options, model, source, **more):
     """Trains the model on the Data, as `auglocal_ext.train` with what the options say; more: what else it is given."""
+    batches = source.train
+    if options.mixup or options.cutmix:
+        batches = data.Mixed(batches, source.num_classes, options.mixup, options.cutmix)
     return train(
         model,
-        source.train,
+        batches,
         options.depth,
         val_loader=source.val if options.val_split else source.test,
         epochs=options.epochs,

@@ -38,6 +38,8 @@ DEFAULTS = {
     "schedule": "cosine",
     "warmup": None,
     "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "device": None,
     "seed": 0,
     "max_seconds": None,

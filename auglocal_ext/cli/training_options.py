@@ -64,6 +64,9 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
         help="with a learning rate that rises (default: with cosine a tenth of them, at most 10; else 0)",
     )
     add("--label-smoothing", type=number(0, below=1), help="of the cross-entropy (default: {default})")
+    shares = {"type": number(0), "metavar": "ALPHA"}
+    add("--mixup", "--mixup-alpha", **shares, help="mix images of a batch, by shares of Beta(ALPHA, ALPHA); 0: do not")
+    add("--cutmix", "--cutmix-alpha", **shares, help="paste cuts of other images; with --mixup one of both a batch")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--seed", type=seed, help="of weights, order and augmentation (default: {default})")
     add("--max-seconds", type=number(above=0), help="of training, then it stops")

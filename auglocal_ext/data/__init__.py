@@ -15,6 +15,7 @@ from .data import Data
 from .device_loader import DeviceLoader, crop_and_flip, mean_and_std
 from .folders import LARGE_SIDE, image_folders, large_images
 from .images import images_in_memory
+from .mixed import Mixed
 from .sources import AUGMENTATIONS, SMALL, load
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Data",
     "DeviceLoader",
     "LARGE_SIDE",
+    "Mixed",
     "SMALL",
     "crop_and_flip",
     "image_folders",

@@ -142,8 +142,8 @@ def pooled_cross_entropy_reference(
     if head_bn is not None:
         pooled, head_mean, head_var = _head_batch_norm(pooled, *head_bn)
     logits = F.linear(pooled, linear_weight, linear_bias)
-    given = {} if labels.is_floating_point() else {"ignore_index": ignore_index}
-    loss = F.cross_entropy(logits, labels, class_weight, label_smoothing=label_smoothing, **given)
+    ignored = -100 if labels.is_floating_point() else ignore_index  # torch takes no other of soft labels
+    loss = F.cross_entropy(logits, labels, class_weight, ignore_index=ignored, label_smoothing=label_smoothing)
     return PooledCrossEntropy(loss, logits, mean, var, head_mean, head_var)
 
 

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from ..engine.criterion import CrossEntropy
+
 __all__ = [
     "LossWatch",
     "NotFinite",
@@ -108,9 +110,12 @@ class UndoWhereNotFinite:
 
 
 def check_learnt(history, trainer):
+    """Raises NotFinite where the classifier's loss has become far worse. What guessing has is known of a cross-entropy;
+    another loss has to be above the same number, so that small ones may vary."""
     first, last, guessing = history[0]["loss"], history[-1]["loss"], math.log(trainer.num_classes)
     if last > 2 * max(first, guessing):
+        is_cross_entropy = isinstance(trainer.criterion, CrossEntropy)
         raise NotFinite(
-            f"the classifier's cross-entropy was {last:.4g} in the last epoch, after {first:.4g} in the first one; "
-            f"guessing has {guessing:.4g}"
+            f"the classifier's {'cross-entropy' if is_cross_entropy else 'loss'} was {last:.4g} in the last epoch, "
+            f"after {first:.4g} in the first one{f'; guessing has {guessing:.4g}' if is_cross_entropy else ''}"
         )

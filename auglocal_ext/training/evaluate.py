@@ -21,7 +21,7 @@ __all__ = ["Evaluation", "Validation", "evaluate", "evaluated", "evaluation", "m
 class Evaluation:
     """What `evaluation` returns.
 
-    loss: the mean cross-entropy, without label smoothing or weights.
+    loss: the mean cross-entropy, without label smoothing or weights, whatever the model was trained by.
     top1, top5: accuracies, 0 to 1; top5 None for fewer than 6 classes.
     images: how many there were.
     confusion: (classes, classes), int64, on the CPU: how many images of the row's class were taken for the column's.

@@ -132,8 +132,8 @@ def train(
             batches tell is raised before any weight changes.
             A `schedule` that returns no finite number of at least 0 is told before the step that it is for.
         TrainingDiverged: a loss, weight, buffer or validation output is not finite any more, which is looked at before
-            `on_epoch` is called; or after the last epoch the classifier's cross-entropy is above twice the first
-            epoch's and twice ln(classes), that of guessing. A FloatingPointError with the result so far.
+            `on_epoch` is called; or after the last epoch the classifier's loss is above twice the first epoch's and
+            twice ln(classes), the cross-entropy of guessing. A FloatingPointError with the result so far.
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant

@@ -102,6 +102,8 @@ def test_learning_rate(typed, lr):
         ("--preset imagenet", "--data must be given with --preset imagenet, for instance --data imagefolder:ROOT"),
         ("--config /nowhere", "--config /nowhere cannot be read: .*No such file.*; expected a JSON object of options"),
         ("--weights /nowhere", "--weights /nowhere is no file: give a state_dict that torch.save wrote"),
+        ("--mixup -1", "--mixup must be at least 0, given -1.0"),
+        ("--cutmix-alpha nan", "--cutmix must be a finite number, at least 0, given nan"),
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and below 1, given 1.0"),
         ("--val-split -0.1", "--val-split must be at least 0 and below 1, given -0.1"),
         ("-b 1", "--batch-size must be at least 2, given 1"),
@@ -157,7 +159,7 @@ def asked(monkeypatch):
         return SimpleNamespace(**vars(made) | {"val": "the validation images"}) if options["val_split"] else made
 
     def train(model, loader, depth, **options):
-        asked.model, asked.training = model, options
+        asked.model, asked.loader, asked.training = model, loader, options
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "load", load)
@@ -179,6 +181,17 @@ def test_what_the_library_is_asked_for(asked, tmp_path):
     assert {name: asking[name] for name in wanted} == wanted and asking["val_loader"] == "the validation images"
     reading = {"image_size": 48, "val_split": 0.2, "augmentation": data.AUGMENTATIONS["svhn"]}
     assert {name: asked.reading[name] for name in reading} == reading and asked.source == "svhn:data"
+
+
+@pytest.mark.parametrize("names", [("--mixup", "--cutmix"), ("--mixup-alpha", "--cutmix-alpha")])
+def test_mixed_batches_are_asked_for(asked, tmp_path, torchvision, names):
+    for typed, kinds in (([0.2, 0], ["MixUp"]), ([0, 1], ["CutMix"]), ([0.2, 1], ["MixUp", "CutMix"]), ([0, 0], [])):
+        options = [word for name, alpha in zip(names, typed, strict=True) for word in (name, str(alpha))]
+        assert main(["train", *options, "--quiet", "--runs", str(tmp_path)]) == 130
+        _, labels = next(iter(asked.loader))
+        assert labels.shape == ((16, 10) if kinds else (16,))
+        mix = getattr(asked.loader, "_mix", None)
+        assert [type(one).__name__ for one in getattr(mix, "transforms", [mix] if mix else [])] == kinds
 
 
 def test_the_papers_schedule_from_a_hundred_epochs_on(asked, tmp_path):

@@ -1,6 +1,7 @@
 """Labels and losses of every kind in whole steps: values, planned bytes, what counts, what is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from auglocal_ext import LocalTrainer, evaluate, models, plan, train
 from auglocal_ext.common.memory import LiveBytes
+from auglocal_ext.training.divergence import TrainingDiverged
 
 WEIGHTS = torch.linspace(0.5, 2, 10)
 
@@ -184,6 +186,17 @@ def test_the_validations_loss_is_the_plain_cross_entropy(tiny_model, batch):
     assert result.history[0]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_loss_of_ones_own_that_ends_far_worse_is_told_without_a_guess(tiny_model, batch):
+    scales = iter([1.0, 1, 1, 100, 100, 100])  # of the steps of two epochs
+
+    def growing(logits, labels):
+        return F.cross_entropy(logits, labels) * (1 if logits.is_meta else next(scales))
+
+    options = {"rule": "bp", "optimizer": partial(torch.optim.SGD, lr=0.0), "schedule": None}
+    with pytest.raises(TrainingDiverged, match=r"the classifier's loss was \d+.* in the first one: training diverged"):
+        train(tiny_model, [batch] * 3, **options, epochs=2, criterion=growing, progress=False)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 LABELS = torch.arange(8)
@@ -227,10 +240,10 @@ def test_labels_that_are_refused(tiny_model, batch, labels, criterion, kind, mes
 def test_where_values_are_not_at_hand_they_are_flagged(tiny_model, batch):
     """What a CUDA device does, on the CPU: ignored labels stay what they are, others that are wrong are replaced."""
     images, labels = batch
-    trainer = LocalTrainer(tiny_model, 2, modules=2)
+    trainer, shares = LocalTrainer(tiny_model, 2, modules=2), soft(labels)
+    trainer.plan_for(images, shares)
     trainer._values_are_at_hand = False
     assert trainer.step(images, labels.where(labels > 3, -100)).loss.isfinite()
-    shares = soft(labels)
     assert trainer.step(images, shares).loss.isfinite()
     trainer.check()
     shares[2, 3] = torch.inf

@@ -1,0 +1,55 @@
+"""MixUp and CutMix: batches whose images are mixed, and their labels with them."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..common.checks import at_least_0
+from ..common.torchvision import import_torchvision
+from .resumable import Resumable
+
+__all__ = ["Mixed"]
+
+
+class Mixed:
+    """A loader whose batches are mixed by torchvision's transforms: MixUp (Zhang et al. 2018, arXiv:1710.09412), CutMix
+    (Yun et al. 2019, arXiv:1905.04899), or where both are given one of them for each batch.
+
+    An iterable of (images, labels): images as the loader gives them, labels (N, classes), float32. What is drawn is
+    drawn from torch's own generator, whose state a training keeps, so that one that was stopped goes on alike.
+
+    Args:
+        loader: of (images, labels), labels (N,), int64; its place is kept and gone on from.
+        classes: how many there are.
+        mixup, cutmix: alpha of the Beta distribution that shares are drawn from, 0: not to be done.
+
+    Raises:
+        ValueError: neither is above 0.
+        ImportError: there is no torchvision.
+    """
+
+    def __init__(self, loader: Resumable, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        v2 = import_torchvision("MixUp and CutMix").transforms.v2
+        given = (v2.MixUp, at_least_0(mixup, "mixup")), (v2.CutMix, at_least_0(cutmix, "cutmix"))
+        made = [kind(alpha=alpha, num_classes=classes) for kind, alpha in given if alpha]
+        if not made:
+            raise ValueError("mixup or cutmix must be above 0, given 0 for both: use the loader as it is")
+        self.loader, self._mix = loader, made[0] if len(made) == 1 else v2.RandomChoice(made)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return map(self._mix, self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `Resumable.set_epoch`."""
+        self.loader.set_epoch(epoch)
+
+    def state_dict(self) -> dict:
+        """The loader's."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """The loader's."""
+        self.loader.load_state_dict(state)
