@@ -6,7 +6,9 @@ from .. import models
 from ..backbone.families import as_backbone
 from ..common.messages import first_line
 from ..planning.budget import rules_of
+from ..planning.stepping import Stepping
 from ..rules.by_name import RULES
+from .training_options import stepping_of
 
 __all__ = ["check_cut", "check_image_size", "on_meta"]
 
@@ -21,12 +23,13 @@ def on_meta(name, classes):
 
 
 def check_cut(options):
-    """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
+    """The options' model, on the meta device; ValueError unless it is one that can be cut, and stepped, as they say."""
     given = vars(options)
     model = on_meta(options.model, given.get("num_classes") or 10)
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper"), options.modules
     more = {name: given[name] for name in ("recompute", "prefer") if name in given}
     rules_of(as_backbone(model), *rule, budgeted=given.get("budget") is not None, **more)
+    Stepping(**stepping_of(options))
     return model
 
 
