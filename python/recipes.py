@@ -17,6 +17,8 @@ MORE_SETTINGS = (
     "optimizer",
     "momentum",
     "weight_decay",
+    "norm_weight_decay",
+    "bias_weight_decay",
     "schedule",
     "warmup",
     "label_smoothing",
@@ -31,6 +33,12 @@ MORE_SETTINGS = (
     "prefer",
     "patience",
     "nonfinite",
+    "accumulate",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "clip",
+    "model_ema",
+    "model_ema_decay",
 )
 
 

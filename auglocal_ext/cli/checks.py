@@ -6,8 +6,10 @@ from .. import models
 from ..backbone.families import as_backbone
 from ..common.messages import first_line
 from ..planning.budget import rules_of
+from ..planning.stepping import Stepping
 from ..rules.by_name import RULES
 from ..rules.cutting import as_recompute
+from .training_options import stepping_of
 
 __all__ = ["check_cut", "check_image_size", "listed", "on_meta"]
 
@@ -22,7 +24,7 @@ def on_meta(name, classes):
 
 
 def check_cut(options):
-    """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
+    """The options' model, on the meta device; ValueError unless it is one that can be cut, and stepped, as they say."""
     given = vars(options)
     model = on_meta(options.model, given.get("num_classes") or 10)
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper"), options.modules
@@ -31,6 +33,7 @@ def check_cut(options):
     if given.get("recompute") not in (None, "auto"):
         as_recompute(listed(given["recompute"]), backbone)
     rules_of(backbone, *rule, budgeted=given.get("budget") is not None, **more)
+    Stepping(**stepping_of(options))
     return model
 
 

@@ -11,6 +11,8 @@ _SCALARS = {
     "accuracy/train": "train_accuracy",
     "accuracy/validation": "val_accuracy",
     "accuracy/validation top-5": "val_top5_accuracy",
+    "loss/validation of the averaged model": "ema_val_loss",
+    "accuracy/validation of the averaged model": "ema_val_accuracy",
     "learning rate": "lr",
     "images per second": "images_per_second",
     "peak bytes": "peak_bytes",
@@ -53,7 +55,7 @@ def event_writer():
             writers[folder] = SummaryWriter(str(folder))
         writer = writers[folder]
         for tag, name in _SCALARS.items():
-            if entry[name] is not None:
+            if entry.get(name) is not None:
                 writer.add_scalar(tag, entry[name], entry["epoch"])
         for tag, name in (("module loss", "module_losses"), ("module accuracy", "module_accuracies")):
             for index, value in enumerate(entry[name]):

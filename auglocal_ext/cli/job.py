@@ -10,6 +10,7 @@ from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
 from .checks import check_cut, check_image_size, listed
+from .training_options import stepping_of
 from .weights import load_weights
 
 __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
@@ -78,7 +79,14 @@ def train_as_told(options, model, source, **more):
         memory_budget=options.budget,
         prefer=options.prefer,
         recompute=listed(options.recompute),
-        optimizer=named_optimizer(options.optimizer, options.lr, options.momentum, options.weight_decay),
+        optimizer=named_optimizer(
+            options.optimizer,
+            options.lr,
+            options.momentum,
+            options.weight_decay,
+            options.norm_weight_decay,
+            options.bias_weight_decay,
+        ),
         schedule=schedule_of(options),
         precision=options.precision,
         device=options.device,
@@ -87,6 +95,7 @@ def train_as_told(options, model, source, **more):
         max_seconds=options.max_seconds,
         patience=options.patience,
         nonfinite=options.nonfinite,
+        **stepping_of(options),
         **more,
     )
 

@@ -3,6 +3,7 @@
 from .. import report
 from ..planning.plan import plan
 from .checks import check_cut, check_image_size, listed
+from .training_options import stepping_of
 
 __all__ = ["plan_command"]
 
@@ -29,6 +30,7 @@ def plan_command(options):
         units=listed(options.units),
         recompute=listed(options.recompute),
         **cutting,
+        **stepping_of(options),
     )
     print(planned.brief() if options.brief else planned)
     for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):

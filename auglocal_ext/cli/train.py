@@ -127,6 +127,8 @@ def _train_in(folder, options, source, model, write_events, history):
     if not history:
         print(f"stopped in the first epoch by --max-seconds: `auglocal resume {folder}` goes on")
         return status
+    if result.ema_model is not None:
+        save_model(folder / "model_ema.pt", result.ema_model)
     title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
     if result.plan.depth:
         title += f", depth {result.plan.depth}"
@@ -142,12 +144,13 @@ def _train_in(folder, options, source, model, write_events, history):
     if options.val_split and result.stopped != "max_seconds":  # then the model may be further than the history
         tested = evaluation(model, source.test, precision=options.precision)
         accuracy += f", test accuracy {tested.top1:.2%}"
+    averaged = "" if result.ema_model is None else "model_ema.pt, of the averaged weights, "
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     more = "--patience N" if result.stopped == "patience" else "--epochs N"
     print(
         f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
-        f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "
+        f"saved to {folder}: model.pt (a plain state_dict), {averaged}settings.json, history.json, history.csv, "
         f"learning_curve.png; `auglocal resume {folder} {more}` goes on"
     )
     return status

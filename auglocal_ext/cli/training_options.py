@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 from .config import read_config
-from .names import FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, PREFER, RULES, SCHEDULES, WITH_MOMENTUM
+from .names import CLIPS, FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, PREFER, RULES, SCHEDULES, WITH_MOMENTUM
 from .options import default_device, device, number, seed, size, whole
 from .presets import DEFAULTS, LEARNING_RATES, PRESETS, defaults_of
 
-__all__ = ["add_cut", "add_run", "add_training", "default_learning_rate", "settled", "told"]
+__all__ = ["add_cut", "add_run", "add_training", "default_learning_rate", "settled", "stepping_of", "told"]
 
 _DEPTH, _LR = whole(2, words=("auto",)), number(0)
 _DATA = (
@@ -19,6 +19,7 @@ _DATA = (
     "fake:N (default: {default})"
 )
 _CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "units", "precision", "recompute", "budget", "prefer")
+_STEPPING = ("accumulate", "clip_grad_norm", "clip_grad_value", "clip", "model_ema", "model_ema_decay")
 
 
 def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
@@ -46,9 +47,12 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     add("--batch-size", "-b", type=whole(2), help="images in a step (default: {default})")
     add("--optimizer", "--opt", choices=OPTIMIZERS, help="sgd: with Nesterov momentum (default: {default})")
     rate = f"{LEARNING_RATES[preset]:g}"
-    add("--lr", type=lr, help=f"learning rate (default: {rate} x batch size / 128; of another optimizer, torch's)")
+    add("--lr", type=lr, help=f"learning rate (default: {rate} x batch size x --accumulate / 128; of another "
+        "optimizer, torch's)")  # fmt: skip
     add("--momentum", type=number(0, below=1), help="of sgd and rmsprop (default: 0.9 of sgd)")
     add("--weight-decay", "--wd", type=number(0), help="(default: 1e-4; of another optimizer than sgd, torch's)")
+    add("--norm-weight-decay", type=number(0), help="of normalisations (default: as --weight-decay)")
+    add("--bias-weight-decay", type=number(0), help="of biases (default: as --weight-decay)")
     add(
         "--schedule",
         "--lr-scheduler",
@@ -93,7 +97,8 @@ def add_run(parser):
 
 
 def add_cut(parser, *, depth=_DEPTH, preset=None):
-    """Adds what is trained, and how it is cut; returns what these options are where they are not typed."""
+    """Adds what is trained, how it is cut, and what a step does with gradients, which its memory depends on; returns
+    what these options are where they are not typed."""
     defaults = defaults_of(preset)
     add = _adder(parser, defaults)
     add(
@@ -138,7 +143,35 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
         choices=PREFER,
         help="what is least under --budget; time: see `auglocal calibrate` (default: {default})",
     )
-    return {name: defaults[name] for name in _CUT}
+    add(
+        "--accumulate",
+        "--grad-accum-steps",
+        type=whole(1),
+        metavar="N",
+        help="batches whose gradients are averaged before a step of the optimizers (default: {default})",
+    )
+    add("--clip-grad-norm", type=number(above=0), metavar="NORM", help="bound the norm of gradients, see --clip")
+    add("--clip-grad-value", type=number(above=0), metavar="VALUE", help="bound each of their values, before the norm")
+    add(
+        "--clip",
+        choices=CLIPS,
+        help="whose norm: each local module's, or global, of all together, with --accumulate above 1 (default: "
+        "{default})",
+    )
+    add("--model-ema", action="store_true", help="also keep an exponential moving average of the weights")
+    add("--model-ema-decay", type=number(0, below=1), help="of that average, in every step (default: {default})")
+    return {name: defaults[name] for name in (*_CUT, *_STEPPING)}
+
+
+def stepping_of(options):
+    """What a step does with gradients, as arguments of `auglocal_ext.train` and `auglocal_ext.plan`."""
+    return {
+        "accumulate": options.accumulate,
+        "clip_norm": options.clip_grad_norm,
+        "clip_value": options.clip_grad_value,
+        "clip": options.clip,
+        "ema": options.model_ema_decay if options.model_ema else None,
+    }
 
 
 def _adder(parser, defaults):
@@ -178,9 +211,9 @@ def settled(given, add_options, preset=None):
 
 
 def default_learning_rate(options):
-    """In proportion to the batch with SGD, torch's default of another optimizer."""
+    """In proportion to the images of a step with SGD, torch's default of another optimizer."""
     if options.optimizer == "sgd":
-        return LEARNING_RATES[options.preset] * options.batch_size / 128
+        return LEARNING_RATES[options.preset] * options.batch_size * options.accumulate / 128
     from inspect import signature
 
     from ..optim import OPTIMIZERS
@@ -198,6 +231,10 @@ def _check_together(options):
         raise ValueError(
             f"--warmup does not go with --schedule paper, which has its own, given {options.warmup:g}: leave it out, "
             f"or choose another --schedule"
+        )
+    if options.model_ema_decay != DEFAULTS["model_ema_decay"] and not options.model_ema:
+        raise ValueError(
+            f"--model-ema-decay goes with --model-ema, given {options.model_ema_decay:g} alone: give both, or neither"
         )
     if options.schedule == "paper" and options.lr == 0:
         raise ValueError("--lr must be above 0 with --schedule paper, given 0: choose another --schedule")

@@ -67,15 +67,17 @@ class Checkpoints:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             whole_number(saved["epoch"], "epoch must be a whole number", 0)
-            return {name: saved[name] for name in ("trainer", "epoch", "history", "sums", "peak", "length", "loader")}
+            names = "trainer", "epoch", "history", "sums", "peak", "length", "loader"
+            return {"rates": saved.get("rates")} | {name: saved[name] for name in names}
         except Exception as error:
             raise ValueError(
                 f"{path} is no checkpoint of a training, or is damaged ({first_line(error)}): remove it to train from "
                 f"the beginning, or choose another folder"
             ) from error
 
-    def restore(self, trainer, epochs):
-        """Puts everything where the checkpoint left it; returns the Resumed, or None where there is none."""
+    def restore(self, trainer, epochs, rates):
+        """Puts everything where the checkpoint left it; returns the Resumed, or None where there is none. rates: see
+        `Run`."""
         if self.saved is None:
             return None
         saved, self.saved = self.saved, None
@@ -91,11 +93,13 @@ class Checkpoints:
                 f"none: give the same kind of loader, or another folder"
             )
         check_state(trainer, saved["trainer"])
-        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder)
+        rates.check(saved["rates"])
+        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder, rates.sets)
         if saved["loader"] is not None and self.within_epochs:
             self.loader.load_state_dict(saved["loader"])
         set_epoch(self.loader, saved["epoch"])
         trainer.load_state_dict(saved["trainer"])
+        rates.load(saved["rates"])
         batches = self.loader
         if saved["sums"]:
             # A loader's start may draw from the generators, which it had done before the state was put away.
@@ -114,10 +118,11 @@ class Checkpoints:
     def due(self):
         return self.within_epochs and time.monotonic() - self._written >= 60 * self.minutes
 
-    def save(self, trainer, history, sums, peak, length):
+    def save(self, trainer, rates, history, sums, peak, length):
         """sums: None after an epoch; within one, what it has come to."""
         state = {
             "trainer": trainer.state_dict(),
+            "rates": rates.state,
             "epoch": len(history),
             "history": history,
             "sums": sums and sums.state_dict(),
@@ -156,19 +161,20 @@ class Checkpoints:
 def _plain(value):
     """Numbers of NumPy's as Python's, in whatever they are."""
     if isinstance(value, dict):
-        return type(value)((key, _plain(one)) for key, one in value.items())
+        return type(value)({key: _plain(one) for key, one in value.items()})
     if type(value) in (list, tuple):
         return type(value)(_plain(one) for one in value)
     return value.item() if isinstance(value, numpy.generic) else value
 
 
-def _check_settings(trainer, optimizers, folder):
-    """ValueError where an optimizer was given with other settings than the checkpoint's, which would have no effect."""
+def _check_settings(trainer, optimizers, folder, changing):
+    """ValueError where an optimizer was given with other settings than the checkpoint's, which would have no effect;
+    changing: names of those that change in a training."""
     for optimizer, saved in zip(trainer.optimizers, optimizers, strict=True):
         for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             ours = ours | {"lr": ours.get("initial_lr", ours["lr"])}
             theirs = theirs | {"lr": theirs.get("initial_lr", theirs["lr"])}
-            for name in ours.keys() & theirs.keys() - {"params", "initial_lr"}:
+            for name in ours.keys() & theirs.keys() - {"params", "initial_lr", *changing}:
                 if ours[name] != theirs[name]:
                     raise ValueError(
                         f"{folder} has a training by an optimizer with {name} {theirs[name]}, given one with "

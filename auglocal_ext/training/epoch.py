@@ -11,18 +11,7 @@ from ..common.memory import LiveBytes
 from .batch import counted
 from .loaders import move, until
 
-__all__ = ["PeakMeter", "Sums", "factor_at", "train_epoch"]
-
-
-def factor_at(schedule, epoch, epochs, length):
-    """Step -> the schedule's factor; in the middle of the epoch where its length is not known yet."""
-
-    def factor(step):
-        at = epoch + (step / length if length else 0.5)
-        expected = f"schedule(epoch, epochs) must return, at epoch {at:g} of {epochs},"
-        return checks.learning_rate_factor(schedule(at, epochs), expected)
-
-    return factor
+__all__ = ["PeakMeter", "Sums", "train_epoch"]
 
 
 class Sums:
@@ -101,10 +90,11 @@ class Sums:
         }
 
 
-def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
+def train_epoch(trainer, batches, title, sums, before_step, after_update, meter, stop, after_step):
     """Steps over batches, to the end or until `stop` is set; adds to sums.
 
-    factor: see `factor_at`.
+    before_step: called with a batch's number, from 0, where the optimizers step by it or by a group that it begins.
+    after_update: called after the optimizers have stepped.
     after_step: StepResult -> whatever is to be done between two steps.
     """
     started = time.perf_counter() - sums.seconds
@@ -120,15 +110,22 @@ def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
                 stacklevel=3,
             )
             continue
-        trainer.set_learning_rate_factor(factor(sums.steps))
+        if not trainer.stepper.count:
+            before_step(sums.steps)
         trainer.plan_for(images, labels)  # outside of what is measured
         with meter(images, labels):
             result = trainer.step(images, labels)
+        if not trainer.stepper.count:
+            after_update()
         sums.add(result.module_losses, labels)
         sums.seconds = time.perf_counter() - started
         del batch, images, labels
         after_step(result)
         del result
+    if trainer.stepper.count:  # a group that is not whole
+        with meter():
+            trainer.flush()
+        after_update()
     sums.over = True
     if not sums.seen:
         raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
@@ -137,7 +134,8 @@ def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
 
 
 class PeakMeter:
-    """`with meter(*batch):` around each step; `peak` is the highest memory seen."""
+    """`with meter(*batch):` around each step, `with meter():` around one that no batch is needed for; `peak` is the
+    highest memory seen."""
 
     def __init__(self, trainer):
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
@@ -145,14 +143,15 @@ class PeakMeter:
 
     @contextlib.contextmanager
     def __call__(self, *batch):
-        self._steps += 1
+        self._steps += bool(batch)
         if self.cuda:
             device = self.trainer.device
             torch.cuda.reset_peak_memory_stats(device)  # an evaluation's peak is none of a step
             yield
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
-        elif self._steps > 2:
-            # Counting slows a step down; the second one, when all optimizer state exists, is like every later one.
+        elif self._steps > 2 * self.trainer.stepping.accumulate:
+            # Counting slows a step down; in the second group of batches, when all optimizer state exists, they are like
+            # later ones.
             yield
         else:
             with LiveBytes([*self.trainer.tensors(), *batch]) as live:

@@ -29,6 +29,8 @@ def epoch_line(entry, epochs, seconds_left):
     val = ""
     if entry["val_accuracy"] is not None:
         val = f"  val {entry['val_accuracy']:.2%} (loss {entry['val_loss']:.3f})"
+    if entry.get("ema_val_accuracy") is not None:
+        val += f"  averaged {entry['ema_val_accuracy']:.2%}"
     left = f"  {duration(seconds_left)} left" if entry["epoch"] < epochs and seconds_left is not None else ""
     return (
         f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}{val}  "

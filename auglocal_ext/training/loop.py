@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..common.device import usable_device
 from ..engine.tensors import layout_of
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
+from ..planning.stepping import Stepping
 from ..rules.auxiliary import Auxiliary
 from ..rules.cutting import has_own_cut
 from ..rules.rule import Rule
@@ -22,6 +24,7 @@ from .divergence import REMEDY, NotFinite, TrainingDiverged
 from .evaluate import Validation, evaluated, modes_of, restore
 from .lines import first_lines
 from .loaders import move, peek, set_epoch
+from .rates import check_schedule, rates_of
 from .result import TrainingInterrupted, TrainResult
 from .run import Run
 from .trainer import LocalTrainer
@@ -47,6 +50,11 @@ def train(
     optimizer: Callable | None = None,
     criterion: Callable | None = None,
     schedule: Callable | None = cosine,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    clip: str = "module",
+    ema: float | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
     seed: int | None = None,
@@ -91,7 +99,7 @@ def train(
             functools.partial of one. If its first argument is called `named` or `named_parameters`, it is given a list
             of (name, parameter), as "layer1.0.conv1.weight", of aux nets "aux_nets.0. ...", and may make groups of
             them; see `auglocal_ext.optim.no_decay_on_norms`. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4,
-            learning rate 0.1 x batch / 128.
+            learning rate 0.1 x batch / 128, of the batches that are accumulated together.
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy;
             torch.nn.CrossEntropyLoss, with label_smoothing, weight and ignore_index if you like; or a function or
             module of your own, (logits (N, classes), labels) -> scalar. That runs on tensors without data too, when a
@@ -99,7 +107,19 @@ def train(
             model's device. Where every label of a batch is ignored the loss is NaN and gradients are zero, as in
             torch. The validation's loss is the plain cross-entropy in any case.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
-            loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`.
+            loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`. Or optimizer -> one of
+            torch.optim.lr_scheduler, a callable that needs one argument, called once per local module. It steps after
+            each epoch, ReduceLROnPlateau by the validation's loss (of training, without val_loader); OneCycleLR and
+            CyclicLR after each step of the optimizers.
+        accumulate: how many batches' gradients are averaged before the optimizers step: without BatchNorm N batches of
+            B are one of N x B; BatchNorm sees each batch by itself. An epoch's last ones, if fewer, are stepped by too,
+            averaged over as many as they are. The gradients of all modules then live all the time, as the plan counts.
+        clip_norm, clip_value: bound the norm of each local module's gradients, its aux net's included, and the size of
+            each of their values, as torch.nn.utils has it; with both, by value first.
+        clip: "module", or "global": clip_norm is of all modules' gradients together, for which they have to exist at
+            once: with accumulate above 1 only.
+        ema: the decay of an exponential moving average of the model's weights and buffers, after each step of the
+            optimizers: torch.optim.swa_utils.AveragedModel, for the result's `ema_model`.
         precision: "fp32"; "bf16" or "fp16": features under autocast, parameters and statistics in fp32. With "fp16"
             each local module's loss is scaled by a torch.amp.GradScaler of its own, which leaves out steps that
             overflow.
@@ -143,11 +163,13 @@ def train(
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
     if device is not None:
         model.to(usable_device(device))
+    stepping = asdict(Stepping(accumulate, clip_norm, clip_value, clip, ema))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}
     cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
+    options |= stepping
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)
     modes, checkpoints, run = modes_of(model), None, None
@@ -163,7 +185,7 @@ def train(
             elif trainer.plan.comparison.warning:
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
         del first, images, labels  # which would live through the whole training
-        trainer.nonfinite = nonfinite
+        trainer.nonfinite, rates = nonfinite, rates_of(schedule, trainer, epochs)
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, checkpoint_minutes)
         run = Run(
@@ -171,7 +193,7 @@ def train(
             loader,
             batches,
             epochs,
-            schedule,
+            rates,
             validate,
             progress=progress,
             on_step=on_step,
@@ -195,6 +217,8 @@ def train(
         return run.result()
     finally:
         restore(modes)
+        if trainer.stepping.accumulates:  # else nothing is left
+            trainer.stepper.drop()
         # The rewritten modules are reference cycles; with them the aux nets' memory goes now, not at some later time.
         trainer = run = None
         gc.collect()
@@ -205,12 +229,8 @@ def _check_arguments(loader, epochs, schedule, seed):
     epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
     if seed is not None:
         torch.manual_seed(checks.check_seed(seed))
-    if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
-        given = getattr(schedule, "__name__", type(schedule).__name__)
-        raise TypeError(
-            f"schedule must be a function (epoch, epochs) -> factor of the learning rate, given {given}: for instance "
-            f"lambda epoch, epochs: 0.1 ** (epoch // 30), or auglocal_ext.optim.cosine"
-        )
+    if schedule is not None:
+        check_schedule(schedule)
     if epochs > 1 and isinstance(loader, Iterator):
         raise ValueError(
             f"the loader can be gone through only once, which is not enough for {epochs} epochs: give a DataLoader "
@@ -230,7 +250,8 @@ def _check_limits(patience, max_seconds):
 def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optimizer, **options):
     """The LocalTrainer; under a budget that of the cut that is found for it. first: the first batch."""
     images, labels = first
-    options["optimizer"] = optimizer or sgd(images.shape[:1].numel())  # of what is no batch at all: refused below
+    together = options["accumulate"] * images.shape[:1].numel()  # of what is no batch at all 1: refused below
+    options["optimizer"] = optimizer or sgd(together)
     chosen = prefer != "arithmetic" or "auto" in (depth, options["auxiliary"], options["recompute"])
     if memory_budget is not None or chosen:
         counted = {"memory_budget": memory_budget, "prefer": prefer, "soft_labels": checks.is_soft(labels)}
@@ -257,7 +278,7 @@ def _cut_otherwise(trainer, images, depth, **options):
 
 
 def _validation(trainer, val_loader, epochs, progress):
-    """(epoch from 0, stop) -> Evaluation, after val_loader's first batch was checked."""
+    """(model, epoch from 0, stop) -> Evaluation, after val_loader's first batch was checked."""
     options = {
         "precision": trainer.precision,
         "channels": trainer.image_channels,
@@ -268,13 +289,13 @@ def _validation(trainer, val_loader, epochs, progress):
     peeked.check(first)
     peeked.raise_faults()
     once = isinstance(val_loader, Iterator)
-    if once and epochs > 1:
+    if once and (epochs > 1 or trainer.ema_model is not None):
         raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
     if not once:
         batches = val_loader
 
-    def validate(epoch, stop):
+    def validate(model, epoch, stop):
         set_epoch(batches, epoch)
-        return evaluated(Validation(trainer.model, **options), batches, progress, stop)
+        return evaluated(Validation(model, **options), batches, progress, stop)
 
     return validate

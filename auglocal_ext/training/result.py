@@ -25,6 +25,9 @@ class TrainResult:
     process_bytes: the highest that the process held: on CUDA what torch's allocator had reserved there, on other
         devices the resident memory, with all libraries and data.
     aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
+    ema_model: with ema, the averaged model: a plain one of the trained model's class, on its device. Its statistics of
+        BatchNorm are averaged too. The history then has ema_val_loss, ema_val_accuracy and ema_val_top5_accuracy of it;
+        val_accuracy, `best` and patience are of the trained model.
     stopped: why there are fewer epochs than asked for: "patience", "max_seconds", or None.
     """
 
@@ -34,6 +37,7 @@ class TrainResult:
     aux_nets: nn.ModuleList | None
     process_bytes: int
     stopped: str | None = None
+    ema_model: nn.Module | None = None
 
     @property
     def val_accuracy(self) -> float | None:
@@ -65,7 +69,7 @@ class TrainResult:
             columns.append((f"epoch {best['epoch']}, the best", best))
         rows = [("", *(title for title, _ in columns))]
         for name, key, form in _ROWS:
-            if last[key] is not None:
+            if last.get(key) is not None:
                 rows.append((name, *(format(entry[key], form) for _, entry in columns)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -77,6 +81,8 @@ _ROWS = [
     ("validation loss", "val_loss", ".4f"),
     ("validation accuracy", "val_accuracy", ".2%"),
     ("top-5", "val_top5_accuracy", ".2%"),
+    ("averaged model: loss", "ema_val_loss", ".4f"),
+    ("averaged model: accuracy", "ema_val_accuracy", ".2%"),
 ]
 
 

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from ..common.memory import process_bytes
 from .checkpoint import Checkpoints
 from .divergence import LossWatch, NotFinite, check_finite, check_learnt, names_not_finite
-from .epoch import PeakMeter, Sums, factor_at, train_epoch
+from .epoch import PeakMeter, Sums, train_epoch
 from .lines import duration, epoch_line, memory_line
 from .loaders import StoppedBetweenSteps, interrupt_sets, length_of, no_bar, set_epoch
+from .rates import ByFunction, BySchedulers
 from .result import TrainResult, accuracy_of
 from .trainer import LocalTrainer
 
@@ -28,14 +29,15 @@ class Run:
     """A training of `epochs` epochs; the fields are `train`'s arguments, but for these:
 
     batches: of the first epoch, for one time through: its first one was looked at already.
-    validate: (epoch from 0, stop) -> Evaluation, or None.
+    rates: `ByFunction` or `BySchedulers`.
+    validate: (model, epoch from 0, stop) -> Evaluation, or None.
     """
 
     trainer: LocalTrainer
     loader: object
     batches: object
     epochs: int
-    schedule: Callable
+    rates: ByFunction | BySchedulers
     validate: Callable | None
     progress: bool
     on_step: Callable | None
@@ -57,7 +59,7 @@ class Run:
             self._resume()
 
     def _resume(self):
-        found = self.checkpoints.restore(self.trainer, self.epochs)
+        found = self.checkpoints.restore(self.trainer, self.epochs, self.rates)
         if found is None:
             if self.progress and not self.checkpoints.within_epochs:
                 tqdm.write("checkpoints are written at the ends of epochs only: the loader has no state_dict")
@@ -79,7 +81,8 @@ class Run:
     def result(self):
         aux_nets = self.trainer.aux_nets if self.keep_aux_nets else None
         peak, process = self.meter.peak, process_bytes(self.trainer.device)
-        return TrainResult(self.history, self.trainer.plan, peak, aux_nets, process, self.stopped)
+        ema_model = self.trainer.ema_model
+        return TrainResult(self.history, self.trainer.plan, peak, aux_nets, process, self.stopped, ema_model)
 
     def go(self):
         """Trains until the end, or until it is stopped.
@@ -109,12 +112,12 @@ class Run:
             self.sums = Sums(trainer)
             if epoch:
                 set_epoch(self.loader, epoch)
-        factor = factor_at(self.schedule, epoch, self.epochs, self.length)
         with self._bar() as bar:
             self._shown = time.perf_counter()
             train_epoch(
-                trainer, self.batches, self._title(), self.sums, factor, self.meter, self.stop,
-                lambda result: self._after_step(result, bar),
+                trainer, self.batches, self._title(), self.sums,
+                lambda step: self.rates.before_step(epoch, step, self.length), self.rates.after_step,
+                self.meter, self.stop, lambda result: self._after_step(result, bar),
             )  # fmt: skip
         self._check_values()
         if self.checkpoints is not None:
@@ -122,8 +125,10 @@ class Run:
         self.batches, self.length = self.loader, self.sums.steps
         entry = self.sums.entry(epoch + 1, self.meter.peak)
         if self.validate is not None:
-            found = self.validate(epoch, self.stop)
-            entry |= {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
+            entry |= self._validated(trainer.model, epoch)
+            if trainer.ema_model is not None:
+                entry |= self._validated(trainer.ema_model, epoch, "ema_")
+        self.rates.after_epoch(entry)
         self.history.append(entry)
         self.sums = None
         if self.progress:
@@ -136,6 +141,12 @@ class Run:
         if self.checkpoints is not None:
             self._save(None)
         self._stop_if_patience_is_over()
+
+    def _validated(self, model, epoch, prefix=""):
+        """The history's entries of a model's validation."""
+        found = self.validate(model, epoch, self.stop)
+        named = {"val_loss": found.loss, "val_accuracy": found.top1, "val_top5_accuracy": found.top5}
+        return {prefix + name: value for name, value in named.items()}
 
     def _after_step(self, result, bar):
         self._steps_done += 1
@@ -177,7 +188,7 @@ class Run:
         check_finite(self.trainer, self.odd, self._title())
 
     def _save(self, sums):
-        self.checkpoints.save(self.trainer, self.history, sums, self.meter.peak, self.length)
+        self.checkpoints.save(self.trainer, self.rates, self.history, sums, self.meter.peak, self.length)
 
     def _stop_if_patience_is_over(self):
         if self.patience is None or not 0 < len(self.history) < self.epochs:

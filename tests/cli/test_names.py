@@ -10,7 +10,7 @@ import pytest
 from auglocal_ext import optim, rules
 from auglocal_ext.cli import names
 from auglocal_ext.common import checks
-from auglocal_ext.planning import budget
+from auglocal_ext.planning import budget, stepping
 
 
 def test_they_are_those_that_there_are():
@@ -18,6 +18,7 @@ def test_they_are_those_that_there_are():
     assert rules.FORMS == names.FORMS
     assert checks.PRECISIONS == names.PRECISIONS
     assert budget.PREFER == names.PREFER
+    assert stepping.CLIPS == names.CLIPS
     assert tuple(optim.OPTIMIZERS) == names.OPTIMIZERS
     assert (*optim.SCHEDULES, "paper") == names.SCHEDULES
     takes = [name for name, kind in optim.OPTIMIZERS.items() if "momentum" in inspect.signature(kind).parameters]

@@ -108,6 +108,20 @@ def test_learning_rate(typed, lr):
         ("--val-split -0.1", "--val-split must be at least 0 and below 1, given -0.1"),
         ("-b 1", "--batch-size must be at least 2, given 1"),
         ("--wd=-1", "--weight-decay must be at least 0, given -1.0"),
+        ("--accumulate 0", "--accumulate must be at least 1, given 0"),
+        ("--clip-grad-norm 0", "--clip-grad-norm must be above 0, given 0.0"),
+        ("--clip-grad-value -1", "--clip-grad-value must be above 0, given -1.0"),
+        ("--model-ema-decay 0.9", "--model-ema-decay goes with --model-ema, given 0.9 alone: give both, or neither"),
+        ("--model-ema-decay 1", "--model-ema-decay must be at least 0 and below 1, given 1.0"),
+        (
+            "--clip global --clip-grad-norm 1",
+            "--clip global needs --accumulate 2 or more: with --accumulate 1 a module's gradients are gone before the "
+            "next one's exist; give that, or leave --clip at 'module'",
+        ),
+        (
+            "--clip global",
+            "--clip global is how --clip-grad-norm is meant: give --clip-grad-norm too, for instance --c",
+        ),
         ("--max-seconds 0", "--max-seconds must be above 0, given 0.0"),
         ("--patience 0", "--patience must be at least 1, given 0"),
         ("--opt lion", "argument --optimizer/--opt: invalid choice: 'lion'"),
@@ -192,6 +206,22 @@ def test_mixed_batches_are_asked_for(asked, tmp_path, torchvision, names):
         assert labels.shape == ((16, 10) if kinds else (16,))
         mix = getattr(asked.loader, "_mix", None)
         assert [type(one).__name__ for one in getattr(mix, "transforms", [mix] if mix else [])] == kinds
+
+
+def test_what_steps_and_decays_the_library_is_asked_for(asked, tmp_path):
+    typed = "--grad-accum-steps 4 --clip-grad-norm 0.5 --clip-grad-value 2 --clip global --model-ema --wd 0.5 "
+    typed += "--model-ema-decay 0.99 --norm-weight-decay 0 --bias-weight-decay 0.1 -b 32"
+    assert main(["train", *typed.split(), "--quiet", "--runs", str(tmp_path)]) == 130
+    wanted = {"accumulate": 4, "clip_norm": 0.5, "clip_value": 2, "clip": "global", "ema": 0.99}
+    assert {name: asked.training[name] for name in wanted} == wanted
+    named = [(name, p) for name, p in models.resnet20().named_parameters() if name.startswith(("bn1", "fc"))]
+    groups = asked.training["optimizer"](named).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.5, 1), (0, 1), (0.1, 2)]
+    assert groups[0]["lr"] == 0.1  # of 4 x 32 images
+    main(["train", "--quiet", "--model-ema", "--runs", str(tmp_path)])
+    assert asked.training["ema"] == 0.999 and asked.training["accumulate"] == 1
+    main(["train", "--quiet", "--runs", str(tmp_path)])
+    assert asked.training["ema"] is None
 
 
 def test_the_papers_schedule_from_a_hundred_epochs_on(asked, tmp_path):
