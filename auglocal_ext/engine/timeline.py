@@ -73,7 +73,7 @@ class Timeline:
     def kept(self):
         """Bytes that the forward pass leaves for the backward."""
         backward = (moment.before for moment in self.moments if moment.phase is Phase.BACKWARD)
-        return next(backward, self.moments[-1].before)
+        return next(backward, 0)
 
     @property
     def kept_by_autograd(self):

@@ -38,6 +38,10 @@ class Norm(Node):
         return (self.source,) if self.residual is None else (self.source, self.residual)
 
     @property
+    def parameters(self):
+        return affine(self.bn)
+
+    @property
     def relu(self):
         return self.function == RELU
 
