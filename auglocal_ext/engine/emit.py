@@ -137,8 +137,8 @@ class Emit:
         self.phase = Phase.BACKWARD
 
     def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False, alias=False):
-        """Lets values be dropped and made again. Of constants those only that are elementwise in the input: of what makes
-        the others nothing is kept.
+        """Lets values be dropped and made again. Of constants those only that are elementwise in the input: of what
+        makes the others nothing is kept.
 
         Args:
             run, by_convolution, alias: see `Recipe`.

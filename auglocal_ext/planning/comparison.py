@@ -6,7 +6,7 @@ from .. import report
 from ..common.memory import format_bytes
 from ..engine.emit import Phase
 from ..rules.bp import BP
-from ..rules.cutting import cut
+from ..rules.cutting import cut, first_trained
 from .eager import eager_bytes
 
 __all__ = ["Comparison", "Cost", "compared"]
@@ -81,8 +81,9 @@ def compared(planner, planned, like=None):
         return planner.with_recompute(recompute).plan(whole, shape, BP(), like=like)
 
     bp, checkpoint, eager = at_once(False), at_once(True), eager_bytes(planner, shape, like)
-    units = [m for m in bp.modules[0].timeline.moments if m.phase is Phase.FORWARD and m.part != "head"]
-    again = sum(moment.macs for moment in units if moment.part != units[0].part)
+    behind = {unit.name for unit in planner.backbone.units[max(1, first_trained(planner.backbone)) :]}
+    units = [m for m in bp.modules[0].timeline.moments if m.phase is Phase.FORWARD]
+    again = sum(moment.macs for moment in units if moment.part in behind)
     warning = _warning(planner, planned, bp, like) if planned.peak_bytes > bp.peak_bytes else None
     comparison = Comparison(
         len(planned.modules),

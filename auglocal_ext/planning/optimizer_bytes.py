@@ -7,11 +7,13 @@ from ..common.memory import LiveBytes, bytes_of
 from ..engine.as_real import RealLayouts
 from ..optim import make_optimizer
 
-__all__ = ["OptimizerBytes", "frozen_state"]
+__all__ = ["OptimizerBytes"]
 
 
 class OptimizerBytes:
-    """Module -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are probed once.
+    """(module, trains) -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are probed
+    once. What gets no gradient, of a module that does not train everything, has state only where the optimizer makes it
+    at the start.
 
     Args:
         factory: see `auglocal_ext.train`.
@@ -22,21 +24,35 @@ class OptimizerBytes:
         self.factory, self.dtype, self.device = factory, dtype, device
         self._known = {}
 
-    def __call__(self, module):
-        trained = tuple((tuple(p.shape), p.stride(), p.dtype) for p in module.parameters() if p.requires_grad)
-        if trained not in self._known:
-            self._known[trained] = self._probe(trained)
-        return self._known[trained]
+    def __call__(self, module, trains=True):
+        parameters = list(module.parameters())
+        trained = [p for p in parameters if trains and p.requires_grad]
+        state, scratch = self._of(trained)
+        if len(trained) < len(parameters) and self._probe().state:
+            state = self._of(parameters)[0]
+        return state, scratch
 
-    def _probe(self, trained):
-        """For parameters of (shape, strides, dtype)."""
-        probe = make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
-        fused = all(group.get("fused") for group in probe.param_groups)
-        try:
-            state, scratch = self._two_steps(trained, "meta")
-        except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
-            state, scratch = self._two_steps(trained, self.device)
-        return state, 0 if fused else scratch
+    def left(self, optimizer, trains):
+        """Bytes of the state that a module's optimizer has besides: of parameters that got gradients before."""
+        if self._probe().state:
+            return 0
+        states = [state for p, state in optimizer.state.items() if not (trains and p.requires_grad)]
+        return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+
+    def _probe(self):
+        """An optimizer of one value."""
+        return make_optimizer(self.factory, [nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))])
+
+    def _of(self, parameters):
+        shapes = tuple((tuple(p.shape), p.stride(), p.dtype) for p in parameters)
+        if shapes not in self._known:
+            try:
+                state, scratch = self._two_steps(shapes, "meta")
+            except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
+                state, scratch = self._two_steps(shapes, self.device)
+            fused = all(group.get("fused") for group in self._probe().param_groups)
+            self._known[shapes] = state, 0 if fused else scratch
+        return self._known[shapes]
 
     def _two_steps(self, trained, device):
         def zeros():
@@ -56,9 +72,3 @@ class OptimizerBytes:
             before = live.now
             optimizer.step()
         return bytes_of(state), live.peak - before
-
-
-def frozen_state(optimizer):
-    """Bytes of the state of an optimizer's frozen parameters."""
-    states = [state for parameter, state in optimizer.state.items() if not parameter.requires_grad]
-    return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))

@@ -21,9 +21,9 @@ from ..engine.trace import Reader
 from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
-from ..rules.cutting import Span, assert_apart, borders_of, head_behind
+from ..rules.cutting import Span, assert_apart, borders_of, head_behind, trains
 from .module_nodes import module_program
-from .optimizer_bytes import OptimizerBytes, frozen_state
+from .optimizer_bytes import OptimizerBytes
 from .origin import Origin, fingerprint
 from .progress import Progress
 from .result import ModulePlan, Plan
@@ -39,6 +39,7 @@ class _Part:
     body: nn.ModuleList
     head: LocalHead
     module: nn.ModuleList  # of both
+    trains: bool  # see `rules.cutting.trains`
     existing: list  # parameters and buffers
     state_bytes: int
     optimizer_bytes: int
@@ -92,7 +93,7 @@ class Planner:
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
-        self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
+        self.reader, self.progress, self._heads, self._same, self._bp = Reader(), Progress(), {}, set(), {}
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
@@ -121,7 +122,7 @@ class Planner:
         spans: see `rules.cutting.cut`.
         heads: the LocalHeads that the modules have already, or None to make them.
         like: see `batch`.
-        given_optimizers: the modules' own, where there are any: for state of parameters that were frozen since.
+        given_optimizers: the modules' own, where there are any: for state of what got gradients before.
         """
         if heads is None:
             heads = self.heads(spans, shape, rule)
@@ -135,22 +136,24 @@ class Planner:
         batch_bytes = images.nbytes + labels.nbytes
         constant = batch_bytes + len(parts) * self.module_bytes
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
-        constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
+        left = zip(given_optimizers, parts, strict=False)
+        constant += sum(self.optimizer_bytes.left(optimizer, part.trains) for optimizer, part in left)
         with self.progress(f"planning batches of {shape[0]}"):
             walks = self._filled(parts, images, labels)
         modules = tuple(
             self._module_plan(index, part, walk, constant, words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
-        bp_macs = _bp_macs([walk.line for walk in walks])
+        bp_macs = self._bp_macs(walks, images, labels)
         origin = Origin(rule, self.recompute, self.factory, self.criterion, layout_of(images), self.fingerprint)
         return Plan(self.name, rule.name, rule.depth, self.precision, shape, modules, batch_bytes, bp_macs, origin)
 
     def _part(self, span, head):
         body = nn.ModuleList(unit.module for unit in span.of(self.backbone.units))
-        module = nn.ModuleList((body, head))
+        module, has_loss = nn.ModuleList((body, head)), trains(self.backbone, span)
         existing = [*tensors_of(body), *tensors_of(head)]
-        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *self.optimizer_bytes(module))
+        optimizer_bytes = self.optimizer_bytes(module, has_loss)
+        return _Part(span, body, head, module, has_loss, existing, bytes_of(set(existing)), *optimizer_bytes)
 
     def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
@@ -192,7 +195,9 @@ class Planner:
             parameters=_count(part.body) + of_head * last,
             aux_parameters=0 if last else of_head,
             state_bytes=part.state_bytes,
-            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad}),
+            frozen_parameters=_frozen(part.body) + last * _frozen(part.head),
+            trains=part.trains,
+            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad and part.trains}),
             optimizer_bytes=part.optimizer_bytes,
             optimizer_scratch=part.optimizer_scratch,
             kept_bytes=line.kept,
@@ -210,6 +215,16 @@ class Planner:
         if self.clock is None:
             return None
         return line.nanoseconds + self.clock.optimizer(self.factory, part.module.parameters(), part.optimizer_bytes)
+
+    def _bp_macs(self, walks, images, labels):
+        """Multiply-accumulates of backpropagation. Where parts are frozen, only walking it tells."""
+        if not _frozen(self.model):
+            return _bp_macs([walk.line for walk in walks])
+        if images.shape not in self._bp:
+            whole = self._part(Span(0, len(self.backbone.units) - 1), LocalHead(self.backbone.classifier))
+            (walk,) = self.with_recompute(False)._walks([whole], images, labels, [frozenset()])
+            self._bp[images.shape] = walk.line.macs
+        return self._bp[images.shape]
 
     def _assert_same_function(self, images):
         """See `equivalence.assert_same_function`; once for images of a shape and layout."""
@@ -282,3 +297,8 @@ def _bp_macs(lines):
 
 def _count(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _frozen(module):
+    """How many of a module's parameters are frozen."""
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)

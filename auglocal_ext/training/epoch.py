@@ -31,6 +31,7 @@ class Sums:
         losses: (modules,), the sum of each module's losses times images, where they are finite.
         counted: (modules,), int64: of how many images.
         steps, seen: how many steps there were, and images.
+        trained: of each module, whether a step had a loss of it; of one whose units are all frozen none has.
         seconds: that they took.
         over: whether the loader has no more.
     """
@@ -41,6 +42,7 @@ class Sums:
         self.losses = torch.zeros(modules, dtype=trainer.dtype, device=device)
         self.counted = torch.zeros(modules, dtype=torch.int64, device=device)
         self.steps = self.seen = 0
+        self.trained = [False] * modules
         self.seconds, self.over = 0.0, False
         trainer.module_hits.zero_()
         self.skipped_before = sum(trainer.skipped_steps)
@@ -50,6 +52,7 @@ class Sums:
                 tensor.copy_(saved[name])
             self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
             self.seconds = saved["seconds"]
+            self.trained = (self.counted > 0).tolist()
             self.skipped_before -= saved["skipped"]
 
     def state_dict(self):
@@ -68,8 +71,10 @@ class Sums:
     def skipped(self):
         return sum(self.trainer.skipped_steps) - self.skipped_before
 
-    def add(self, losses, images):
-        """After a step: its module_losses, of so many images."""
+    def add(self, result, images):
+        """After a step of so many images: its StepResult."""
+        losses = result.module_losses
+        self.trained = [before or now for before, now in zip(self.trained, result.trained, strict=True)]
         finite = losses.isfinite()
         self.losses += torch.where(finite, losses, 0) * images
         self.counted += finite * images
@@ -77,8 +82,8 @@ class Sums:
 
     def entry(self, epoch, peak):
         """The history's entry of the epoch, from 1. Waits for the device."""
-        losses = (self.losses / self.counted).tolist()
-        hits = (self.trainer.module_hits / self.seen).tolist()
+        means = (self.losses / self.counted).tolist(), (self.trainer.module_hits / self.seen).tolist()
+        losses, hits = ([x if t else None for x, t in zip(mean, self.trained, strict=True)] for mean in means)
         return {
             "epoch": epoch,
             "loss": losses[-1],
@@ -119,7 +124,7 @@ def train_epoch(trainer, batches, title, sums, factor, meter, stop, after_step):
         trainer.plan_for(images)  # outside of what is measured
         with meter(images, labels):
             result = trainer.step(images, labels)
-        sums.add(result.module_losses, len(images))
+        sums.add(result, len(images))
         sums.seconds = time.perf_counter() - started
         del batch, images, labels
         after_step(result)

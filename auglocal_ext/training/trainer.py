@@ -51,7 +51,8 @@ class LocalTrainer:
 
     Between steps modules may be switched between training and eval mode, statistics of normalisations on and off, and
     parameters be frozen: the next step goes by it, after planning again. A model wholly in eval mode is put into
-    training mode. What was replaced, or moved to another dtype or device, is refused before anything changes.
+    training mode. What is before the first parameter that trains runs forward only; so does a local module whose units
+    are all frozen, and its loss reads NaN. What was replaced, or moved to another dtype or device, is refused before anything changes.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
@@ -185,7 +186,7 @@ class LocalTrainer:
             module.head.follow(self._backbone.classifier)
         inputs, modules = [images], self._current_programs(modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
-        losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)
+        losses = torch.full((len(modules),), torch.nan, dtype=self.dtype, device=self.device)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.zero_grad(set_to_none=True)  # what an earlier backward of the caller's may have left
             logits = None  # the module before's
@@ -193,7 +194,9 @@ class LocalTrainer:
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
                 undo = UndoWhereNotFinite(self.local_modules[index]) if self.nonfinite == "skip" else None
                 features, logits, loss = modules[index].run(inputs, labels, images)
-                if undo is not None and undo.needed(loss):
+                if loss is None:  # frozen
+                    pass
+                elif undo is not None and undo.needed(loss):
                     self.skipped_steps[index] += 1
                 else:
                     optimizer.step()
@@ -202,13 +205,14 @@ class LocalTrainer:
                 raise
             finally:
                 optimizer.zero_grad(set_to_none=True)
-            losses[index] = loss
-            self.module_hits[index] += (logits.argmax(1) == labels).sum()
+            if loss is not None:
+                losses[index] = loss
+                self.module_hits[index] += (logits.argmax(1) == labels).sum()
             inputs.append(features)
             del features, loss
         if refused is not None:
             losses = torch.where(refused, torch.nan, losses)
-        return StepResult(losses[-1], logits, losses)
+        return StepResult(losses[-1], logits, losses, tuple(module.loss is not None for module in modules))
 
     @torch.inference_mode(False)
     def backward(
@@ -221,7 +225,8 @@ class LocalTrainer:
             images: the step's, for a rule with a loss that looks at them.
 
         Returns:
-            (features, logits, loss): the module's output (None for the last one), its head's and its loss.
+            (features, logits, loss): the module's output (None for the last one), its head's and its loss; None of
+            both where its units are all frozen.
         """
         return self._current_programs()[index].run([features], labels, images)
 

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...common.torchvision import import_torchvision
 from ..node import Node, is_torchvisions
 from ..tensors import dense, like
 from .activation import Function
-from .norm import affine, chain_at, fused, is_fixed_norm
+from .norm import affine, chain_at, fused, is_fixed_norm, plain_batch_norm
 
 __all__ = ["FixedNorm"]
 
@@ -50,8 +49,8 @@ class FixedNorm(Node):
         return chain_at(cls, at) if is_fixed_norm(at.module()) else None
 
     def plain(self, x, residual=None):
-        bn = self.bn
-        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+        # torch's, as `plain_batch_norm`; of torchvision's class its own forward.
+        y = type(self.bn).forward(self.bn, x) if self.takes_whole(self.bn) else plain_batch_norm(self.bn, x)
         y = y if residual is None else y + residual
         return y if self.function is None else self.function(y)
 

@@ -166,8 +166,8 @@ def is_plain_norm(bn, kind):
 
 
 def is_fixed_norm(bn):
-    """Whether a module is a BatchNorm of maps in eval mode, which normalises by its running statistics, or torchvision's
-    FrozenBatchNorm2d, which always does."""
+    """Whether a module is a BatchNorm of maps that normalises by its running statistics: in eval mode, or torchvision's
+    FrozenBatchNorm2d."""
     if is_torchvisions(bn, "ops.misc.FrozenBatchNorm2d"):
         return True
     return computes(bn, nn.BatchNorm2d) and not bn.training and _is_affine(bn)
@@ -186,8 +186,9 @@ def _is_affine(bn):
 
 
 def plain_batch_norm(bn, x):
-    momentum = 1.0 if bn.momentum is None else bn.momentum  # None: by a count, which moves statistics alone
-    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, momentum, bn.eps)
+    # Without a momentum it is by a count, which moves statistics alone.
+    momentum = (1.0 if bn.training else 0.0) if bn.momentum is None else bn.momentum
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, momentum, bn.eps)
 
 
 def statistics(node):
