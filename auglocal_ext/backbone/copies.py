@@ -117,8 +117,8 @@ class TokenBlock(nn.Module):
 
 
 def _fresh(fitted, module):
-    """A fitted module on the default device, with new weights, to be trained whatever is frozen of the one that it is of;
-    module: that one, whose tables it has."""
+    """A fitted module on the default device, with new weights, all to be trained; module: the one that it is of, whose
+    tables it has, and of which parts may be frozen."""
     made = copy.deepcopy(fitted).to_empty(device=torch.get_default_device()).requires_grad_(True).train()
     own = dict((*module.named_parameters(), *module.named_buffers()))
     with torch.no_grad():

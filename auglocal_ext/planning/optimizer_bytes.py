@@ -11,9 +11,9 @@ __all__ = ["OptimizerBytes"]
 
 
 class OptimizerBytes:
-    """(module, trains) -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are probed
-    once. What gets no gradient, of a module that does not train everything, has state only where the optimizer makes it
-    at the start.
+    """(module, trains) -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are
+    probed once. What gets no gradient, because it or all its module is frozen, has state only where the optimizer makes
+    that at the start.
 
     Args:
         factory: see `auglocal_ext.train`.

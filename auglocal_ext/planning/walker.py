@@ -25,8 +25,8 @@ class Walker:
     What a unit does depends on its own shape, on whether it is its module's first or last, on whether its output and
     the one before it are dropped or kept, and on whether its convolutions run again.
 
-    Units here are those from the first that trains on. The first one takes in what stands in front, whose parameters are
-    all frozen: no module begins or ends there.
+    Units here are those from the first that trains on. The first one takes in what stands in front, whose parameters
+    are all frozen: no module begins or ends there.
 
     Args:
         planner, shape: see `budget.choose`.

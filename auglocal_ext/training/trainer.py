@@ -52,7 +52,8 @@ class LocalTrainer:
     Between steps modules may be switched between training and eval mode, statistics of normalisations on and off, and
     parameters be frozen: the next step goes by it, after planning again. A model wholly in eval mode is put into
     training mode. What is before the first parameter that trains runs forward only; so does a local module whose units
-    are all frozen, and its loss reads NaN. What was replaced, or moved to another dtype or device, is refused before anything changes.
+    are all frozen, and its loss reads NaN. What was replaced, or moved to another dtype or device, is refused before
+    anything changes.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
@@ -194,11 +195,9 @@ class LocalTrainer:
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
                 undo = UndoWhereNotFinite(self.local_modules[index]) if self.nonfinite == "skip" else None
                 features, logits, loss = modules[index].run(inputs, labels, images)
-                if loss is None:  # frozen
-                    pass
-                elif undo is not None and undo.needed(loss):
+                if loss is not None and undo is not None and undo.needed(loss):
                     self.skipped_steps[index] += 1
-                else:
+                elif loss is not None:
                     optimizer.step()
             except BaseException as error:
                 say_where_it_stopped(error, index, len(self.optimizers), self.plan, self.device)
