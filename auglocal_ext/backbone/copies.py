@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
 from ..engine.as_real import RealLayouts
+from ..engine.node import is_torchvisions
 from ..models import BasicBlock
 from .layouts import MAPS, TOKENS, channels_of, in_layout, to_layout
 from .segment import Segment
@@ -116,8 +117,9 @@ class TokenBlock(nn.Module):
 
 
 def _fresh(fitted, module):
-    """A fitted module on the default device, with new weights; module: the one that it is of, whose tables it has."""
-    made = copy.deepcopy(fitted).to_empty(device=torch.get_default_device())
+    """A fitted module on the default device, with new weights, all to be trained; module: the one that it is of, whose
+    tables it has, and of which parts may be frozen."""
+    made = copy.deepcopy(fitted).to_empty(device=torch.get_default_device()).requires_grad_(True).train()
     own = dict((*module.named_parameters(), *module.named_buffers()))
     with torch.no_grad():
         for name, buffer in made.named_buffers():
@@ -194,6 +196,8 @@ class _Scale:
             return self._conv(layer, x.shape[1])
         if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d) and self.without_stride and max(_pair(layer.stride)) > 1:
             return nn.Identity()
+        if is_torchvisions(layer, "ops.misc.FrozenBatchNorm2d"):  # of pretrained layers; a copy's are new
+            return nn.BatchNorm2d(x.shape[1], eps=layer.eps)
         if self.factor == 1 or not list(layer.parameters()):
             return layer
         if isinstance(layer, nn.Linear):

@@ -59,7 +59,8 @@ def event_writer():
                 writer.add_scalar(tag, entry[name], entry["epoch"])
         for tag, name in (("module loss", "module_losses"), ("module accuracy", "module_accuracies")):
             for index, value in enumerate(entry[name]):
-                writer.add_scalar(f"{tag}/{index}", value, entry["epoch"])
+                if value is not None:
+                    writer.add_scalar(f"{tag}/{index}", value, entry["epoch"])
         writer.flush()
 
     return write

@@ -65,7 +65,8 @@ class Emit:
         recipes: name of a value that can be made again -> its Recipe.
         pinned: names of such values that are never dropped, between their births and their last readers: of what is
             recomputed the checkpoints.
-        constants: names of values that need no gradient: the input, and what has no parameters behind it.
+        constants: names of values that need no gradient: the input, and what is made of it without a parameter that
+            does.
         readers: name -> how many nodes read the value.
         outputs: names of values that nodes of another part read, and the features.
     """
@@ -80,6 +81,7 @@ class Emit:
         self.phase = Phase.FORWARD
         self._gradient_of = {}  # a value -> the name of its gradient so far
         self._named = self._given = 0
+        self._of_input = {source}  # of the constants the input, and what is made of it again
         self._postponed = []  # (source, emitter of a data gradient)
         self._layouts = {}  # a value that is dropped -> a stored one of its shape and layout
         self._ours = {node.out for node in nodes if node.output_is_ours}
@@ -88,7 +90,7 @@ class Emit:
         if parts.get(features) in recomputed:  # which every head then finds there
             self.pinned.add(features)
         for node in nodes:
-            if node.without_parameters and self.constants.issuperset(node.sources):
+            if not node.trains and self.constants.issuperset(node.sources):
                 self.constants.add(node.out)
             for name in node.sources:
                 self.readers[name] = self.readers.get(name, 0) + 1
@@ -136,17 +138,22 @@ class Emit:
 
     def begin_backward(self, last):
         """After the last node's forward."""
-        if not self._one_loss:
+        if len(self.losses) > 1:
             self.step(last, "add", torch.add, self.losses, ["loss"])
         self.phase = Phase.BACKWARD
 
     def derive(self, node, kind, run, reads, writes, macs=None, like=None, by_convolution=False, alias=False):
-        """Lets values be dropped and made again.
+        """Lets values be dropped and made again. Of constants those only that are elementwise in the input: of what
+        makes the others nothing is kept.
 
         Args:
             run, by_convolution, alias: see `Recipe`.
             like: the name of a value of the shape and layout of the first one, for where only those are needed.
         """
+        if node.out in self.constants:
+            if by_convolution or not self._of_input.issuperset(reads):
+                return
+            self._of_input.update(writes)
         recipe = Recipe(kind, node.part, run, tuple(reads), tuple(writes), macs, by_convolution, alias)
         self.recipes.update(dict.fromkeys(writes, recipe))
         if like is not None and writes[0] not in self.pinned:

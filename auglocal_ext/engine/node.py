@@ -20,6 +20,7 @@ __all__ = [
     "is_as_its_class",
     "is_torchvisions",
     "is_torchvisions_function",
+    "trained",
 ]
 
 
@@ -47,9 +48,15 @@ class Node:
         return (self.source,)
 
     @property
-    def without_parameters(self):
-        """Whether its value needs no gradient where none of its sources does."""
-        return False
+    def parameters(self):
+        """The parameters that it computes with, None among them where a layer has none."""
+        return ()
+
+    @property
+    def trains(self):
+        """Whether one of its parameters needs a gradient: where none does, and none of its sources, nor does its value,
+        and nothing is emitted for its backward."""
+        return trained(*self.parameters)
 
     @classmethod
     def takes_whole(cls, module):
@@ -198,6 +205,11 @@ def is_torchvisions_function(function, name):
     """The same of a function."""
     home, own = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{home}.{own}" == f"torchvision.{name}"
+
+
+def trained(*parameters):
+    """Whether one of these needs a gradient; None: no parameter."""
+    return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
 def has_own_weight(module):

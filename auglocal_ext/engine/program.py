@@ -13,6 +13,8 @@ output, dropped like any other, is rebuilt once more before what it is made of i
 Of the parts that are `recomputed` convolution outputs are dropped too and made by running the convolution again, and
 what is kept is what more than one node or the next part reads: gradient checkpointing of these units, BatchNorm's
 statistics taken once.
+
+What stands before the first parameter that trains runs forward only and keeps nothing; so does a module without a loss.
 """
 
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ class Program:
 
     Attributes:
         input, labels, images, scale, features, logits, loss: names of values; features is None for the last module,
-            scale where features are not float16.
+            scale where features are not float16, logits and loss for one that runs forward only.
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
         accumulates: whether steps of its own have added the gradients to those in the parameters.
@@ -46,11 +48,11 @@ class Program:
     steps: list[Step]
     input: str
     features: str | None
-    logits: str
+    logits: str | None
     gradients: dict[str, nn.Parameter]
     islands: list[Island]
     gaps: list[Gap]
-    loss: str = "loss"
+    loss: str | None = "loss"
     labels: str = "labels"
     images: str = "images"
     scale: str | None = None
@@ -68,7 +70,7 @@ class Program:
             scale: a tensor (), by which gradients are multiplied where features are float16; None: 1.
 
         Returns:
-            (features or None, logits, loss)
+            (features, logits, loss), None where the program has no name for it.
         """
         values = {self.images: images, self.input: dense(inputs.pop()), self.labels: labels}
         if self.scale is not None:
@@ -82,7 +84,7 @@ class Program:
             if not self.accumulates:
                 for name, parameter in self.gradients.items():
                     leave(parameter, values.pop(name))
-            return values.get(self.features), values[self.logits], values[self.loss]
+            return tuple(values.get(name) for name in (self.features, self.logits, self.loss))
         finally:
             values.clear()  # a traceback would keep them
 
@@ -113,7 +115,8 @@ def build(
     """The program of one local module.
 
     Args:
-        nodes: from `trace.join`.
+        nodes: from `trace.join`, or without a head and a loss: of a module that runs forward only, whose parameters
+            need no gradient.
         source: the name of the module's input.
         features: the name of the value to hand on, or None.
         autocast: None, or the dtype that features have beside parameters of float32.
@@ -128,19 +131,22 @@ def build(
         node.forward(emit)
     emit.begin_backward(nodes[-1])
     for node in reversed(nodes):
-        emit.settle(node)
-        node.backward(emit)
+        if node.out not in emit.constants:
+            emit.settle(node)
+            node.backward(emit)
     emit.sum_shared()
     pinned = block_outputs_to_pin(emit) if pinned is None else pinned
     _, _, within = passes_of(emit)
     steps, gaps = with_rebuilds(emit, kept_gaps, emit.pinned | pinned | within)
-    logits = nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
-    outputs = {features, logits, "loss"} - {None}
+    loss = logits = None
+    if emit.losses:
+        loss, logits = "loss", nodes[-1].out if isinstance(nodes[-1], Head) else nodes[-1].source
+    outputs = {features, logits, loss} - {None}
     if accumulate:
         steps, gaps = accumulating(steps, gaps, emit.gradients)
     else:
         outputs |= emit.gradients.keys()
     add_frees(steps, {source, "labels", "images", "scale"}, outputs)
     islands = [node for node in nodes if isinstance(node, Island)]
-    scale = emit.scale[0] if emit.scale else None
-    return Program(steps, source, features, logits, emit.gradients, islands, gaps, accumulates=accumulate, scale=scale)
+    more = {"accumulates": accumulate, "scale": emit.scale[0] if emit.scale else None}
+    return Program(steps, source, features, logits, emit.gradients, islands, gaps, loss, **more)

@@ -73,7 +73,7 @@ class Timeline:
     def kept(self):
         """Bytes that the forward pass leaves for the backward."""
         backward = (moment.before for moment in self.moments if moment.phase is Phase.BACKWARD)
-        return next(backward, self.moments[-1].before)
+        return next(backward, 0)
 
     @property
     def kept_by_autograd(self):
@@ -166,8 +166,8 @@ class _Walk:
         macs = called.count if step.macs is None else step.macs(reads, made)
         nanoseconds = 0 if self.clock is None else self.clock(step, reads, made, macs)
         del reads, made
-        for name, tensor in tensors.items():
-            self._open(name, self._kind(name, index), tensor.untyped_storage(), index, step.part)
+        for name in tensors:  # no name outlives the loop that would keep what is freed at once
+            self._open(name, self._kind(name, index), tensors[name].untyped_storage(), index, step.part)
         self._settle(counted, index, step.part)
         high = before + scratch
         gradients = self.gradients

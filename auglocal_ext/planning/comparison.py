@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from .. import report
 from ..common.memory import format_bytes
 from ..engine.emit import Phase
+from ..rules.cutting import first_trained
 from .eager import eager_bytes
 from .fewest import FEWER, cut_into
 
@@ -77,8 +78,9 @@ def compared(planner, planned, like=None):
         return planner.at_once(shape, recompute, like)
 
     bp, checkpoint, eager = at_once(False), at_once(True), eager_bytes(planner, shape, like)
-    units = [m for m in bp.modules[0].timeline.moments if m.phase is Phase.FORWARD and m.part != "head"]
-    again = sum(moment.macs for moment in units if moment.part != units[0].part)
+    behind = {unit.name for unit in planner.backbone.units[max(1, first_trained(planner.backbone)) :]}
+    units = [m for m in bp.modules[0].timeline.moments if m.phase is Phase.FORWARD]
+    again = sum(moment.macs for moment in units if moment.part in behind)
     warning = _warning(planner, planned, bp, like) if planned.peak_bytes > bp.peak_bytes else None
     comparison = Comparison(
         len(planned.modules),

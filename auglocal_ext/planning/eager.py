@@ -64,7 +64,8 @@ def _step(planner, parts, images, labels, checkpointed):
             x = checkpoint(unit, x, use_reentrant=False, context_fn=_contexts) if checkpointed and index else unit(x)
         loss = planner.criterion(classifier(x), labels)
         del x
-        loss.backward()
+        if loss.requires_grad:  # else everything is frozen
+            loss.backward()
     parts.zero_grad(set_to_none=True)
     return live.peak - existing
 

@@ -1,10 +1,11 @@
 """What a search chooses from: the cuts that were asked for, and beside them those of other nets and recomputation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..rules.auglocal import AugLocal
 from ..rules.auxiliary import AUXILIARIES
 from ..rules.bp import BP
+from ..rules.cutting import first_trained
 from . import search
 from .cut_table import without_costs
 from .walker import Walker
@@ -12,6 +13,7 @@ from .walker import Walker
 __all__ = ["Kind", "Menu"]
 
 _EITHER = (False, True)
+_UNITS = ("borders", "again")  # of a Point
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,8 @@ class Menu:
             return _EITHER
         if isinstance(self.recompute, bool):
             return (self.recompute,)
-        return [(unit.name in self.recompute,) for unit in self.planner.backbone.units]
+        backbone = self.planner.backbone
+        return [(unit.name in self.recompute,) for unit in backbone.units[first_trained(backbone) :]]
 
     def table(self, kind, shape=None):
         """The `CutTable` of a Kind, for batches of a shape."""
@@ -72,7 +75,12 @@ class Menu:
         return self._walkers[key].table(kind.rules, kind.again)
 
     def points(self, kind):
-        return kind.points(self.table(kind))
+        """The Points of a Kind; their units are the backbone's."""
+        first = first_trained(self.planner.backbone)
+        points = kind.points(self.table(kind))
+        if not first:
+            return points
+        return [replace(point, **{name: _behind(first, getattr(point, name)) for name in _UNITS}) for point in points]
 
     # ---- what a Point means ----------------------------------------------------------------------------------------
 
@@ -81,7 +89,7 @@ class Menu:
         if self.recompute != "auto":
             return self.recompute
         units = self.planner.backbone.units
-        everything = point.modules == 1 and len(point.again) == len(units)
+        everything = point.modules == 1 and len(point.again) == len(units) - first_trained(self.planner.backbone)
         return everything or tuple(units[unit].name for unit in point.again) or False
 
     def heads(self, point):
@@ -116,3 +124,8 @@ class Menu:
         if self.bp or any(rule.auxiliary == AUXILIARIES["light"] for rule in rules):
             return ()
         return (AugLocal(rules[0].depth, rules[0].form, "light"),)
+
+
+def _behind(first, units):
+    """Units that a table counts from the first one that trains on, counted from the backbone's first."""
+    return tuple(first + unit for unit in units)

@@ -4,6 +4,7 @@ from ..engine.criterion import PLAIN
 from ..engine.nodes import Loss
 from ..engine.program import build
 from ..engine.trace import join, trace
+from ..rules.cutting import trains
 
 __all__ = ["module_nodes", "module_program", "programs", "unit_nodes"]
 
@@ -25,7 +26,7 @@ def programs(backbone, spans, heads, kept_gaps=None, **options):
 
 
 def module_program(backbone, span, head, source, trace=trace, criterion=PLAIN, recompute=False, **options):
-    """The program of one local module.
+    """The program of one local module; forward only where all its units are frozen, see `rules.cutting.trains`.
 
     Args:
         source: the name of its input.
@@ -34,6 +35,9 @@ def module_program(backbone, span, head, source, trace=trace, criterion=PLAIN, r
         recompute: whether convolutions run again in the backward, or the names of the units of which they do.
         options: see `engine.program.build`.
     """
+    if not trains(backbone, span):
+        nodes, features = unit_nodes(backbone, span, source, trace)
+        return build(nodes, source, features, **options)
     nodes, features = module_nodes(backbone, span, head, source, trace, criterion)
     recomputed = {node.part for node in nodes} if recompute is True else recompute or ()
     return build(nodes, source, features, recomputed=recomputed, **options)

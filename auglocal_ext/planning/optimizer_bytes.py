@@ -7,11 +7,13 @@ from ..common.memory import LiveBytes, bytes_of
 from ..engine.as_real import RealLayouts
 from ..optim import make_optimizer, takes_names
 
-__all__ = ["OptimizerBytes", "frozen_state"]
+__all__ = ["OptimizerBytes"]
 
 
 class OptimizerBytes:
-    """Module -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are probed once.
+    """(module, trains) -> (bytes of its optimizer's state, bytes that a step needs for a moment); equal shapes are
+    probed once. What gets no gradient, because it or all its module is frozen, has state only where the optimizer makes
+    that at the start.
 
     Args:
         factory: see `auglocal_ext.train`.
@@ -24,36 +26,46 @@ class OptimizerBytes:
         self.names = names if takes_names(factory) else None
         self._known = {}
 
-    def __call__(self, module, head=None, index=0):
+    def __call__(self, module, head=None, index=0, trains=True):
         """
         Args:
             module: a local module, or a part of one.
             head: its LocalHead, where that is only a part of it.
             index: of the local module, as names of its aux net have it.
+            trains: whether it has a loss.
         """
-        names = (
-            {} if self.names is None else {p: f"aux_nets.{index}.{n}" for n, p in (head or module).named_parameters()}
-        )
-        names |= self.names or {}
-        trained = tuple(
-            (names.get(parameter), tuple(parameter.shape), parameter.stride(), parameter.dtype)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        )
-        if trained not in self._known:
-            self._known[trained] = self._probe(trained) if trained else (0, 0)
-        return self._known[trained]
+        names = {}
+        if self.names is not None:
+            names = {p: f"aux_nets.{index}.{n}" for n, p in (head or module).named_parameters()} | self.names
+        parameters = [(names.get(p), p) for p in module.parameters()]
+        trained = [(name, p) for name, p in parameters if trains and p.requires_grad]
+        state, scratch = self._of(trained)
+        if len(trained) < len(parameters) and self._probe(parameters).state:
+            state = self._of(parameters)[0]
+        return state, scratch
 
-    def _probe(self, trained):
-        """For parameters of (name, shape, strides, dtype)."""
+    def left(self, optimizer, trains):
+        """Bytes of the state that a module's optimizer has besides: of parameters that got gradients before."""
+        if self._probe([(None, None)]).state:
+            return 0
+        states = [state for p, state in optimizer.state.items() if not (trains and p.requires_grad)]
+        return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+
+    def _probe(self, named):
+        """An optimizer of one value, called as the first of these is."""
         one = nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))
-        probe = make_optimizer(self.factory, [(name, one) for name, *_ in trained[:1]])
-        fused = all(group.get("fused") for group in probe.param_groups)
-        try:
-            state, scratch = self._two_steps(trained, "meta")
-        except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
-            state, scratch = self._two_steps(trained, self.device)
-        return state, 0 if fused else scratch
+        return make_optimizer(self.factory, [(name, one) for name, _ in named[:1]])
+
+    def _of(self, named):
+        trained = tuple((name, tuple(p.shape), p.stride(), p.dtype) for name, p in named)
+        if trained not in self._known:
+            try:
+                state, scratch = self._two_steps(trained, "meta") if trained else (0, 0)
+            except Exception:  # one that needs values: it branches on them, or has kernels for real memory only
+                state, scratch = self._two_steps(trained, self.device)
+            fused = trained and all(group.get("fused") for group in self._probe(named).param_groups)
+            self._known[trained] = state, 0 if fused else scratch
+        return self._known[trained]
 
     def _two_steps(self, trained, device):
         def zeros():
@@ -71,9 +83,3 @@ class OptimizerBytes:
             before = live.now
             optimizer.step()
         return bytes_of(state), live.peak - before
-
-
-def frozen_state(optimizer):
-    """Bytes of the state of an optimizer's frozen parameters."""
-    states = [state for parameter, state in optimizer.state.items() if not parameter.requires_grad]
-    return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))

@@ -22,9 +22,9 @@ from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
 from ..rules.bp import BP
-from ..rules.cutting import Span, assert_apart, borders_of, cut, head_behind
+from ..rules.cutting import Span, assert_apart, borders_of, cut, head_behind, trains
 from .module_nodes import module_program
-from .optimizer_bytes import OptimizerBytes, frozen_state
+from .optimizer_bytes import OptimizerBytes
 from .origin import Origin, fingerprint
 from .progress import Progress
 from .result import ModulePlan, Plan
@@ -41,6 +41,7 @@ class _Part:
     body: nn.ModuleList
     head: LocalHead
     module: nn.ModuleList  # of both
+    trains: bool  # see `rules.cutting.trains`
     existing: list  # parameters and buffers
     state_bytes: int
     optimizer_bytes: int
@@ -103,7 +104,7 @@ class Planner:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
         self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
-        self._at_once = {}  # what `at_once` has planned
+        self._at_once, self._bp = {}, {}  # what `at_once` has planned, and `_bp_macs` walked
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
@@ -144,7 +145,7 @@ class Planner:
         spans: see `rules.cutting.cut`.
         heads: the LocalHeads that the modules have already, or None to make them.
         like: see `batch`.
-        given_optimizers: the modules' own, where there are any: for state of parameters that were frozen since.
+        given_optimizers: the modules' own, where there are any: for state of what got gradients before.
         """
         if heads is None:
             heads = self.heads(spans, shape, rule)
@@ -158,8 +159,9 @@ class Planner:
         batch_bytes = images.nbytes + labels.nbytes
         constant = batch_bytes + len(parts) * self.module_bytes + self._scale_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
-        constant += sum(frozen_state(optimizer) for optimizer in given_optimizers)
-        stepping_bytes = sum(self.stepping.gradient_bytes(part.module) for part in parts)
+        left = zip(given_optimizers, parts, strict=False)
+        constant += sum(self.optimizer_bytes.left(optimizer, part.trains) for optimizer, part in left)
+        stepping_bytes = sum(self.stepping.gradient_bytes(part.module) for part in parts if part.trains)
         stepping_bytes += self.stepping.average_bytes(self.model)
         constant += stepping_bytes
         scratch = self._step_scratch(parts)
@@ -169,7 +171,7 @@ class Planner:
             self._module_plan(index, part, walk, constant, scratch[index], words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
-        bp_macs = _bp_macs([walk.line for walk in walks])
+        bp_macs = self._bp_macs(walks, images, labels)
         made_with = rule, self.recompute, self.factory, self.given_criterion, layout_of(images), self.soft_labels
         return Plan(
             self.name,
@@ -186,19 +188,20 @@ class Planner:
 
     def _part(self, span, head, index):
         body = nn.ModuleList(unit.module for unit in span.of(self.backbone.units))
-        module = nn.ModuleList((body, head))
+        module, has_loss = nn.ModuleList((body, head)), trains(self.backbone, span)
         existing = [*tensors_of(body), *tensors_of(head)]
-        of_optimizer = self.optimizer_bytes(module, head, index)
-        return _Part(span, body, head, module, existing, bytes_of(set(existing)), *of_optimizer)
+        of_optimizer = self.optimizer_bytes(module, head, index, has_loss)
+        return _Part(span, body, head, module, has_loss, existing, bytes_of(set(existing)), *of_optimizer)
 
     def _step_scratch(self, parts):
         """Of each module, what its step needs for a moment: all modules' is behind the last one where they are clipped
         together."""
+        clipped = [list(part.module.parameters()) if part.trains else [] for part in parts]
         if self.stepping.clips_globally:
-            together = [parameter for part in parts for parameter in part.module.parameters()]
             most = max(part.optimizer_scratch for part in parts)
-            return [*[0] * (len(parts) - 1), max(most, self.stepping.clip_scratch(together))]
-        return [max(p.optimizer_scratch, self.stepping.clip_scratch(p.module.parameters())) for p in parts]
+            return [*[0] * (len(parts) - 1), max(most, self.stepping.clip_scratch(sum(clipped, [])))]
+        scratch = [self.stepping.clip_scratch(parameters) for parameters in clipped]
+        return [max(part.optimizer_scratch, clip) for part, clip in zip(parts, scratch, strict=True)]
 
     def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
@@ -241,7 +244,9 @@ class Planner:
             parameters=_count(part.body) + of_head * last,
             aux_parameters=0 if last else of_head,
             state_bytes=part.state_bytes,
-            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad}),
+            frozen_parameters=_frozen(part.body) + last * _frozen(part.head),
+            trains=part.trains,
+            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad and part.trains}),
             optimizer_bytes=part.optimizer_bytes,
             optimizer_scratch=scratch,
             kept_bytes=line.kept,
@@ -260,6 +265,16 @@ class Planner:
             return None
         step = self.clock.optimizer(self.factory, part.module.parameters(), part.optimizer_bytes)
         return line.nanoseconds + step // self.stepping.accumulate
+
+    def _bp_macs(self, walks, images, labels):
+        """Multiply-accumulates of backpropagation. Where parts are frozen, only walking it tells."""
+        if not _frozen(self.model):
+            return _bp_macs([walk.line for walk in walks])
+        if images.shape not in self._bp:
+            whole = self._part(Span(0, len(self.backbone.units) - 1), LocalHead(self.backbone.classifier), 0)
+            (walk,) = self.with_recompute(False)._walks([whole], images, labels, [frozenset()])
+            self._bp[images.shape] = walk.line.macs
+        return self._bp[images.shape]
 
     def _assert_same_function(self, images):
         """See `equivalence.assert_same_function`; once for images of a shape and layout."""
@@ -347,3 +362,8 @@ def _bp_macs(lines):
 
 def _count(module):
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _frozen(module):
+    """How many of a module's parameters are frozen."""
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)

@@ -26,6 +26,8 @@ class ModulePlan:
     output_shape: tuple[int, ...]  # of its last unit, (N, C, H, W)
     aux_net: str  # in words; empty: the classifier is its head
     parameters: int  # of its units, and of the classifier in the last module
+    frozen_parameters: int  # those of them that do not train
+    trains: bool  # else it runs forward only, because its units are frozen: its aux net, if any, is there but unused
     aux_parameters: int
     state_bytes: int  # parameters and buffers, its own and its aux net's
     gradient_bytes: int  # of the parameters
@@ -43,7 +45,7 @@ class ModulePlan:
 
     def by_autograd(self):
         """What runs by autograd, as a sentence."""
-        share = self.timeline.kept_by_autograd / self.kept_bytes
+        share = self.timeline.kept_by_autograd / max(self.kept_bytes, 1)
         return f"module {self.index} runs by autograd, {share:.0%} of what it keeps: {_some(self.islands)}"
 
 
@@ -68,6 +70,11 @@ class Plan:
     def parameters(self):
         """Parameters of the model itself."""
         return sum(module.parameters for module in self.modules)
+
+    @property
+    def frozen_parameters(self):
+        """Those of the model's that do not train."""
+        return sum(module.frozen_parameters for module in self.modules)
 
     @property
     def aux_parameters(self):
@@ -127,11 +134,20 @@ class Plan:
     def __str__(self):
         autograd = [module.by_autograd() for module in self.modules if module.islands]
         table = report.plan_table(self)
-        return "\n".join([self.title, *table, "", self._peak_line(), *autograd, *self._again(), *self._costs()])
+        told = [*self._frozen(), *autograd, *self._again(), *self._costs()]
+        return "\n".join([self.title, *table, "", self._peak_line(), *told])
 
     def brief(self):
         """The table without its widest columns, within 100, and what the step costs otherwise."""
-        return "\n".join([self.title, *report.brief_table(self), "", *self._again(), *self._costs()])
+        return "\n".join([self.title, *report.brief_table(self), "", *self._frozen(), *self._again(), *self._costs()])
+
+    def _frozen(self):
+        """What does not train."""
+        if not self.frozen_parameters:
+            return []
+        idle = [str(module.index) for module in self.modules if not module.trains]
+        forward = f"; module{'s' * (len(idle) > 1)} {', '.join(idle)} run forward only" if idle else ""
+        return report.wrapped(f"frozen: {self.frozen_parameters:,} of {self.parameters:,} parameters{forward}")
 
     def _again(self):
         """Which units' convolutions run again."""

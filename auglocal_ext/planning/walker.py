@@ -10,7 +10,7 @@ from ..engine.emit import Emit
 from ..engine.schedule import LONGEST_REBUILD, passes_of
 from ..engine.timeline import timeline
 from ..rules.auglocal import AugLocal
-from ..rules.cutting import Span
+from ..rules.cutting import Span, first_trained, is_frozen
 from .cut_table import CutTable, HeadWay, UnitWay
 from .module_nodes import module_program, unit_nodes
 
@@ -25,16 +25,24 @@ class Walker:
     What a unit does depends on its own shape, on whether it is its module's first or last, on whether its output and
     the one before it are dropped or kept, and on whether its convolutions run again.
 
+    Units here are those from the first that trains on. The first one takes in what stands in front, whose parameters
+    are all frozen: no module begins or ends there.
+
     Args:
         planner, shape: see `budget.choose`.
         rules: AugLocals, whose heads a border may have; none for the one cut of backpropagation.
+
+    Raises:
+        ValueError: units behind the first that trains are frozen.
     """
 
     def __init__(self, planner, shape, rules):
-        self.planner, self.units, self.end = planner, planner.backbone.units, len(planner.backbone.units) - 1
-        self.shape = shape
+        self.planner, self.shape, self.first = planner, shape, first_trained(planner.backbone)
+        self.units = planner.backbone.units[self.first :]
+        self.end = len(self.units) - 1
+        _check_frozen(self.units)
         images, self.labels = planner.batch(shape)
-        shapes = planner.backbone.feature_shapes(shape[1:])[:-1]
+        shapes = planner.backbone.feature_shapes(shape[1:])[self.first : -1]
         dtype = planner.autocast or planner.dtype
         layouts = [planner.memory_format if unit.layout == MAPS else torch.contiguous_format for unit in self.units]
         made = [
@@ -42,7 +50,8 @@ class Walker:
             for size, layout in zip(shapes, layouts, strict=False)
         ]
         self.inputs = [images, *made]
-        self.kinds = [(kind, tuple(x.shape)) for kind, x in zip(planner.backbone.kinds, self.inputs, strict=True)]
+        kinds, modes = planner.backbone.kinds[self.first :], [_modes(unit.module) for unit in self.units]
+        self.kinds = [(kind, mode, tuple(x.shape)) for kind, mode, x in zip(kinds, modes, self.inputs, strict=True)]
         self.known, self.macs, self.ways = {}, {}, {}
         self.names = ["images"]  # of each unit's input, and of the last output
         for k in range(len(self.units)):
@@ -50,7 +59,7 @@ class Walker:
         # What a unit does is the same with any of these heads behind it; not with those that a user's function makes.
         self.given = [rule for rule in rules if callable(rule.auxiliary)]
         stub = self.given[0] if self.given else AugLocal(2, rules[0].form if rules else None)
-        self.stubs = planner.heads_by_unit(stub, shape)
+        self.stubs = self._heads_by_unit(stub)
 
     def table(self, rules, again=(False,)):
         """The `CutTable` of some choice, of which only what is not known is walked.
@@ -62,7 +71,7 @@ class Walker:
         planner, units = self.planner, range(len(self.units))
         again = again if isinstance(again, list) else [again] * len(units)
         with planner.progress(f"planning batches of {self.shape[0]}"):
-            heads = [planner.heads_by_unit(rule, self.shape) for rule in rules]
+            heads = [self._heads_by_unit(rule) for rule in rules]
             rebuilds = [self.rebuild(k) for k in units]
             return CutTable(
                 input_bytes=[0] + [x.nbytes for x in self.inputs[1:]],
@@ -75,21 +84,28 @@ class Walker:
                 constant=planner.state_bytes() + self.inputs[0].nbytes + self.labels.nbytes + planner.module_bytes,
             )
 
+    def _heads_by_unit(self, rule):
+        return self.planner.heads_by_unit(rule, self.shape)[self.first :]
+
+    def span(self, first, last):
+        """Of units first..last in the backbone."""
+        return Span(first + self.first if first else 0, last + self.first)
+
     def nodes(self, k):
         """The nodes of a unit, and the name of its output."""
-        return unit_nodes(self.planner.backbone, Span(k, k), self.names[k], self.planner.reader.trace)
+        return unit_nodes(self.planner.backbone, self.span(k, k), self.names[k], self.planner.reader.trace)
 
     def walk(self, first, last, head, pinned=(), again=()):
         """The Timeline of a module of units first..last, the outputs of units `pinned` never dropped, the convolutions
         of units `again` run again."""
         self.planner.progress.walked()
-        span, source = Span(first, last), self.names[first]
+        span, source = self.span(first, last), self.names[first]
         options = self.planner.options | {"pinned": {self.names[unit + 1] for unit in pinned}}
         if options["recompute"] is not True:  # which is of heads too
             options["recompute"] = [self.units[unit].name for unit in again]
         program = module_program(self.planner.backbone, span, head, source, **options)
-        existing = [t for unit in span.of(self.units) for t in tensors_of(unit.module)] + tensors_of(head)
-        existing += self.planner.criterion.tensors
+        existing = [t for unit in span.of(self.planner.backbone.units) for t in tensors_of(unit.module)]
+        existing += [*tensors_of(head), *self.planner.criterion.tensors]
         given = program, self.inputs[first], self.labels, existing
         return timeline(*given, count_input=first > 0, clock=self.planner.clock)[0]
 
@@ -155,9 +171,9 @@ class Walker:
         kept, again = ([first + i for i, output in enumerate(outputs) if output == what] for what in (_KEPT, _AGAIN))
         line = self.walk(first, last, self.stubs[last], kept, again)
         for k, is_again, before, behind in self._told(first, outputs):
-            name, key = self.units[k].name, self.key(k)
-            forward, backward = _unit_segments(line, name)
-            parts = (name, "head") if k == self.end else (name,)
+            key, parts = self.key(k), [unit.name for unit in self.span(k, k).of(self.planner.backbone.units)]
+            forward, backward = _unit_segments(line, parts)
+            parts += ["head"] if k == self.end else []
             if k == self.end:  # its head follows at once, and takes in its last BatchNorm
                 (high, net), (head_high, head_net) = forward, _head_segment(line)
                 forward = max(high, net + head_high), net + head_net
@@ -225,8 +241,10 @@ class Walker:
 
     def rebuild(self, k):
         """(whether the unit's output is rebuilt by way of its input, else in how many elementwise passes)."""
+        before = self.nodes(k - 1)[0] if k else []  # whose output needs a gradient, as the images do not
         nodes, out = self.nodes(k)
-        emit = Emit(nodes, self.names[k], None, None, (), self.planner.device.type)
+        nodes, source = [*before, *nodes], self.names[max(k - 1, 0)]
+        emit = Emit(nodes, source, None, None, (), self.planner.device.type)
         for node in nodes:
             node.forward(emit)
         passes, before, _ = passes_of(emit)
@@ -238,10 +256,25 @@ def _tensors(module):
     return len(list(module.parameters()))
 
 
-def _unit_segments(line, name):
-    """((high, net) of the unit's forward, of its backward)."""
+def _check_frozen(units):
+    frozen = [unit.name for unit in units[1:] if is_frozen([unit])]
+    if frozen:
+        raise ValueError(
+            f"memory_budget chooses the cut where what is frozen comes first, and {frozen[0]} is frozen behind "
+            f"{units[0].name}, which trains: give modules without a budget, or freeze the first units only"
+        )
+
+
+def _modes(module):
+    """What of a module trains, and which of its layers are in training mode."""
+    trained = tuple(parameter.requires_grad for parameter in module.parameters())
+    return trained, tuple(layer.training for layer in module.modules())
+
+
+def _unit_segments(line, parts):
+    """((high, net) of the forward of a unit of these parts, of its backward)."""
     moments = line.moments
-    at = [index for index, moment in enumerate(moments) if moment.part == name]
+    at = [index for index, moment in enumerate(moments) if moment.part in parts]
     turn = next(index for index, moment in enumerate(moments) if moment.part == "head")
     return _segment(moments, [i for i in at if i < turn]), _segment(moments, [i for i in at if i > turn])
 

@@ -38,7 +38,7 @@ def plan_table(plan):
     rows = [
         (
             *_place(module),
-            module.aux_net or "none: the classifier",
+            module.aux_net + ", unused" * (not module.trains) or "none: the classifier",
             f"{module.parameters:,}",
             f"{module.aux_parameters:,}",
             format_bytes(module.kept_bytes),

@@ -11,7 +11,19 @@ from .auglocal import AugLocal
 from .bp import BP
 from .rule import Border, LocalHead, Rule
 
-__all__ = ["Span", "as_recompute", "assert_apart", "borders_of", "cut", "has_own_cut", "head_behind", "local_heads"]
+__all__ = [
+    "Span",
+    "as_recompute",
+    "assert_apart",
+    "borders_of",
+    "cut",
+    "first_trained",
+    "has_own_cut",
+    "head_behind",
+    "is_frozen",
+    "local_heads",
+    "trains",
+]
 
 
 FEW = 2  # local modules of a network that the authors of the rules did not cut
@@ -29,16 +41,37 @@ class Span:
         return units[self.first : self.last + 1]
 
 
+def first_trained(backbone):
+    """The first unit with a parameter that is not frozen, the last unit where none has one; 0: no unit is frozen."""
+    units, last = backbone.units, len(backbone.units) - 1
+    first = next((index for index in range(last) if not is_frozen(units[index : index + 1])), last)
+    return first if is_frozen(units[:first]) else 0
+
+
+def is_frozen(units):
+    """Whether units have parameters, and none of them trains."""
+    parameters = [parameter for unit in units for parameter in unit.module.parameters()]
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def trains(backbone, span):
+    """Whether the local module of a span has a loss: one whose units are all frozen runs forward only, its net unused.
+    The last one always has, which is the classifier's."""
+    return span.last == len(backbone.units) - 1 or not is_frozen(span.of(backbone.units))
+
+
 def cut(backbone, rule, modules=None, borders=None):
-    """Cuts a backbone into local modules.
+    """Cuts a backbone into local modules. Unless borders say so, none ends before the first unit that trains: the units
+    in front, whose parameters are all frozen now, belong to the first module, which trains.
 
     Args:
         backbone: from `as_backbone`.
         rule: a Rule; it says where the borders are, unless modules or borders do.
         modules: K, to cut into K modules of consecutive units instead, borders placed so that the largest
-            module (by what its convolutions keep for the backward) is as small as possible. Default: the rule's own
-            cut of a ResNet or VGG, two modules of another network; where a batch's shape is known, `train` and `plan`
-            take the fewest of another network that need less memory than backpropagation.
+            module (by what its convolutions keep for the backward, of units from the first that trains on) is as small
+            as possible. Default: the rule's own cut of a ResNet or VGG, two modules of another network; where a batch's
+            shape is known, `train` and `plan` take the fewest of another network that need less memory than
+            backpropagation.
         borders: the last unit of each module but the last one, to cut there instead.
 
     Returns:
@@ -47,7 +80,7 @@ def cut(backbone, rule, modules=None, borders=None):
     Raises:
         ValueError: an argument is out of the range that this backbone allows.
     """
-    count = len(backbone.units)
+    count, first = len(backbone.units), first_trained(backbone)
     if isinstance(rule, BP):
         expected = f"rule={rule.name!r} has one module: leave modules out, or set it to 1"
         if borders:
@@ -56,11 +89,12 @@ def cut(backbone, rule, modules=None, borders=None):
             whole_number(modules, expected, 1, 1)
         borders = ()
     elif modules is None and borders is None and has_own_cut(backbone, rule):
-        borders = rule.borders(backbone)
+        borders = [border for border in rule.borders(backbone) if border not in range(first)]
     elif borders is None:
-        expected = f"modules must be a whole number from 1 to {count}, the units of this network"
-        modules = min(FEW, count) if modules is None else whole_number(modules, expected, 1, count)
-        borders = _balanced_borders([unit.kept for unit in backbone.units], modules)
+        most, of = count - first, f" from {backbone.units[first].name} on, all before being frozen" if first else ""
+        expected = f"modules must be a whole number from 1 to {most}, the units of this network{of}"
+        modules = min(FEW, most) if modules is None else whole_number(modules, expected, 1, most)
+        borders = [first + border for border in _balanced_borders([u.kept for u in backbone.units[first:]], modules)]
     rule.check(backbone)
     expected = f"borders must be units from 0 to {count - 2} in rising order, the last ones of each module but the last"
     ends = [*(whole_number(border, expected) for border in borders), count - 1]

@@ -62,16 +62,26 @@ class LossWatch:
         modules = len(trainer.local_modules)
         self._last = torch.full((modules,), torch.nan, dtype=trainer.dtype, device=trainer.device)
         self._first = torch.full((modules,), -1, dtype=torch.int64, device=trainer.device)
+        self._frozen = {}
 
     def begin_with(self, losses):
-        """Of each module, from an earlier process."""
+        """Of each module, from an earlier process; None: it had none."""
+        losses = [torch.nan if loss is None else loss for loss in losses]
         self._last = torch.as_tensor(losses, dtype=self._last.dtype, device=self._last.device)
 
-    def note(self, step, losses):
-        """step: from 1."""
-        finite = losses.isfinite()
+    def note(self, step, result):
+        """step: from 1; result: its StepResult. A module without a loss has none that could go wrong."""
+        losses, finite = result.module_losses, result.module_losses.isfinite()
         self._last = torch.where(finite, losses, self._last)
+        if not all(result.trained):
+            finite = finite.index_fill(0, self._without_a_loss(result.trained), True)
         self._first = torch.where(finite | (self._first >= 0), self._first, step)
+
+    def _without_a_loss(self, trained):
+        if trained not in self._frozen:  # made once: a copy from the host waits for the device
+            without = [index for index, has_a_loss in enumerate(trained) if not has_a_loss]
+            self._frozen[trained] = torch.tensor(without, device=self._first.device)
+        return self._frozen[trained]
 
     def check(self, title):
         """Raises NotFinite of the first step and its first module whose loss was not finite."""

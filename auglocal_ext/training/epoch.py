@@ -22,6 +22,7 @@ class Sums:
         counted: (modules,), int64: of how many images.
         judged: (), int64: how many images counted: all but those whose label the criterion ignores.
         steps, seen: how many steps there were, and images.
+        trained: of each module, whether a step had a loss of it; of one whose units are all frozen none has.
         seconds: that they took.
         over: whether the loader has no more.
     """
@@ -33,6 +34,7 @@ class Sums:
         self.counted = torch.zeros(modules, dtype=torch.int64, device=device)
         self.judged = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = self.seen = 0
+        self.trained = [False] * modules
         self.seconds, self.over = 0.0, False
         trainer.module_hits.zero_()
         self.skipped_before = sum(trainer.skipped_steps)
@@ -42,6 +44,7 @@ class Sums:
                 tensor.copy_(saved[name])
             self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
             self.seconds = saved["seconds"]
+            self.trained = (self.counted > 0).tolist()
             self.skipped_before -= saved["skipped"]
 
     def state_dict(self):
@@ -61,8 +64,10 @@ class Sums:
     def skipped(self):
         return sum(self.trainer.skipped_steps) - self.skipped_before
 
-    def add(self, losses, labels):
-        """After a step: its module_losses, of images with these labels."""
+    def add(self, result, labels):
+        """After a step of images with these labels: its StepResult."""
+        losses = result.module_losses
+        self.trained = [before or now for before, now in zip(self.trained, result.trained, strict=True)]
         finite, count = losses.isfinite(), counted(labels, self.trainer.criterion.ignore_index)
         self.losses += torch.where(finite, losses, 0) * count
         self.counted += finite * count
@@ -71,8 +76,8 @@ class Sums:
 
     def entry(self, epoch, peak):
         """The history's entry of the epoch, from 1. Waits for the device."""
-        losses = (self.losses / self.counted).tolist()
-        hits = (self.trainer.module_hits / self.judged).tolist()
+        means = (self.losses / self.counted).tolist(), (self.trainer.module_hits / self.judged).tolist()
+        losses, hits = ([x if t else None for x, t in zip(mean, self.trained, strict=True)] for mean in means)
         return {
             "epoch": epoch,
             "loss": losses[-1],
@@ -117,7 +122,7 @@ def train_epoch(trainer, batches, title, sums, before_step, after_update, meter,
             result = trainer.step(images, labels)
         if not trainer.stepper.count:
             after_update()
-        sums.add(result.module_losses, labels)
+        sums.add(result, labels)
         sums.seconds = time.perf_counter() - started
         del batch, images, labels
         after_step(result)

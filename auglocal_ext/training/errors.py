@@ -27,8 +27,13 @@ def check_plan(plan, model, alone):
 
 
 def check_parameters(model):
-    """ValueError or TypeError where a parameter cannot be trained; names it."""
+    """ValueError or TypeError where a parameter cannot be trained; names it. Some may be frozen, not all."""
     first = next(model.parameters())
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "every parameter of the model is frozen, and nothing would be trained: call requires_grad_(True) on what "
+            "is to learn, model.fc for instance"
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -44,11 +49,6 @@ def check_parameters(model):
             raise ValueError(
                 f"parameter {name} was made under torch.inference_mode(), where nothing can be trained: make the "
                 f"model outside of it"
-            )
-        if not parameter.requires_grad:
-            raise ValueError(
-                f"parameter {name} is frozen: local modules train every parameter; call "
-                f"model.requires_grad_(True), or train with the frozen part outside the model"
             )
 
 

@@ -5,7 +5,7 @@ __all__ = ["assert_isolated"]
 
 def assert_isolated(trainer, images, labels):
     """Raises AssertionError unless the loss of each local module reaches the parameters of that module and its
-    head, all of them, and no others. Changes no parameter; BatchNorm's running statistics see the batch."""
+    head, all that are not frozen, and no others. Changes no parameter; BatchNorm's running statistics see the batch."""
     names = {p: name for name, p in trainer.model.named_parameters()}
     for index, module in enumerate(trainer.local_modules[:-1]):
         names |= {p: f"local_modules.{index}.head.{name}" for name, p in module.head.named_parameters()}
@@ -14,9 +14,9 @@ def assert_isolated(trainer, images, labels):
         parameter.grad = None
     features = images
     for index, module in enumerate(trainer.local_modules):
-        features, _, _ = trainer.backward(index, features, labels, images)
+        features, _, loss = trainer.backward(index, features, labels, images)
         reached = {p for p in names if p.grad is not None}
-        own = set(module.parameters())
+        own = {p for p in module.parameters() if p.requires_grad} if loss is not None else set()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if reached != own:

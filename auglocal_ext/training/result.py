@@ -14,8 +14,9 @@ __all__ = ["TrainResult", "TrainingInterrupted"]
 class TrainResult:
     """What `train` returns; `print(result)` shows it as a short table.
 
-    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses, train_accuracy
-        (of the training batches, as they were seen), module_accuracies (likewise, of each local module's own head),
+    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses (None of a local
+        module whose units are all frozen), train_accuracy (of the training batches, as they were seen),
+        module_accuracies (likewise, of each local module's own head; None as module_losses),
         val_loss (mean cross-entropy), val_accuracy and val_top5_accuracy (None without val_loader; top-5 None for fewer
         than 6 classes), images_per_second, seconds, lr (of the last step), skipped_steps (of a local module, with
         nonfinite="skip"), peak_bytes.

@@ -151,7 +151,7 @@ class Run:
     def _after_step(self, result, bar):
         self._steps_done += 1
         if self.trainer.nonfinite == "stop":
-            self.watch.note(self.sums.steps, result.module_losses)
+            self.watch.note(self.sums.steps, result)
             if self.trainer.device.type == "cpu":
                 self.watch.check(self._title())
         bar.update()
@@ -170,9 +170,11 @@ class Run:
 
     def _check_values(self):
         self.watch.check(self._title())
-        if not self.sums.counted.all():
-            index = self.sums.counted.tolist().index(0)
-            raise NotFinite(f"{self._title()}: the loss of local module {index} was finite in no step")
+        never = [
+            index for index, count in enumerate(self.sums.counted.tolist()) if not count and self.sums.trained[index]
+        ]
+        if never:
+            raise NotFinite(f"{self._title()}: the loss of local module {never[0]} was finite in no step")
         check_finite(self.trainer, self.odd, self._title())
 
     def _save_within(self):

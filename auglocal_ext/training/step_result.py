@@ -13,4 +13,5 @@ class StepResult:
 
     loss: torch.Tensor  # (): the criterion of the model's own classifier; NaN where the batch was refused
     logits: torch.Tensor  # (N, num_classes), of the model's own classifier
-    module_losses: torch.Tensor  # (modules,): each local module's loss, the classifier's last
+    module_losses: torch.Tensor  # (modules,): each local module's loss, the classifier's last; NaN where it has none
+    trained: tuple[bool, ...]  # of each local module, whether it has a loss: one whose units are all frozen has none

@@ -74,8 +74,10 @@ class Stepper:
         self._undo = UndoWhereNotFinite(self._modules[index]) if skip else None
 
     def after(self, index, loss):
-        """After a module's backward."""
-        if self._undo is not None and self._undo.needed(loss, gradients=not self.scalers):
+        """After a module's backward; loss: None where it trains nothing."""
+        if loss is None:
+            self._optimizers[index].zero_grad(set_to_none=True)  # what accumulated before its units were frozen
+        elif self._undo is not None and self._undo.needed(loss, gradients=not self.scalers):
             self._spoilt.add(index)
         self._undo = None
         last = index == len(self._modules) - 1

@@ -53,7 +53,9 @@ class LocalTrainer:
 
     Between steps modules may be switched between training and eval mode, statistics of normalisations on and off, and
     parameters be frozen: the next step goes by it, after planning again. A model wholly in eval mode is put into
-    training mode. What was replaced, or moved to another dtype or device, is refused before anything changes.
+    training mode. What is before the first parameter that trains runs forward only; so does a local module whose units
+    are all frozen, and its loss reads NaN. What was replaced, or moved to another dtype or device, is refused before
+    anything changes.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
@@ -201,7 +203,7 @@ class LocalTrainer:
             module.head.follow(self._backbone.classifier)
         inputs, modules = [images], self._current_programs(modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
-        losses = torch.empty(len(modules), dtype=self.dtype, device=self.device)
+        losses = torch.full((len(modules),), torch.nan, dtype=self.dtype, device=self.device)
         for index, module in enumerate(modules):
             logits = None  # the module before's
             try:
@@ -213,13 +215,14 @@ class LocalTrainer:
                 stepped = self.stepper.drop(index)
                 say_where_it_stopped(error, index, len(modules), stepped, self.plan, self.device)
                 raise
-            losses[index] = loss
-            self.module_hits[index] += right_answers(logits, labels, self.criterion.ignore_index)
+            if loss is not None:
+                losses[index] = loss
+                self.module_hits[index] += right_answers(logits, labels, self.criterion.ignore_index)
             inputs.append(features)
             del features, loss
         if refused is not None:
             losses = torch.where(refused, torch.nan, losses)
-        return StepResult(losses[-1], logits, losses)
+        return StepResult(losses[-1], logits, losses, tuple(module.loss is not None for module in modules))
 
     def flush(self) -> None:
         """Steps by what is accumulated of fewer than `accumulate` batches, if any, divided by how many there are."""
@@ -241,7 +244,8 @@ class LocalTrainer:
             images: the step's, for a rule with a loss that looks at them.
 
         Returns:
-            (features, logits, loss): the module's output (None for the last one), its head's and its loss.
+            (features, logits, loss): the module's output (None for the last one), its head's and its loss; None of
+            both where its units are all frozen.
         """
         return self._current_programs()[index].run([features], labels, images)
 

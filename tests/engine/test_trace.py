@@ -215,7 +215,7 @@ class Doubled(nn.BatchNorm2d):
         nn.GroupNorm(2, 4),
         nn.BatchNorm2d(4, affine=False),
         nn.BatchNorm2d(4, track_running_stats=False),
-        frozen(nn.BatchNorm2d(4)),
+        nn.BatchNorm2d(4, affine=False).eval(),
         nn.InstanceNorm2d(4, affine=True),
         nn.SyncBatchNorm(4),
         Doubled(4),
@@ -225,6 +225,15 @@ class Doubled(nn.BatchNorm2d):
 def test_other_norms_are_islands(norm):
     nodes = read(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU()))
     assert kinds(nodes) == ["Conv", "Island", "Activation"] and nodes[1].call is norm
+
+
+def test_batch_norms_whose_statistics_do_not_change_are_chains(torchvision):
+    block = models.BasicBlock(4, 4).eval()
+    block.bn1 = torchvision.ops.FrozenBatchNorm2d(4)
+    nodes = trace(block, {models.BasicBlock}, "part")[0]
+    assert kinds(nodes) == ["Conv", "FixedNorm", "Conv", "FixedNorm"]
+    assert [node.bn for node in nodes[1::2]] == [block.bn1, block.bn2]
+    assert nodes[1].function == nodes[3].function == Function("relu") and nodes[3].residual == "x"
 
 
 def test_a_batch_norm_of_cumulative_average_is_a_chain():
@@ -282,7 +291,7 @@ class Own(nn.Module):
         (nn.Hardtanh(inplace=True), True),
         (nn.ELU(inplace=True), True),
         (nn.Hardtanh(), False),
-        (frozen(nn.BatchNorm2d(4)), False),
+        (nn.GroupNorm(2, 4), False),
         (Own(), True),  # who knows
     ],
     ids=repr,

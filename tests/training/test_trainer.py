@@ -219,9 +219,9 @@ def test_learning_rate_factor(trainer):
     assert all(o.param_groups[0]["lr"] == pytest.approx(0.01) for o in trainer.optimizers)
 
 
-def test_a_frozen_parameter_is_named(tiny_model):
-    tiny_model.layer1[0].conv2.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="parameter layer1.0.conv2.weight is frozen"):
+def test_a_model_that_is_frozen_as_a_whole_is_refused(tiny_model):
+    tiny_model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the model is frozen, and nothing would be trained: call"):
         LocalTrainer(tiny_model, depth=2)
 
 

@@ -61,12 +61,14 @@ def test_what_is_frozen_stays(trainer, batch, frozen):
     counted = sum(module.gradient_bytes for module in trainer.plan.modules)
     before = [p.clone() for p in chosen]
     free = {p: p.clone() for p in gradients if p not in set(chosen)}
-    trainer.step(*batch)
+    result = trainer.step(*batch)
     assert all(torch.equal(p, q) for p, q in zip(chosen, before, strict=True))
     assert not any(torch.equal(p, value) for p, value in free.items())
     assert all(p.grad is None for p in trainer.model.parameters())
     now = sum(module.gradient_bytes for module in trainer.plan.modules)
-    assert counted - now == 4 * sum(p.numel() for p in chosen)
+    unused = [net for net, trained in zip(trainer.aux_nets, result.trained, strict=False) if not trained]
+    assert len(unused) == {"layer1": 1, "": 2}.get(frozen, 0)
+    assert counted - now == 4 * sum(p.numel() for p in [*chosen, *(p for net in unused for p in net.parameters())])
     assert_plan_is_exact(trainer, batch)
     trainer.model.requires_grad_(True)
     trainer.step(*batch)

@@ -8,6 +8,7 @@ from .chunk import Chunk
 from .concat import Concat
 from .conv import Conv
 from .dropout import Dropout
+from .fixed_norm import FixedNorm
 from .global_pool import GlobalPool
 from .head import Head
 from .index import Index
@@ -33,6 +34,7 @@ __all__ = [
     "Concat",
     "Conv",
     "Dropout",
+    "FixedNorm",
     "GlobalPool",
     "Head",
     "Index",
@@ -51,6 +53,6 @@ __all__ = [
 
 # What tracing looks for, in order of priority; the last one matches everything.
 KINDS = (
-    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, LayerNorm, Attention, WindowAttention,
-    Add, Mul, Dropout, Concat, Chunk, PatchMerging, Reshape, Index, Island,
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, FixedNorm, LayerNorm, Attention,
+    WindowAttention, Add, Mul, Dropout, Concat, Chunk, PatchMerging, Reshape, Index, Island,
 )  # fmt: skip

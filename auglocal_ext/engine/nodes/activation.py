@@ -85,8 +85,6 @@ class Activation(Node):
     function: Function
     in_place: bool
 
-    without_parameters = True
-
     @classmethod
     def match(cls, at):
         found = function_at(at.node, at)
@@ -112,8 +110,6 @@ class Activation(Node):
         emit.derive(self, "rebuild", partial(_rebuild, self.function), [self.source], [self.out], like=self.source)
 
     def backward(self, emit):
-        if self.out in emit.constants:
-            return
         reads = [emit.take(self.out), self.out if self.in_place else self.source]
         if not self.in_place and self.out == emit.features:
             reads.append(self.out)  # made again here, to be handed on

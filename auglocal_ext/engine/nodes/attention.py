@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..emit import again
-from ..node import Node, computes
+from ..node import Node, computes, trained
 from ..tensors import as_gradient, lower
 from .linear import linear, linear_data_gradient, linear_weight_gradient
 
@@ -27,6 +27,11 @@ class Attention(Node):
     attention: nn.MultiheadAttention
 
     output_is_ours = True
+
+    @property
+    def parameters(self):
+        m = self.attention
+        return m.in_proj_weight, m.in_proj_bias, m.out_proj.weight, m.out_proj.bias
 
     @classmethod
     def match(cls, at):
@@ -66,14 +71,16 @@ class Attention(Node):
         m, (projected, attended, rows) = self.attention, self._kept()
         gradient, back = emit.take(self.out), f"{self.out}.attended gradient"
         out, into = (m.out_proj.weight, m.out_proj.bias), (m.in_proj_weight, m.in_proj_bias)
-        if _trained(*out):
+        if trained(*out):
             run = partial(linear_weight_gradient, weight=out[0], bias=out[1])
             emit.step(self, "weight gradient", run, [gradient, attended], emit.gradient_names(*out))
+        if self.source in emit.constants and not trained(*into):
+            return
         emit.step(self, "data gradient", partial(linear_data_gradient, weight=out[0]), [gradient], [back])
         parts = [f"{self.out}.{name} gradient" for name in ("query", "key", "value")]
         run = partial(_attend_backward, m.num_heads, emit.device_type)
         emit.step(self, "attention backward", run, [back, projected, attended, rows], parts, _macs_backward)
-        if _trained(*into):
+        if trained(*into):
             run = partial(_weight_gradient, *into, emit.autocast)
             emit.step(self, "weight gradient", run, [*parts, self.source], emit.gradient_names(*into))
         if self.source not in emit.constants:
@@ -119,10 +126,6 @@ def _is_plain(module):
         and isinstance(module.in_proj_weight, nn.Parameter)
         and all(isinstance(parameter, nn.Parameter | None) for parameter in own)
     )
-
-
-def _trained(*parameters):
-    return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
 
 def _project(weight, bias, autocast, x):

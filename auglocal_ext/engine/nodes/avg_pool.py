@@ -27,7 +27,6 @@ class AvgPool(Node):
     source: str
     pool: nn.AvgPool2d
 
-    without_parameters = True
     keeps_its_source = False
 
     @classmethod
@@ -43,9 +42,8 @@ class AvgPool(Node):
         derive_pool(self, emit)
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads, run = [emit.take(self.out), f"{self.out}.like"], partial(_backward, self.pool)
-            emit.step(self, "average pool backward", run, reads, [emit.give(self.source)])
+        reads, run = [emit.take(self.out), f"{self.out}.like"], partial(_backward, self.pool)
+        emit.step(self, "average pool backward", run, reads, [emit.give(self.source)])
 
     @classmethod
     def samples(cls):

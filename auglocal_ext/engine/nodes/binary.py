@@ -30,8 +30,8 @@ class Binary(Node):
     holds_attributes = True
 
     @property
-    def without_parameters(self):
-        return not any(self.trained)
+    def parameters(self):
+        return [a.value for a in self.attributes if a is not None]
 
     @property
     def trained(self):
@@ -81,8 +81,6 @@ class Binary(Node):
         return self.functions[0](a, b, out=out)
 
     def backward(self, emit):
-        if self.out in emit.constants:
-            return
         sources = iter(self.sources)
         wanted, writes = [], []
         for attribute, trained in zip(self.attributes, self.trained, strict=True):

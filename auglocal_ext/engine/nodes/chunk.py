@@ -22,8 +22,6 @@ class Chunk(Node):
     dim: int
     index: int
 
-    without_parameters = True
-
     @classmethod
     def match(cls, at):
         node = at.node
@@ -50,9 +48,8 @@ class Chunk(Node):
         return self.plain(x).clone(memory_format=memory_format(x))
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads = [emit.take(self.out), f"{self.out}.like"]
-            emit.contribute(self, "chunk backward", self._first, self._add, reads, self.source)
+        reads = [emit.take(self.out), f"{self.out}.like"]
+        emit.contribute(self, "chunk backward", self._first, self._add, reads, self.source)
 
     def _first(self, grad, like):
         shape, layout = like

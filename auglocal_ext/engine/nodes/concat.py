@@ -19,8 +19,6 @@ class Concat(Node):
     sources: tuple[str, ...] = ()
     dim: int = 1
 
-    without_parameters = True
-
     @classmethod
     def match(cls, at):
         node = at.node
@@ -50,10 +48,9 @@ class Concat(Node):
 
     def backward(self, emit):
         wanted = [name not in emit.constants for name in self.sources]
-        if any(wanted):
-            gives = [emit.give(name) for name in itertools.compress(self.sources, wanted)]
-            reads = [emit.take(self.out), f"{self.out}.pieces"]
-            emit.step(self, "concat backward", _Split(self.dim, wanted), reads, gives)
+        gives = [emit.give(name) for name in itertools.compress(self.sources, wanted)]
+        reads = [emit.take(self.out), f"{self.out}.pieces"]
+        emit.step(self, "concat backward", _Split(self.dim, wanted), reads, gives)
 
     @classmethod
     def samples(cls):

@@ -29,6 +29,10 @@ class Conv(Node):
     output_is_ours = True
     data_gradient_waits = True
 
+    @property
+    def parameters(self):
+        return self.conv.weight, self.conv.bias
+
     @classmethod
     def match(cls, at):
         conv = at.module()
@@ -48,7 +52,7 @@ class Conv(Node):
             emit.derive(self, "recompute", again, [self.source], [self.out], macs, by_convolution=True)
 
     def backward(self, emit):
-        if any(parameter.requires_grad for parameter in self.conv.parameters()):
+        if self.trains:
             run, reads = partial(_weight_gradient, self.conv, emit.autocast), [emit.gradient_of(self.out), self.source]
             writes = emit.gradient_names(self.conv.weight, self.conv.bias)
             emit.step(self, "weight gradient", run, reads, writes, self._macs_of_reads)

@@ -21,8 +21,6 @@ class Dropout(Node):
     p: float
     what: str
 
-    without_parameters = True
-
     @classmethod
     def match(cls, at):
         found = dropping_at(at.node, at.module())
@@ -64,9 +62,8 @@ class Dropout(Node):
         return self._dropped(x, noise, x if over[0] else torch.empty_like(x))
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads = [emit.take(self.out), f"{self.out}.noise"]
-            emit.step(self, "dropout backward", self._backward, reads, [emit.give(self.source)])
+        reads = [emit.take(self.out), f"{self.out}.noise"]
+        emit.step(self, "dropout backward", self._backward, reads, [emit.give(self.source)])
 
     def _backward(self, grad, noise):
         return self._dropped(grad, noise, grad)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..criterion import CrossEntropy
-from ..node import Node
+from ..node import Node, trained
 from ..tensors import like
 from .activation import RELU
 from .global_pool import GlobalPool
@@ -40,6 +40,11 @@ class Head(Node):
     def sources(self):
         return self.norm.sources
 
+    @property
+    def parameters(self):
+        of_bn = () if self.head_bn is None else affine(self.head_bn)
+        return *self.norm.parameters, *of_bn, self.linear.weight, self.linear.bias
+
     def plain(self, *values):
         pooled = F.adaptive_avg_pool2d(self.norm.plain(*values), 1).flatten(1)
         if self.head_bn is not None:
@@ -63,7 +68,8 @@ class Head(Node):
 
     def backward(self, emit):
         norm, gradient = self.norm, f"{self.out}.gradient"
-        if self.head_bn is not None:
+        goes_on = norm.trains or not emit.constants.issuperset(norm.sources)
+        if self.head_bn is not None and (goes_on or trained(*affine(self.head_bn))):
             pooled = f"{self.out}.pooled"
             parameters = emit.gradient_names(self.head_bn.weight, self.head_bn.bias)
             reads, made = [gradient, pooled, f"{pooled}.mean", f"{pooled}.invstd"], f"{pooled}.gradient"
@@ -71,6 +77,8 @@ class Head(Node):
                 self, "head norm backward", partial(_head_norm_backward, self.head_bn), reads, [made, *parameters]
             )
             gradient = made
+        if not goes_on:
+            return
         gives = [emit.give(norm.source)]
         if norm.residual is not None and norm.residual not in emit.constants:
             gives.append(emit.give(norm.residual))

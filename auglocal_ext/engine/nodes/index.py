@@ -22,7 +22,6 @@ class Index(Node):
     source: str
     index: tuple
 
-    without_parameters = True
     keeps_its_source = False
 
     @classmethod
@@ -49,9 +48,8 @@ class Index(Node):
         return self.plain(x).clone()
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads = [emit.take(self.out), f"{self.out}.like"]
-            emit.contribute(self, "index backward", self._first, self._add, reads, self.source)
+        reads = [emit.take(self.out), f"{self.out}.like"]
+        emit.contribute(self, "index backward", self._first, self._add, reads, self.source)
 
     def _first(self, grad, like):
         shape, layout = like

@@ -39,10 +39,6 @@ class Island(Node):
         """The parameters that are not frozen."""
         return [parameter for parameter in self.parameters if parameter.requires_grad]
 
-    @property
-    def without_parameters(self):
-        return not self.trained
-
     @classmethod
     def match(cls, at):
         node, module = at.node, at.module()
@@ -82,8 +78,6 @@ class Island(Node):
         emit.step(self, "island", run, self.sources, [self.out, f"{self.out}.graph"])
 
     def backward(self, emit):
-        if self.out in emit.constants:
-            return
         reads = [f"{self.out}.graph", emit.take(self.out), *self.sources]
         gives = [emit.give(name) for name in self.sources if name not in emit.constants]
         emit.step(self, "island backward", _backward, reads, [*gives, *emit.gradient_names(*self.trained)])

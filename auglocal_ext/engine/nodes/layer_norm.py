@@ -28,6 +28,10 @@ class LayerNorm(Node):
     norm: nn.LayerNorm
     channels: bool
 
+    @property
+    def parameters(self):
+        return self.norm.weight, self.norm.bias
+
     @classmethod
     def takes_whole(cls, module):
         return is_torchvisions(module, "models.convnext.LayerNorm2d")

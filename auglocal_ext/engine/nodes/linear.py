@@ -26,6 +26,10 @@ class Linear(Node):
     output_is_ours = True
     data_gradient_waits = True
 
+    @property
+    def parameters(self):
+        return self.linear.weight, self.linear.bias
+
     @classmethod
     def match(cls, at):
         found = at.calls(nn.Linear)
@@ -43,7 +47,7 @@ class Linear(Node):
             emit.derive(self, "recompute", again, [self.source], [self.out], macs, by_convolution=True)
 
     def backward(self, emit):
-        if any(parameter.requires_grad for parameter in self.linear.parameters()):
+        if self.trains:
             run, reads = (
                 partial(_weight_gradient, self.linear, emit.autocast),
                 [emit.gradient_of(self.out), self.source],

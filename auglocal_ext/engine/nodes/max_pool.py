@@ -23,8 +23,6 @@ class MaxPool(Node):
     source: str
     pool: nn.MaxPool2d
 
-    without_parameters = True
-
     @classmethod
     def match(cls, at):
         pool = pool_at(at)
@@ -39,9 +37,8 @@ class MaxPool(Node):
         derive_pool(self, emit)
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads = [emit.take(self.out), f"{self.out}.place", f"{self.out}.like"]
-            emit.step(self, "max pool backward", partial(_backward, self.pool), reads, [emit.give(self.source)])
+        reads = [emit.take(self.out), f"{self.out}.place", f"{self.out}.like"]
+        emit.step(self, "max pool backward", partial(_backward, self.pool), reads, [emit.give(self.source)])
 
     @classmethod
     def samples(cls):

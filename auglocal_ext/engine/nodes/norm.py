@@ -9,13 +9,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ops.batch_norm_act import ACTIVATIONS
-from ..node import Node, computes, has_own_weight
+from ..node import Node, computes, has_own_weight, is_torchvisions
 from ..tensors import like
 from .activation import RELU, Function, function_at, is_relu
 from .conv import is_plain_conv, keeps_size
 from .mul import Mul
 
-__all__ = ["Norm", "affine", "batch_statistics", "is_plain_norm", "plain_batch_norm", "statistics"]
+__all__ = [
+    "Norm",
+    "affine",
+    "batch_statistics",
+    "chain_at",
+    "fused",
+    "is_fixed_norm",
+    "is_plain_norm",
+    "plain_batch_norm",
+    "statistics",
+]
 
 _ops = torch.ops.auglocal_ext
 
@@ -38,35 +48,16 @@ class Norm(Node):
         return (self.source,) if self.residual is None else (self.source, self.residual)
 
     @property
+    def parameters(self):
+        return affine(self.bn)
+
+    @property
     def relu(self):
         return self.function == RELU
 
-    @property
-    def act(self):
-        """What the op is told of the function: its number, and a slope."""
-        if self.function is None:
-            return ACTIVATIONS.index("none"), 0.0
-        return ACTIVATIONS.index(self.function.name), dict(self.function.options).get("negative_slope", 0.0)
-
     @classmethod
     def match(cls, at):
-        bn = at.module()
-        if not is_plain_norm(bn, nn.BatchNorm2d) or at.node.kwargs:
-            return None
-        source, reader = at.values[at.node.args[0]], at.only_reader(at.node)
-        if reader is not None and _is_add(reader):
-            others = [argument for argument in reader.args if argument is not at.node]
-            relu = at.only_reader(reader)
-            # The other side must have been computed by then.
-            if len(others) == 1 and others[0] in at.values:
-                if relu is not None and is_relu(relu, at):
-                    return cls(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
-                if keeps_shape(at.node, others[0], at):  # an Add's sides may have any shapes
-                    return cls(at.out, at.part, source, bn, None, at.values[others[0]]), reader
-        found = None if reader is None else function_at(reader, at)
-        if found is not None and _is_fused(found[0]):
-            return cls(at.out, at.part, source, bn, found[0]), reader
-        return cls(at.out, at.part, source, bn, None), at.node
+        return chain_at(cls, at) if is_plain_norm(at.module(), nn.BatchNorm2d) else None
 
     def plain(self, x, residual=None):
         y = plain_batch_norm(self.bn, x)
@@ -75,9 +66,11 @@ class Norm(Node):
 
     def forward(self, emit):
         of_batch = statistics(self)
-        emit.step(self, "norm", partial(_norm, self.bn, *self.act), self.sources, [self.out, *of_batch])
+        emit.step(self, "norm", partial(_norm, self.bn, *fused(self.function)), self.sources, [self.out, *of_batch])
         reads = [self.source, *of_batch, *self.sources[1:]]
-        emit.derive(self, "rebuild", partial(_rebuild, self.bn, *self.act), reads, [self.out], like=self.source)
+        emit.derive(
+            self, "rebuild", partial(_rebuild, self.bn, *fused(self.function)), reads, [self.out], like=self.source
+        )
 
     def backward(self, emit):
         reads = [emit.take(self.out), self.source, *statistics(self)]
@@ -90,7 +83,7 @@ class Norm(Node):
             reads += [self.out] if self.out == emit.features else []
             gives.append(emit.give(self.residual))
         else:
-            run = partial(_backward, self.bn, *self.act)
+            run = partial(_backward, self.bn, *fused(self.function))
             reads += [self.out] if self.out == emit.features else []
         emit.step(self, "norm backward", run, reads, [*gives, *parameters])
 
@@ -118,20 +111,42 @@ class _Residual(nn.Module):
         return self.act(self.bn(self.conv(x)) + x)
 
 
+def chain_at(kind, at):
+    """(node of a kind made as `Norm`, the last fx node that it takes in) of the BatchNorm at a place, with the residual
+    and the function behind it that the op computes too; None: the BatchNorm is given more than its source."""
+    bn = at.module()
+    if at.node.kwargs:
+        return None
+    source, reader = at.values[at.node.args[0]], at.only_reader(at.node)
+    if reader is not None and _is_add(reader):
+        others = [argument for argument in reader.args if argument is not at.node]
+        relu = at.only_reader(reader)
+        # The other side must have been computed by then.
+        if len(others) == 1 and others[0] in at.values:
+            if relu is not None and is_relu(relu, at):
+                return kind(at.out, at.part, source, bn, RELU, at.values[others[0]]), relu
+            if keeps_shape(at.node, others[0], at):  # an Add's sides may have any shapes
+                return kind(at.out, at.part, source, bn, None, at.values[others[0]]), reader
+    found = None if reader is None else function_at(reader, at)
+    if found is not None and _is_fused(found[0]):
+        return kind(at.out, at.part, source, bn, found[0]), reader
+    return kind(at.out, at.part, source, bn, None), at.node
+
+
 def keeps_shape(node, before, at):
     """Whether it can be told that an fx node's map, a BatchNorm's, has the shape of one that it is made from.
 
     By elementwise functions and their gates, BatchNorms, and convolutions that keep the size, and in the end the
     channels.
     """
-    channels = inputs = at.module(node).num_features
+    channels = inputs = at.module(node).running_mean.numel()
     while node is not before:
         module, made_from = at.module(node), list(node.args)
         if is_plain_conv(module) and keeps_size(module):
             inputs = module.in_channels
         elif Mul.computes(node):
             made_from = [side for side in made_from if function_at(side, at) is not None]
-        elif not is_plain_norm(module, nn.BatchNorm2d) and function_at(node, at) is None:
+        elif not (is_plain_norm(module, nn.BatchNorm2d) or is_fixed_norm(module)) and function_at(node, at) is None:
             return False
         if len(made_from) != 1:
             return False
@@ -140,14 +155,29 @@ def keeps_shape(node, before, at):
 
 
 def is_plain_norm(bn, kind):
+    """Whether a module is a BatchNorm of a kind that normalises by its batch and keeps running statistics."""
     return (
         computes(bn, kind)
-        and bn.affine
         and bn.training
         and bn.track_running_stats
+        and bn.num_batches_tracked is not None
+        and _is_affine(bn)
+    )
+
+
+def is_fixed_norm(bn):
+    """Whether a module is a BatchNorm of maps that normalises by its running statistics: in eval mode, or torchvision's
+    FrozenBatchNorm2d."""
+    if is_torchvisions(bn, "ops.misc.FrozenBatchNorm2d"):
+        return True
+    return computes(bn, nn.BatchNorm2d) and not bn.training and _is_affine(bn)
+
+
+def _is_affine(bn):
+    return (
+        bn.affine
         and bn.running_mean is not None
         and bn.running_var is not None
-        and bn.num_batches_tracked is not None
         and has_own_weight(bn)
         and bn.weight.is_contiguous()
         and bn.bias is not None
@@ -156,8 +186,9 @@ def is_plain_norm(bn, kind):
 
 
 def plain_batch_norm(bn, x):
-    momentum = 1.0 if bn.momentum is None else bn.momentum  # None: by a count, which moves statistics alone
-    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, momentum, bn.eps)
+    # Without a momentum it is by a count, which moves statistics alone.
+    momentum = (1.0 if bn.training else 0.0) if bn.momentum is None else bn.momentum
+    return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, momentum, bn.eps)
 
 
 def statistics(node):
@@ -174,6 +205,13 @@ def batch_statistics(bn, x):
     mean, var = _ops.batch_norm_statistics(x)
     _update_running_statistics(bn, mean, var, x)
     return mean, var
+
+
+def fused(function):
+    """What the op is told of a Function, or None: its number, and a slope."""
+    if function is None:
+        return ACTIVATIONS.index("none"), 0.0
+    return ACTIVATIONS.index(function.name), dict(function.options).get("negative_slope", 0.0)
 
 
 def _is_fused(function):

@@ -21,7 +21,6 @@ class PatchMerging(Node):
 
     source: str
 
-    without_parameters = True
     keeps_its_source = False
 
     @classmethod
@@ -51,10 +50,9 @@ class PatchMerging(Node):
         return x.permute(0, 1, 3, 4, 2, 5).flatten(3)
 
     def backward(self, emit):
-        if self.out not in emit.constants:
-            reads = [emit.take(self.out), f"{self.out}.shape"]
-            reads += [self.out] if self.out == emit.features else []  # made again here, to be handed on
-            emit.step(self, "patch merging backward", self._backward, reads, [emit.give(self.source)])
+        reads = [emit.take(self.out), f"{self.out}.shape"]
+        reads += [self.out] if self.out == emit.features else []  # made again here, to be handed on
+        emit.step(self, "patch merging backward", self._backward, reads, [emit.give(self.source)])
 
     def _backward(self, grad, shape, _output=None):
         n, height, width, _ = grad.shape

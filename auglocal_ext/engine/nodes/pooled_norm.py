@@ -27,6 +27,10 @@ class PooledNorm(Node):
     bn: nn.BatchNorm2d
     pool: nn.MaxPool2d
 
+    @property
+    def parameters(self):
+        return affine(self.bn)
+
     @classmethod
     def match(cls, at):
         bn, relu = at.module(), at.only_reader(at.node)

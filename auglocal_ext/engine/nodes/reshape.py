@@ -28,7 +28,6 @@ class Reshape(Node):
     call: Callable
     permutes: tuple[str, tuple[int, ...]] | None  # ("permute", dims) or ("transpose", two dims); None: it keeps order
 
-    without_parameters = True
     keeps_its_source = False
 
     @property
@@ -60,8 +59,6 @@ class Reshape(Node):
         emit.derive(self, "rebuild", again, reads, [self.out], alias=True)
 
     def backward(self, emit):
-        if self.out in emit.constants:
-            return
         reads = [emit.take(self.out), f"{self.out}.sizes"]
         reads += [self.out] if self.out == emit.features else []  # made again here, to be handed on
         emit.step(self, "reshape backward", partial(_backward, self), reads, [emit.give(self.source)])

@@ -12,7 +12,7 @@ from torch import nn
 from ...common.torchvision import import_torchvision
 from ..as_real import autocasting
 from ..emit import again
-from ..node import Node, computes, is_torchvisions, is_torchvisions_function
+from ..node import Node, computes, is_torchvisions, is_torchvisions_function, trained
 from ..tensors import lower
 from ..windows import as_maps, as_windows, mask_of_shift, relative_bias
 from .linear import is_plain_linear, linear, linear_data_gradient, linear_weight_gradient
@@ -70,6 +70,10 @@ class WindowAttention(Node):
         return type(self.attention).forward(self.attention, x)
 
     @property
+    def parameters(self):
+        return [*self.into.parameters(), *self.leave.parameters(), *self.position]
+
+    @property
     def position(self):
         """The parameters that the bias is made of, and of unit lengths the scale of their products, first."""
         mlp = [] if self.scale is not None else self.attention.cpb_mlp.parameters()
@@ -101,6 +105,8 @@ class WindowAttention(Node):
         reads = [emit.take(self.out), *([self.out] if self.out == emit.features else ())]  # to be handed on
         emit.step(self, "windows", self._windows, reads, [of_left])
         self._weight_gradient(emit, leave, of_left, attended)
+        if self.source in emit.constants and not trained(*into.parameters(), *self.position):
+            return
         emit.step(self, "data gradient", partial(linear_data_gradient, weight=leave.weight), [of_left], [of_attended])
         run = partial(self._attend_backward, (emit.autocast, emit.device_type))
         writes = [of_projected, *emit.gradient_names(*self.position)]
@@ -134,7 +140,7 @@ class WindowAttention(Node):
         return [f"{self.out}.{name}" for name in ("windows", "projected", "attended", "left", "sizes")]
 
     def _weight_gradient(self, emit, module, gradient, source):
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        if trained(*module.parameters()):
             writes = emit.gradient_names(module.weight, module.bias)
             run = partial(self._gradients, module, emit.autocast)
             emit.step(self, "weight gradient", run, [gradient, source], writes)
