@@ -35,7 +35,7 @@ DEVICES = ("sm_80", "sm_90", "a slice of sm_80", "a slice of sm_90", "a large sl
 CHECKS = "thread,alignment,signed-integer-overflow,bounds,shift,integer-divide-by-zero"
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = [
-    *("-O1", "-x", "c++", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-fsanitize={CHECKS}"),
+    *("-Og", "-x", "c++", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-fsanitize={CHECKS}"),
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
 

@@ -19,11 +19,15 @@ from auglocal_ext.rules.bp import BP
 from auglocal_ext.rules.cutting import cut
 
 
-def vgg(torchvision, batch_norm):
-    hidden = [nn.Linear(8, 16), nn.ReLU(True), nn.Dropout(0), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout(0)]
+def vgg(torchvision, batch_norm, layers=(4, "M", 6, 6, "M", 8, "M"), channels=8):
+    hidden = [nn.Linear(channels, 16), nn.ReLU(True), nn.Dropout(0), nn.Linear(16, 16), nn.ReLU(True), nn.Dropout(0)]
     classifier = nn.Sequential(*hidden, nn.Linear(16, 10))
-    layers = [4, "M", 6, 6, "M", 8, "M"]
     return nets.vgg(torchvision, layers, batch_norm, avgpool=nn.AdaptiveAvgPool2d(1), classifier=classifier)
+
+
+def vgg11_bn(torchvision):
+    """With all of its features, of a narrow classifier."""
+    return vgg(torchvision, True, torchvision.models.vgg.cfgs["A"], 512)
 
 
 def resnet(torchvision, block="BasicBlock", **options):
@@ -125,15 +129,18 @@ def test_one_module_with_weights_at_two_places(model, what):
     reference = copy.deepcopy(model).train()
     images, labels = torch.randn(4, 3, 24, 24, dtype=torch.float64), torch.arange(4)
     torch.manual_seed(1)
-    loss = F.cross_entropy(reference(images), labels)
+    expected = reference(images)
+    loss = F.cross_entropy(expected, labels)
     loss.backward()
-    given = copy.deepcopy(model)
-    trainer = LocalTrainer(given, rule="bp", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
-    before = {name: p.detach().clone() for name, p in given.named_parameters()}
-    assert trainer.step(images, labels).loss.item() == pytest.approx(loss.item(), rel=1e-10)
-    for (name, after), own in zip(given.named_parameters(), reference.parameters(), strict=True):
+    trainer = LocalTrainer(model, rule="bp", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = trainer.step(images, labels)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-10)
+    torch.testing.assert_close(result.logits, expected.detach(), rtol=1e-9, atol=1e-10)
+    for (name, after), own in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(before[name] - after.detach(), own.grad, rtol=1e-6, atol=1e-9, msg=name)
-    assert_trains_what_was_given(model, rule="bp")
+    for (name, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_a_weight_in_two_local_modules_is_refused(tiny_model, torchvision):
@@ -143,7 +150,7 @@ def test_a_weight_in_two_local_modules_is_refused(tiny_model, torchvision):
         with pytest.raises(ValueError, match="parameter layer1.0.conv1.weight is in local modules 1 and 2, .*'bp'"):
             make(wide, depth=2)
     LocalTrainer(wide, depth=2, borders=[2, 4])  # both in one
-    model = torchvision.models.vgg11_bn(num_classes=10)
+    model = vgg11_bn(torchvision)
     model.features[12] = model.features[9]  # a BatchNorm of 256 channels
     with pytest.raises(ValueError, match="parameter features.9.weight is in local modules 2 and 3"):
         LocalTrainer(model, depth=2)
@@ -151,9 +158,7 @@ def test_a_weight_in_two_local_modules_is_refused(tiny_model, torchvision):
 
 def test_one_relu_at_every_place_of_a_whole_vgg(torchvision):
     torch.manual_seed(0)
-    model = torchvision.models.vgg11_bn(num_classes=10, dropout=0).double()
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier[0] = nn.Linear(512, 4096, dtype=torch.float64)
+    model = vgg11_bn(torchvision).double()
     one = nn.ReLU()
     for old in all_of(model, nn.ReLU):
         replace(model, old, one)

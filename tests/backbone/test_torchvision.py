@@ -1,12 +1,13 @@
 """All of torchvision's classification models: cut, planned, and trained for a step, against the model's own forward and
 plain autograd on the same local modules.
 
-By default the smallest of each family run, and the others are planned without data; `--long` runs all of them, one at a
+By default the smallest of each family run, and the others are cut without data; `--long` runs all of them, one at a
 time, at the size of images that each was made for.
 """
 
 import copy
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -34,10 +35,14 @@ SMALL = {
     "swin_t": 64,
     "swin_v2_t": 64,
     "vgg11_bn": 64,
-    "inception_v3": 299,
-    "maxvit_t": 224,
-    "vit_b_32": 224,
+    "inception_v3": 107,
+    "maxvit_t": 224,  # of no other size, for windows of 7
+    "vit_b_32": 64,
 }
+# With which they take images that small: Inception without heads of its own, as GoogLeNet has them too.
+FOR_SMALL_IMAGES = {"inception_v3": {"aux_logits": False}, "vit_b_32": {"image_size": 64}}
+# Their steps in float64 take long; narrow models of their classes take theirs (test_a_step_of_narrow_transformers).
+SMALL_IN_FLOAT32 = {"maxvit_t", "vit_b_32"}
 SIDES = {"inception_v3": 299, "vit_h_14": 224}  # of those that were not made for images of 224
 LARGE = 90_000_000  # parameters of a model that runs in float32
 
@@ -47,12 +52,29 @@ def builders():
     return [name for name in models.list_models(module=models)]
 
 
-def build(torchvision, name, on_meta=False):
+def build(torchvision, name, on_meta=False, **options):
     """A builder's model of 10 classes, without what is drawn at random in a step."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("meta" if on_meta and not name.startswith("regnet") else "cpu"), warnings.catch_warnings():
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    with torch.device("meta" if on_meta else "cpu"), warnings.catch_warnings(), numbers_of_regnets(torchvision):
         warnings.simplefilter("ignore")
-        model = torchvision.models.get_model(name, num_classes=10, **options)
+        return deterministic(torchvision, torchvision.models.get_model(name, num_classes=10, **options))
+
+
+def numbers_of_regnets(torchvision):
+    """A RegNet reads its blocks' widths off tensors, which needs data; its weights do not."""
+    parameters = torchvision.models.regnet.BlockParams
+    real = parameters.from_init_params
+
+    def with_data(*given, **options):
+        with torch.device("cpu"):
+            return real(*given, **options)
+
+    return mock.patch.object(parameters, "from_init_params", with_data)
+
+
+def deterministic(torchvision, model):
+    """The model without what is drawn at random in a step, and with gradients at a head that begins with zeros."""
     for module in model.modules():
         if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
             module.p = 0.0
@@ -60,10 +82,8 @@ def build(torchvision, name, on_meta=False):
             module.dropout = 0.0
         if "Attention" in type(module).__name__ and hasattr(module, "attention_dropout"):
             module.attention_dropout = module.dropout = 0.0
-    if on_meta:
-        return model.to("meta")
-    for head in (m for m in model.modules() if isinstance(m, nn.Linear)):  # a ViT's begins with zeros
-        if not head.weight.any():
+    for head in (m for m in model.modules() if isinstance(m, nn.Linear)):  # a ViT's
+        if not head.weight.is_meta and not head.weight.any():
             nn.init.normal_(head.weight, std=0.02)
     return model
 
@@ -124,10 +144,23 @@ def test_a_step_of_each(torchvision, name, long):
     if name not in SMALL and not long:
         pytest.skip("--long runs all; by default the smallest of each family run")
     torch.manual_seed(0)
-    model = build(torchvision, name)
-    if sum(p.numel() for p in model.parameters()) < LARGE:
+    model = build(torchvision, name, **({} if long else FOR_SMALL_IMAGES.get(name, {})))
+    small = sum(p.numel() for p in model.parameters()) < LARGE
+    if small and (long or name not in SMALL_IN_FLOAT32):
         model = model.double()
     check_a_step(model, expected_side(name, long), depth=2)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL_IN_FLOAT32))
+def test_a_step_of_narrow_transformers(torchvision, name):
+    torch.manual_seed(0)
+    models = torchvision.models
+    if name == "vit_b_32":
+        model = models.VisionTransformer(32, 16, 4, 2, 16, 32, num_classes=10)
+    else:
+        sizes = {"partition_size": 4, "block_channels": [8, 16], "block_layers": [1, 1], "head_dim": 4}
+        model = models.MaxVit((32, 32), 8, stochastic_depth_prob=0.0, num_classes=10, **sizes)
+    check_a_step(deterministic(torchvision, model).double(), 32, depth=2)
 
 
 @pytest.mark.parametrize("name", builders())
