@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
+        for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self.count(value)
         return result
