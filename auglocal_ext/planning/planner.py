@@ -18,6 +18,7 @@ from ..engine.program import Program
 from ..engine.tensors import layout_of
 from ..engine.timeline import Timeline, fill, timeline
 from ..engine.trace import Reader
+from ..engine.walked_steps import WalkedSteps
 from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
@@ -69,6 +70,7 @@ class Planner:
         options: how the programs are built; see `module_nodes.module_program`.
         optimizer_bytes: see `OptimizerBytes`.
         progress: see `Progress`.
+        steps: what is known of steps that were walked, see `WalkedSteps`.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Planner:
         self.dtype = next(self.model.parameters()).dtype
         self.autocast = torch.bfloat16 if precision == "bf16" else None
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device)
-        self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
+        self.reader, self.steps, self.progress, self._heads, self._same = Reader(), WalkedSteps(), Progress(), {}, set()
         self.options = {
             "autocast": self.autocast,
             "recompute": recompute,
@@ -172,7 +174,7 @@ class Planner:
             else:
                 self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
-                line, features = timeline(program, x, labels, part.existing, index > 0, images, self.clock)
+                line, features = timeline(program, x, labels, part.existing, index > 0, images, self.clock, self.steps)
                 walk = _Walk(program, line, features, kept)
             walks.append(walk)
             x, source = walk.features, walk.program.features

@@ -90,7 +90,7 @@ class Walker:
         program = module_program(self.planner.backbone, span, head, source, **options)
         existing = [t for unit in span.of(self.units) for t in tensors_of(unit.module)] + tensors_of(head)
         given = program, self.inputs[first], self.labels, existing
-        return timeline(*given, count_input=first > 0, clock=self.planner.clock)[0]
+        return timeline(*given, count_input=first > 0, clock=self.planner.clock, steps=self.planner.steps)[0]
 
     # ---- units -----------------------------------------------------------------------------------------------------
 
