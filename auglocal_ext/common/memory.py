@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import weakref
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,13 +35,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, existing=()):
         super().__init__()
         self.now = self.peak = 0
-        self._seen = set()
+        self._seen = {}  # id of a storage that lives -> a reference that tells of its death
         for tensor in existing:
             self.count(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
+        for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self.count(value)
         return result
@@ -52,13 +53,12 @@ class LiveBytes(TorchDispatchMode):
         if key in self._seen:
             return
         size = storage.nbytes()
-        self._seen.add(key)
+        self._seen[key] = weakref.ref(storage, partial(self._release, key, size))
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, key, size).atexit = False
 
-    def _release(self, key, size):
-        self._seen.discard(key)
+    def _release(self, key, size, _dead):
+        del self._seen[key]
         self.now -= size
 
 

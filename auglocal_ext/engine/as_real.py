@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .answers import asked
 from .meta_attention import multi_head_attention_forward
 
 __all__ = ["MetaAutocast", "RealLayouts", "autocasting"]
@@ -30,8 +31,7 @@ class RealLayouts(TorchDispatchMode):
     - a LayerNorm without a weight with statistics in its input's dtype;
     - where a layer reads a value (a count, whether anything is NaN), with some value, unless values=False.
 
-    What a walk calls most is answered here at once: torch's own answers come from decompositions in Python, of
-    milliseconds for a BatchNorm.
+    What was answered once is remembered, see `answers`.
     """
 
     def __init__(self, values=True):
@@ -39,12 +39,24 @@ class RealLayouts(TorchDispatchMode):
         self.answers = _ANSWERS | ({_aten._local_scalar_dense.default: _read_value} if values else {})
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        question = asked(function, args, kwargs)
+        if question is not None:
+            known = question.answer()
+            if known is not None:
+                return known[0]
+        result = self._run(function, args, kwargs)
+        if question is not None:
+            question.remember(result)
+        return result
+
+    def _run(self, function, args, kwargs):
         answer = self.answers.get(function)
         if answer is not None and args[0].is_meta:
-            result = answer(*args, **(kwargs or {}))
+            result = answer(*args, **kwargs)
             if result is not None:
                 return result
-        result = function(*args, **(kwargs or {}))
+        result = function(*args, **kwargs)
         if function is _aten.convolution.default:
             _lay_out([result], args[0], args[1])
         elif function is _aten.convolution_backward.default:
@@ -102,44 +114,14 @@ def _layer_norm_backward(grad, x, shape, mean, rstd, weight, bias, mask):
 
 def _batch_norm(x, weight, bias, mean, var, training, momentum, eps):
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    return _like(x), *(_vector(x.shape[1] if training else 0, dtype) for _ in range(2))
+    return torch.empty_like(x), *(_vector(x.shape[1] if training else 0, dtype) for _ in range(2))
 
 
 def _batch_norm_backward(grad, x, weight, mean, var, saved_mean, saved_invstd, training, eps, mask):
     if weight is None:
         return None
     affine = [_vector(x.shape[1], weight.dtype) if wanted else None for wanted in mask[1:]]
-    return _like(x) if mask[0] else None, *affine
-
-
-def _written_over(x, *others, **_options):
-    """The answer of an elementwise operator in place, or None: not known."""
-    return x if _fit(x, others) else None
-
-
-def _elementwise(x, *others, **_options):
-    """The answer of an elementwise operator, or None: not known."""
-    tensors = [other for other in others if isinstance(other, torch.Tensor)]
-    alike = x.is_floating_point() and all((t.dtype, t.stride()) == (x.dtype, x.stride()) for t in tensors)
-    return _like(x) if alike and _fit(x, others) else None
-
-
-def _fit(x, others):
-    return all(
-        other.is_meta and other.shape == x.shape if isinstance(other, torch.Tensor) else isinstance(other, int | float)
-        for other in others
-    )
-
-
-def _empty_like(x, **options):
-    return None if options else _like(x)
-
-
-def _like(x):
-    """torch.empty_like, quicker where x has no gaps."""
-    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-        return torch.empty_like(x, memory_format=torch.preserve_format)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty_like(x) if mask[0] else None, *affine
 
 
 def _vector(size, dtype):
@@ -153,23 +135,7 @@ _ANSWERS = {
     _aten.native_layer_norm_backward.default: _layer_norm_backward,
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
-    _aten.empty_like.default: _empty_like,
-    **dict.fromkeys(
-        (
-            _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sqrt.default,
-            _aten.relu.default, _aten.threshold_backward.default,
-        ),
-        _elementwise,
-    ),
-    **dict.fromkeys(
-        (
-            _aten.add_.Tensor, _aten.sub_.Tensor, _aten.mul_.Tensor, _aten.div_.Tensor, _aten.sqrt_.default,
-            _aten.lerp_.Scalar, _aten.addcmul_.default, _aten.addcdiv_.default, _aten.relu_.default,
-            _aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar, _aten.normal_.default, _aten.uniform_.default,
-        ),
-        _written_over,
-    ),
-}  # fmt: skip
+}
 
 
 class MetaAutocast(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """When values are dropped, rebuilt and freed: from the steps as if all stayed to the steps that run."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,9 +38,10 @@ def with_rebuilds(emit, kept_gaps, pinned):
     """
     steps, gaps, live, dropped = [], [], set(), {}  # live, dropped: of what can be made again
     shared = set()  # of what was made again: what may be in the memory of something that lives
+    needed = [_needed(step, emit.recipes, pinned) for step in emit.steps]
     reads_of = {name: [] for name in emit.recipes}
-    for index, step in enumerate(emit.steps):
-        for name in _needed(step, emit.recipes, pinned):
+    for index, names in enumerate(needed):
+        for name in names:
             reads_of[name].append(index)
 
     def rebuild(name, reader):
@@ -52,6 +54,7 @@ def with_rebuilds(emit, kept_gaps, pinned):
         gone = {read for read in missing if read not in reader.reads and not emit.recipes[read].by_convolution}
         live.difference_update(gone)
         live.update(recipe.writes)
+        touched.update(recipe.writes)
         over = gone - shared  # and may be written over
         shared.difference_update(recipe.writes)
         if recipe.alias and recipe.reads[0] not in over:
@@ -61,21 +64,23 @@ def with_rebuilds(emit, kept_gaps, pinned):
         steps.append(Step(recipe.kind, *made))
 
     def stays(name, index):
-        later = next((at for at in reads_of[name] if at > index), None)
-        if later is None:
+        at = bisect_right(reads_of[name], index)
+        if at == len(reads_of[name]):
             return name == emit.features
+        later = reads_of[name][at]
         again = emit.recipes[name].by_convolution and emit.steps[index].phase is Phase.BACKWARD
         in_forward = emit.steps[later].phase is Phase.FORWARD
         return in_forward or later == index + 1 or name in pinned or again or (name, later) in kept_gaps
 
     for index, step in enumerate(emit.steps):
+        touched = {name for name in (*needed[index], *step.writes) if name in emit.recipes}  # of others nothing changes
         for name in step.reads:
             if name in emit.recipes and name not in live:
                 gaps.append(Gap(name, index, dropped[name], len(steps)))
                 rebuild(name, step)
         steps.append(step)
         live.update(name for name in step.writes if name in emit.recipes)
-        gone = {name for name in live if not stays(name, index)}
+        gone = {name for name in touched & live if not stays(name, index)}
         dropped.update(dict.fromkeys(gone, len(steps) - 1))
         live -= gone
     return steps, gaps
@@ -90,7 +95,7 @@ def _needed(step, recipes, pinned):
     while left:
         made_from = [read for read in recipes[left.pop()].reads if read in recipes]
         needed.update(read for read in made_from if read in pinned)
-        new = [read for read in made_from if read not in pinned | seen]
+        new = [read for read in made_from if read not in pinned and read not in seen]
         seen.update(new)
         left += new
     return needed

@@ -4,14 +4,14 @@ The program is walked on meta tensors, so that nothing is computed; sizes come f
 births from its writes, deaths from its frees, shared memory from what a step wrote over.
 """
 
-import contextlib
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from ..common.memory import LiveBytes, MultiplyAccumulates
-from .as_real import RealLayouts
+from ..common.memory import LiveBytes
 from .emit import Phase
+from .walked_steps import WalkedSteps
 
 __all__ = ["Buffer", "Moment", "Timeline", "fill", "timeline"]
 
@@ -104,7 +104,7 @@ class Timeline:
 
 
 @torch.no_grad()
-def timeline(program, x, labels, existing, count_input=True, images=None, clock=None):
+def timeline(program, x, labels, existing, count_input=True, images=None, clock=None, steps=None):
     """Walks a program of modules on the meta device.
 
     Args:
@@ -115,6 +115,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None, clock=
         images: the batch's, for an extra loss that looks at them.
         clock: None, or (step, what it reads, what it made, its multiply-accumulates) -> the nanoseconds that it takes,
             a whole number; the values are meta tensors, in the order of the step's names.
+        steps: `WalkedSteps` of the same modules, or None.
 
     Returns:
         (Timeline, features): features the meta tensor that is handed on, or None.
@@ -123,22 +124,22 @@ def timeline(program, x, labels, existing, count_input=True, images=None, clock=
     a parameter's gradient; "transient", the rest: activations and feature maps' gradients, there for a moment. The
     labels, images and scale, which the caller holds, are not counted.
     """
-    walk = _Walk(program, x, labels, count_input, images, clock)
-    with LiveBytes([*existing, x, labels, *([] if images is None else [images])]) as counted, RealLayouts():
-        walk.base = counted.now - walk.live
-        for index in range(len(program.steps)):
-            walk.step(index, counted)
+    walk = _Walk(program, x, labels, count_input, images, clock, steps or WalkedSteps())
+    counted = LiveBytes([*existing, x, labels, *([] if images is None else [images])])
+    walk.base = counted.now - walk.live
+    for index in range(len(program.steps)):
+        walk.step(index, counted)
     return Timeline(tuple(walk.moments), tuple(walk.finished())), walk.features()
 
 
 class _Walk:
-    def __init__(self, program, x, labels, count_input, images, clock):
-        self.clock = clock
+    def __init__(self, program, x, labels, count_input, images, clock, steps):
+        self.clock, self.steps = clock, steps
         self.program, self.values = program, {program.images: images, program.input: x, program.labels: labels}
         if program.scale is not None:
             self.values[program.scale] = labels.new_ones((), dtype=torch.float32)
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
-        self.held = {}  # value -> its storage's key
+        self.held, self.holders = {}, Counter()  # value -> its storage's key; key -> how many values
         self.moments, self.buffers = [], []
         self.live = self.gradients = self.base = 0
         self.turn = sum(step.phase is Phase.FORWARD for step in program.steps)  # the first step of the backward pass
@@ -155,15 +156,10 @@ class _Walk:
         step, values = self.program.steps[index], self.values
         reads = [values[name] for name in step.reads]
         before = self.live
-        start = counted.peak = counted.now
-        with MultiplyAccumulates() if step.macs is None else contextlib.nullcontext() as called:
-            made = step.run(*reads)
-        made = (made,) if len(step.writes) == 1 else made
-        scratch = counted.peak - start
+        made, scratch, macs = self.steps.run(step, reads, counted)
         tensors = {name: t for name, t in zip(step.writes, made, strict=True) if isinstance(t, torch.Tensor)}
         values.update(zip(step.writes, made, strict=True))
         traffic = sum(t.nbytes for t in (*reads, *tensors.values()) if isinstance(t, torch.Tensor))
-        macs = called.count if step.macs is None else step.macs(reads, made)
         nanoseconds = 0 if self.clock is None else self.clock(step, reads, made, macs)
         del reads, made
         for name in tensors:  # no name outlives the loop that would keep what is freed at once
@@ -208,12 +204,18 @@ class _Walk:
         else:
             self.live += storage.nbytes()
         self.open[key] = [name, part, kind, storage.nbytes(), index]
+        if name in self.held:  # it is made again, in the same memory perhaps
+            self.holders[self.held[name]] -= 1
         self.held[name] = key
+        self.holders[key] += 1
         self.gradients += self._gradient_bytes(key)
 
     def _free(self, name, index):
         key = self.held.pop(name, None)
-        if key is None or key in self.held.values() or key not in self.open:
+        if key is None:
+            return
+        self.holders[key] -= 1
+        if self.holders[key] or key not in self.open:
             return
         self.live -= self.open[key][3]
         self.gradients -= self._gradient_bytes(key)

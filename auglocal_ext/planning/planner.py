@@ -18,6 +18,7 @@ from ..engine.program import Program
 from ..engine.tensors import layout_of
 from ..engine.timeline import Timeline, fill, timeline
 from ..engine.trace import Reader
+from ..engine.walked_steps import WalkedSteps
 from ..models import name_of
 from ..optim import sgd
 from ..rules import LocalHead
@@ -75,6 +76,7 @@ class Planner:
         options: how the programs are built; see `module_nodes.module_program`.
         optimizer_bytes: see `OptimizerBytes`.
         progress: see `Progress`.
+        steps: what is known of steps that were walked, see `WalkedSteps`.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Planner:
         self.autocast = AUTOCAST[precision]
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
-        self.reader, self.progress, self._heads, self._same = Reader(), Progress(), {}, set()
+        self.reader, self.steps, self.progress, self._heads, self._same = Reader(), WalkedSteps(), Progress(), {}, set()
         self._at_once, self._bp = {}, {}  # what `at_once` has planned, and `_bp_macs` walked
         self.options = {
             "autocast": self.autocast,
@@ -223,8 +225,8 @@ class Planner:
             else:
                 self.progress.walked()
                 program = module_program(self.backbone, part.span, part.head, source, kept_gaps=kept, **self.options)
-                existing = [*part.existing, *self.criterion.tensors]
-                line, features = timeline(program, x, labels, existing, index > 0, images, self.clock)
+                given = program, x, labels, [*part.existing, *self.criterion.tensors]
+                line, features = timeline(*given, index > 0, images, self.clock, self.steps)
                 walk = _Walk(program, line, features, kept)
             walks.append(walk)
             x, source = walk.features, walk.program.features

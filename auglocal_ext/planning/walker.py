@@ -107,7 +107,7 @@ class Walker:
         existing = [t for unit in span.of(self.planner.backbone.units) for t in tensors_of(unit.module)]
         existing += [*tensors_of(head), *self.planner.criterion.tensors]
         given = program, self.inputs[first], self.labels, existing
-        return timeline(*given, count_input=first > 0, clock=self.planner.clock)[0]
+        return timeline(*given, count_input=first > 0, clock=self.planner.clock, steps=self.planner.steps)[0]
 
     # ---- units -----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from auglocal_ext.engine.nodes import KINDS, Head, Loss, PatchMerging, WindowAtt
 from auglocal_ext.engine.program import build
 from auglocal_ext.engine.timeline import timeline
 from auglocal_ext.engine.trace import join, trace
+from auglocal_ext.engine.walked_steps import WalkedSteps
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 CASES = [(kind, index) for kind in KINDS for index in range(len(kind.samples()))]
@@ -129,6 +130,22 @@ def test_bytes_without_data_are_those_of_a_run(case, layout, autocast, alone):
         kept = program.run([images], labels, images)
         assert live.peak - base == line.peak
     del kept
+
+
+def test_a_walk_that_knows_the_steps_is_one_that_runs_them(case):
+    _, sample = case
+    block, images, labels = meta_copy(Block(sample, False)), *(x.to("meta") for x in batch(dtype=torch.float32))
+
+    def walked(steps, **options):
+        program, _ = program_of(block, **options)
+        return timeline(program, images, labels, tensors_of(block), images=images, steps=steps)[0], program
+
+    steps = WalkedSteps()
+    line, program = walked(steps)
+    assert walked(steps)[0] == line == walked(WalkedSteps())[0]
+    kept = frozenset(gap.key for gap in program.gaps)
+    for options in {"kept_gaps": kept}, {"recomputed": ("body",)}:
+        assert walked(steps, **options)[0] == walked(WalkedSteps(), **options)[0]
 
 
 def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):

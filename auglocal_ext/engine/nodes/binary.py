@@ -70,7 +70,7 @@ class Binary(Node):
 
     def _run(self, *values):
         operands = self.operands(values)
-        return self.functions[0](*operands), [(x.shape, x.dtype) for x in operands]
+        return self.functions[0](*operands), tuple((x.shape, x.dtype) for x in operands)
 
     def _again(self, over, *values):
         a, b = self.operands(values)

@@ -41,13 +41,13 @@ class Concat(Node):
 
     def _run(self, *values):
         """(out, the size and dtype of each piece)"""
-        return self.plain(*values), [(x.shape[self.dim], x.dtype) for x in values]
+        return self.plain(*values), tuple((x.shape[self.dim], x.dtype) for x in values)
 
     def _again(self, over, *values):
         return self.plain(*values)
 
     def backward(self, emit):
-        wanted = [name not in emit.constants for name in self.sources]
+        wanted = tuple(name not in emit.constants for name in self.sources)
         gives = [emit.give(name) for name in itertools.compress(self.sources, wanted)]
         reads = [emit.take(self.out), f"{self.out}.pieces"]
         emit.step(self, "concat backward", _Split(self.dim, wanted), reads, gives)
@@ -60,7 +60,7 @@ class Concat(Node):
 @dataclass(frozen=True)
 class _Split:
     dim: int
-    wanted: list
+    wanted: tuple[bool, ...]
 
     def __call__(self, grad, pieces):
         made = grad.split([size for size, _ in pieces], self.dim)
