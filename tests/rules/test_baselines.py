@@ -122,3 +122,14 @@ def test_images_that_are_not_of_the_normalisation():
         trainer.step(images, torch.arange(4))
     rule = InfoPro((0, 0, 0), (0.2, 0.2, 0.2))
     LocalTrainer(models.resnet20(), rule=rule, modules=2).step(images, torch.arange(4))
+
+
+def test_predsims_similarity_leaves_ignored_images_out_and_takes_soft_labels():
+    loss = head(PredSim(), 3).extra.loss
+    torch.manual_seed(0)
+    prediction, labels = torch.randn(6, 16, 8, 8, requires_grad=True), torch.tensor([0, 1, -100, 1, 0, 9])
+    value = loss(prediction, labels, None)
+    (gradient,) = torch.autograd.grad(value, prediction)
+    assert not gradient[2].any() and gradient[[0, 1, 3, 4, 5]].flatten(1).any(1).all()
+    shares = torch.nn.functional.one_hot(labels.clamp(0), 10).float() * (labels >= 0)[:, None]
+    assert torch.equal(loss(prediction, shares, None), value)
