@@ -114,14 +114,18 @@ class Stepper:
             self._skipped[index] += 1
         group = [index for index in group if index not in self._spoilt]
         parameters = [p for index in group for p in self._modules[index].parameters() if p.grad is not None]
-        if batches > 1 and parameters:
+        if parameters:
+            self._average_and_clip(parameters, batches)
+        for index in group:
+            self._optimizers[index].step()
+
+    def _average_and_clip(self, parameters, batches):
+        if batches > 1:
             torch._foreach_div_([p.grad for p in parameters], batches)
         if self.settings.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.settings.clip_value)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        for index in group:
-            self._optimizers[index].step()
 
     def _end_group(self):
         self.count, self._spoilt = 0, set()
