@@ -14,7 +14,8 @@ def too_small(menu, budget):
     if not fits:
         remedy = "give at least that, and no batch of two images fits it"
     if budget <= state:
-        remedy = f"the model's parameters and optimizer state alone are {format_bytes(state)}"
+        more = ", with what accumulate and ema keep," if menu.planner.stepping.keeps_more else ""
+        remedy = f"the model's parameters and optimizer state alone{more} are {format_bytes(state)}"
     return ValueError(
         f"memory_budget {format_bytes(budget)} is too small for batches of {menu.shape[0]}: the smallest step of this "
         f"model needs {format_bytes(smallest)} ({smallest:,} bytes); {remedy}"

@@ -50,6 +50,11 @@ class Stepping:
     def clips_globally(self):
         return self.clip == "global"
 
+    @property
+    def keeps_more(self):
+        """Whether more stays between steps than parameters, buffers and the optimizers' state."""
+        return self.accumulates or self.ema is not None
+
     def gradient_bytes(self, module):
         """Bytes of a module's gradients that are there all the time: none where they go with each batch."""
         return bytes_of({p for p in module.parameters() if p.requires_grad}) if self.accumulates else 0

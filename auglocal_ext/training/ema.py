@@ -2,6 +2,8 @@
 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..common.messages import first_line
+
 __all__ = ["ModelAverage"]
 
 
@@ -13,10 +15,18 @@ class ModelAverage(AveragedModel):
     Args:
         model: left as it is; `module` is one like it, on its device.
         decay: what the average keeps of itself in each update.
+
+    Raises:
+        ValueError: the model cannot be copied.
     """
 
     def __init__(self, model, decay):
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        try:
+            super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be copied, as ema needs it: {first_line(error)}; train it without ema"
+            ) from error
         self.module.zero_grad(set_to_none=True)
         self.decay = decay
 

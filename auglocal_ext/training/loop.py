@@ -134,7 +134,8 @@ def train(
             `stopped` says so, and a checkpoint is left to go on from.
         nonfinite: what to do about a loss that is NaN or infinite: "stop" tells the module, the step and its last
             finite value; "skip" leaves the modules out of the step whose loss or gradients are not finite, their
-            BatchNorm statistics included; each step then waits for the device, and the history counts skipped_steps.
+            BatchNorm statistics included, of accumulated batches if those of one are not; each step then waits for the
+            device, and the history counts skipped_steps.
         keep_aux_nets: return the aux nets in the result.
         checkpoint: a folder, for last.pt, written after every epoch, when `on_epoch` was called, and best.pt. A
             training that has one there goes on from it: the same call again, after a crash or with more epochs, ends as

@@ -5,6 +5,7 @@ import inspect
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ..common import checks
+from ..common.messages import first_line
 
 __all__ = ["ByFunction", "BySchedulers", "check_schedule", "rates_of"]
 
@@ -69,6 +70,12 @@ class ByFunction:
         """Goes on from there."""
 
 
+_EXPECTED = (
+    "schedule, a function of one argument, must make a torch.optim.lr_scheduler of the optimizer that it is called with"
+)
+_FOR_INSTANCE = "for instance lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)"
+
+
 class BySchedulers:
     """Learning rates by torch.optim.lr_scheduler, of which each local module's optimizer has one. They step after each
     epoch, but those that torch has after each batch, OneCycleLR and CyclicLR, after each step of the optimizers;
@@ -83,14 +90,13 @@ class BySchedulers:
     def __init__(self, factory, trainer):
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             group.setdefault("initial_lr", group["lr"])  # by which a checkpoint knows it; not every scheduler keeps it
-        self._schedulers = [factory(optimizer) for optimizer in trainer.optimizers]
+        try:
+            self._schedulers = [factory(optimizer) for optimizer in trainer.optimizers]
+        except Exception as error:
+            raise TypeError(f"{_EXPECTED}, which failed: {first_line(error)}; {_FOR_INSTANCE}") from error
         for optimizer, made in zip(trainer.optimizers, self._schedulers, strict=True):
             if not isinstance(made, LRScheduler) or made.optimizer is not optimizer:
-                raise TypeError(
-                    f"schedule must make a torch.optim.lr_scheduler of the optimizer that it is called with, given one "
-                    f"that makes {type(made).__name__}: for instance lambda optimizer: "
-                    f"torch.optim.lr_scheduler.StepLR(optimizer, 30)"
-                )
+                raise TypeError(f"{_EXPECTED}, given one that makes {type(made).__name__}: {_FOR_INSTANCE}")
         self._by_step = isinstance(self._schedulers[0], OneCycleLR | CyclicLR)
 
     def before_step(self, epoch, step, length):

@@ -127,18 +127,18 @@ class Stepper:
             self._skipped[index] += 1
         group = self._unscaled([index for index in group if index not in self._spoilt])
         parameters = [p for index in group for p in self._modules[index].parameters() if p.grad is not None]
-        if batches > 1 and parameters:
+        if parameters:
+            self._average_and_clip(parameters, batches)
+        for index in group:
+            self._optimize(index)
+
+    def _average_and_clip(self, parameters, batches):
+        if batches > 1:
             torch._foreach_div_([p.grad for p in parameters], batches)
         if self.settings.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.settings.clip_value)
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        for index in group:
-            if self.scalers:
-                self.scalers[index].step(self._optimizers[index])
-                self.scalers[index].update()
-            else:
-                self._optimizers[index].step()
 
     def _unscaled(self, group):
         """The modules of a group whose gradients are as if nothing had been scaled; those that are clipped together are
@@ -152,11 +152,17 @@ class Stepper:
                 continue
             self.scalers[index].unscale_(self._optimizers[index])
             if self.settings.clips_globally and not nn.utils.get_total_norm(gradients).isfinite():
-                self.scalers[index].step(self._optimizers[index])  # which leaves it out
-                self.scalers[index].update()
+                self._optimize(index)  # which leaves it out
             else:
                 finite.append(index)
         return finite
+
+    def _optimize(self, index):
+        if self.scalers:
+            self.scalers[index].step(self._optimizers[index])
+            self.scalers[index].update()
+        else:
+            self._optimizers[index].step()
 
     def _end_group(self):
         self.count, self._spoilt = 0, set()

@@ -224,6 +224,7 @@ class LocalTrainer:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses, tuple(module.loss is not None for module in modules))
 
+    @torch.inference_mode(False)
     def flush(self) -> None:
         """Steps by what is accumulated of fewer than `accumulate` batches, if any, divided by how many there are."""
         self.stepper.flush()
@@ -237,7 +238,8 @@ class LocalTrainer:
     def backward(
         self, index: int, features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor | None = None
     ) -> tuple:
-        """Forward and backward of one local module, leaving its gradients in its parameters.
+        """Forward and backward of one local module, leaving its gradients in its parameters, or adding to what is there
+        where they are accumulated.
 
         Args:
             features: the module's input.

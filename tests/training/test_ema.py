@@ -87,6 +87,15 @@ def test_the_default_learning_rate_is_of_all_batches_together(tmp_path):
     assert entry["lr"] == pytest.approx(0.1 * 3 * 16 / 128)
 
 
+def test_what_cannot_be_copied_is_refused():
+    net = model()
+    net.remembered = net.fc.weight * 2
+    with pytest.raises(
+        ValueError, match="CifarResNet cannot be copied, as ema needs it: Only Tensors created expl.*; train"
+    ):
+        LocalTrainer(net, 2, ema=0.9)
+
+
 def test_refused_before_a_batch_is_drawn():
     with pytest.raises(ValueError, match="accumulate must be a whole number of batches, at least 1, given 0"):
         train(model(), [], accumulate=0, **GIVEN)

@@ -109,12 +109,15 @@ def test_another_schedule_than_the_checkpoints_is_refused(tmp_path):
 
 
 def test_what_makes_no_scheduler_is_refused():
-    message = (
-        "schedule must make a torch.optim.lr_scheduler of the optimizer that it is called with, given one that makes"
-    )
+    message = "schedule, a function of one argument, must make a torch.optim.lr_scheduler of the optimizer that it is "
+    message += "called with, given one that makes"
     other = lr_scheduler.StepLR(SGD([torch.zeros(1, requires_grad=True)]), 1)
     for schedule, kind in ((lambda epoch: 0.5, "float"), (lambda optimizer: other, "StepLR")):
         with pytest.raises(TypeError, match=f"{message} {kind}"):
             trained(schedule)
+    with pytest.raises(
+        TypeError, match="called with, which failed: unsupported operand.*; for instance lambda optimizer"
+    ):
+        trained(lambda epoch: epoch / 2)
     with pytest.raises(TypeError, match="given StepLR: .*; or one of an optimizer alone, as lambda optimizer: torch"):
         trained(lr_scheduler.StepLR)

@@ -64,6 +64,8 @@ def test_a_budget_counts_them(tiny_model):
     stepping = {"accumulate": 4, "clip_norm": 1.0, "clip": "global", "ema": 0.99}
     with pytest.raises(ValueError, match="is too small for batches of 8: the smallest step of this model needs"):
         plan(tiny_model, SHAPE, 2, memory_budget=least, **stepping)
+    with pytest.raises(ValueError, match="optimizer state alone, with what accumulate and ema keep, are "):
+        plan(tiny_model, SHAPE, 2, memory_budget="1MB", **stepping)
     chosen = plan(tiny_model, SHAPE, 2, memory_budget="5MB", **stepping)
     assert chosen.peak_bytes == chosen.choice.point.bytes > plain.peak_bytes
 
