@@ -29,6 +29,8 @@ MORE_SETTINGS = (
     "prefer",
     "patience",
     "nonfinite",
+    "freeze",
+    "freeze_norms",
 )
 
 

@@ -7,6 +7,8 @@ from ..backbone.families import as_backbone
 from ..common.messages import first_line
 from ..planning.budget import rules_of
 from ..rules.by_name import RULES
+from ..training.evaluate import modes_of, restore
+from .freeze import freeze
 
 __all__ = ["check_cut", "check_image_size", "on_meta"]
 
@@ -24,6 +26,10 @@ def check_cut(options):
     """The options' model, on the meta device; ValueError unless it is one that can be cut as the options say."""
     given = vars(options)
     model = on_meta(options.model, given.get("num_classes") or 10)
+    if given.get("freeze"):
+        freeze(model, options.freeze, options.freeze_norms, options.model)
+    elif given.get("freeze_norms"):
+        raise ValueError("--freeze-norms goes with --freeze, whose BatchNorms it is about: give --freeze too")
     rule = RULES[options.rule], options.depth, given.get("form"), given.get("auxiliary", "paper"), options.modules
     more = {name: given[name] for name in ("recompute", "prefer") if name in given}
     rules_of(as_backbone(model), *rule, budgeted=given.get("budget") is not None, **more)
@@ -32,6 +38,7 @@ def check_cut(options):
 
 def check_image_size(model, height, width, option):
     """ValueError unless images of that size go through the model, which is on the meta device; option: to change."""
+    modes = modes_of(model)
     try:
         with torch.no_grad():
             model.eval()(torch.empty(2, 3, height, width, device="meta"))
@@ -40,3 +47,5 @@ def check_image_size(model, height, width, option):
             f"images of {height}x{width} pixels do not go through this model: choose another {option} "
             f"({first_line(error)})"
         ) from None
+    finally:
+        restore(modes)

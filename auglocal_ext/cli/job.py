@@ -1,7 +1,6 @@
 """A training made of options: its data, its model, and the call of `auglocal_ext.train`."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -10,7 +9,8 @@ from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
 from .checks import check_cut, check_image_size
-from .weights import load_weights
+from .freeze import freeze
+from .weights import begin_with, check_weights
 
 __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
 
@@ -18,10 +18,10 @@ __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "trai
 def check(options, weights=None):
     """What can be told before data are read; returns the model on the meta device, for `read_data`.
 
-    weights: a file that it is to begin with.
+    weights: what it is to begin with, see `weights.check_weights`.
     """
-    if weights and not Path(weights).is_file():
-        raise ValueError(f"--weights {weights} is no file: give a state_dict that torch.save wrote")
+    if weights:
+        check_weights(weights, options.model)
     return check_cut(options)
 
 
@@ -50,11 +50,14 @@ def load_data(options, where, **more):
 
 
 def make_model(options, source, weights=None):
-    """A new model for the data, by the options' seed; weights: a file with those that it begins with."""
+    """A new model for the data, by the options' seed, frozen as they say; weights: what it begins with."""
     torch.manual_seed(options.seed)
     model = models.create(options.model, source.num_classes)
-    if weights:
-        load_weights(model, weights, f"{options.model} with {source.num_classes} classes")
+    said = begin_with(model, weights, options.model, source.num_classes) if weights else None
+    if said and not options.quiet:
+        print(said)
+    if options.freeze:
+        freeze(model, options.freeze, options.freeze_norms, options.model)
     return model
 
 

@@ -18,7 +18,7 @@ def plan_command(options):
     shape = (options.batch_size, 3, side, side)
     cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules", "recompute")}
     # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
-    model = model.train().to_empty(device="cpu")
+    model = model.to_empty(device="cpu")
     planned = plan(
         model,
         shape,

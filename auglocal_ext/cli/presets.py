@@ -24,6 +24,8 @@ DEFAULTS = {
     "form": None,
     "auxiliary": "paper",
     "modules": None,
+    "freeze": None,
+    "freeze_norms": False,
     "precision": "fp32",
     "recompute": False,
     "budget": None,

@@ -18,7 +18,10 @@ _DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
     "fake:N (default: {default})"
 )
-_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "precision", "recompute", "budget", "prefer")
+_CUT = (
+    "model", "rule", "depth", "form", "auxiliary", "modules", "freeze", "freeze_norms", "precision", "recompute",
+    "budget", "prefer",
+)  # fmt: skip
 
 
 def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
@@ -40,7 +43,12 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
         type=number(0, below=1),
         help="share of the training images to validate on (default: none, but on the test images)",
     )
-    add("--weights", type=Path, metavar="FILE", help="begin with these: a state_dict (default: random ones)")
+    add(
+        "--weights",
+        metavar="WEIGHTS",
+        help="begin with these: a file with a state_dict, or the name of torchvision's for the model, DEFAULT or "
+        "IMAGENET1K_V1 for instance, which are fetched (default: random ones)",
+    )
     epochs = whole(1, expected="a whole number of at least 1")
     add("--epochs", type=epochs, help="times through the training data (default: {default})")
     add("--batch-size", "-b", type=whole(2), help="images in a step (default: {default})")
@@ -117,6 +125,14 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
         "width=0.5 separable', or auto: paper or light as --budget allows (default: {default})",
     )
     add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
+    add(
+        "--freeze",
+        nargs="+",
+        metavar="NAME",
+        help="do not train these parts of the model, layer1 or layer1.0.conv1 for instance; of those in front of all "
+        "others nothing is kept",
+    )
+    add("--freeze-norms", action="store_true", help="with --freeze: their BatchNorms keep their statistics too")
     add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
     again = "run convolutions again in the backward instead of keeping theirs; auto: of what units --budget asks for"
     add("--recompute", nargs="?", const=True, choices=["auto"], help=again)
@@ -214,4 +230,6 @@ def told(options):
 
 
 def _shown(value):
+    if isinstance(value, list):
+        return " ".join(value)
     return "on" if value is True else f"{value:g}" if isinstance(value, float) else value
