@@ -223,7 +223,10 @@ def test_weights_to_begin_with(asked, tmp_path, capsys):
     refused(run, "--weights .* does not fit resnet20 with 10 classes: layer1.3.conv1.weight is no part of it, ", capsys)
     changed = given.state_dict() | {"conv1.weight": torch.zeros(16, 1, 3, 3), "fc.weight": torch.zeros(10, 8)}
     torch.save(changed, path)
-    message = r"--weights .* does not fit resnet20 with 10 classes: conv1.weight is \(16, 1, 3, 3\), expected \(16, 3, 3, 3\), fc.weight is \(10, 8\), expected \(10, 64\); give"
+    message = (
+        r"--weights .* does not fit resnet20 with 10 classes: conv1.weight is \(16, 1, 3, 3\), expected "
+        r"\(16, 3, 3, 3\), fc.weight is \(10, 8\), expected \(10, 64\); give"
+    )
     refused(run, message, capsys)
     torch.save({"a": 1}, path)
     refused(
