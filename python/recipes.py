@@ -39,6 +39,8 @@ MORE_SETTINGS = (
     "clip",
     "model_ema",
     "model_ema_decay",
+    "freeze",
+    "freeze_norms",
 )
 
 

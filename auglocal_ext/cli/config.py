@@ -10,6 +10,7 @@ __all__ = ["checked", "read_config"]
 
 # What is no setting of a training: where a run lies, and how a file is named.
 _OWN = ("name", "runs")
+_SEVERAL = ("freeze", "recompute", "units")  # what takes a list of texts
 _NO_OPTIONS = ("config", "help", "resume")
 
 
@@ -50,6 +51,8 @@ def checked(values, add_options, where, leave_out_others=False):
             flags = [option]
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             flags = [f"{option}={value}"]
+        elif name in _SEVERAL and isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            flags = [option, *value]
         else:
             raise ValueError(f"{where}{name} must be a number or a text, given {json.dumps(value)}")
         options, unknown = parser.parse_known_args(flags)

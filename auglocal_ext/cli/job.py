@@ -1,7 +1,6 @@
 """A training made of options: its data, its model, and the call of `auglocal_ext.train`."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -9,9 +8,10 @@ from .. import data, models
 from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
-from .checks import check_cut, check_image_size, listed
+from .checks import check_cut, check_image_size
+from .freeze import freeze
 from .training_options import stepping_of
-from .weights import load_weights
+from .weights import begin_with, check_weights
 
 __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
 
@@ -19,10 +19,10 @@ __all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "trai
 def check(options, weights=None):
     """What can be told before data are read; returns the model on the meta device, for `read_data`.
 
-    weights: a file that it is to begin with.
+    weights: what it is to begin with, see `weights.check_weights`.
     """
-    if weights and not Path(weights).is_file():
-        raise ValueError(f"--weights {weights} is no file: give a state_dict that torch.save wrote")
+    if weights:
+        check_weights(weights, options.model)
     return check_cut(options)
 
 
@@ -51,11 +51,14 @@ def load_data(options, where, **more):
 
 
 def make_model(options, source, weights=None):
-    """A new model for the data, by the options' seed; weights: a file with those that it begins with."""
+    """A new model for the data, by the options' seed, frozen as they say; weights: what it begins with."""
     torch.manual_seed(options.seed)
     model = models.create(options.model, source.num_classes)
-    if weights:
-        load_weights(model, weights, f"{options.model} with {source.num_classes} classes")
+    said = begin_with(model, weights, options.model, source.num_classes) if weights else None
+    if said and not options.quiet:
+        print(said)
+    if options.freeze:
+        freeze(model, options.freeze, options.freeze_norms, options.model)
     return model
 
 
@@ -75,10 +78,10 @@ def train_as_told(options, model, source, **more):
         form=options.form,
         auxiliary=options.auxiliary,
         modules=options.modules,
-        units=listed(options.units),
+        units=options.units,
         memory_budget=options.budget,
         prefer=options.prefer,
-        recompute=listed(options.recompute),
+        recompute=options.recompute,
         optimizer=named_optimizer(
             options.optimizer,
             options.lr,

@@ -2,7 +2,7 @@
 
 from .. import report
 from ..planning.plan import plan
-from .checks import check_cut, check_image_size, listed
+from .checks import check_cut, check_image_size
 from .training_options import stepping_of
 
 __all__ = ["plan_command"]
@@ -19,7 +19,7 @@ def plan_command(options):
     shape = (options.batch_size, 3, side, side)
     cutting = {name: getattr(options, name) for name in ("rule", "form", "auxiliary", "modules")}
     # Weights without values, as none is looked at; on the CPU, whose optimizer is planned.
-    model = model.train().to_empty(device="cpu")
+    model = model.to_empty(device="cpu")
     planned = plan(
         model,
         shape,
@@ -27,8 +27,8 @@ def plan_command(options):
         precision=options.precision,
         memory_budget=options.budget,
         prefer=options.prefer,
-        units=listed(options.units),
-        recompute=listed(options.recompute),
+        units=options.units,
+        recompute=options.recompute,
         **cutting,
         **stepping_of(options),
     )

@@ -25,6 +25,8 @@ DEFAULTS = {
     "auxiliary": "paper",
     "modules": None,
     "units": None,
+    "freeze": None,
+    "freeze_norms": False,
     "precision": "fp32",
     "recompute": False,
     "budget": None,

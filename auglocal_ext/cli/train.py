@@ -80,6 +80,8 @@ def _resume(folder, given):
 def _shown(value):
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, list):
+        return " ".join(value)
     return "not set" if value is None else value
 
 

@@ -18,7 +18,10 @@ _DATA = (
     "digits, cifar10:ROOT, cifar100:ROOT, svhn:ROOT, stl10:ROOT, mnist:ROOT, fashionmnist:ROOT, imagefolder:ROOT or "
     "fake:N (default: {default})"
 )
-_CUT = ("model", "rule", "depth", "form", "auxiliary", "modules", "units", "precision", "recompute", "budget", "prefer")
+_CUT = (
+    "model", "rule", "depth", "form", "auxiliary", "modules", "units", "freeze", "freeze_norms", "precision",
+    "recompute", "budget", "prefer",
+)  # fmt: skip
 _STEPPING = ("accumulate", "clip_grad_norm", "clip_grad_value", "clip", "model_ema", "model_ema_decay")
 
 
@@ -41,7 +44,12 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
         type=number(0, below=1),
         help="share of the training images to validate on (default: none, but on the test images)",
     )
-    add("--weights", type=Path, metavar="FILE", help="begin with these: a state_dict (default: random ones)")
+    add(
+        "--weights",
+        metavar="WEIGHTS",
+        help="begin with these: a file with a state_dict, or the name of torchvision's for the model, DEFAULT or "
+        "IMAGENET1K_V1 for instance, which are fetched (default: random ones)",
+    )
     epochs = whole(1, expected="a whole number of at least 1")
     add("--epochs", type=epochs, help="times through the training data (default: {default})")
     add("--batch-size", "-b", type=whole(2), help="images in a step (default: {default})")
@@ -127,15 +135,21 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
     add(
         "--units",
-        metavar="NAME,NAME",
+        nargs="+",
+        metavar="NAME",
         help="modules that units begin with, by their paths in the model (default: its own blocks and layers)",
     )
-    add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
-    again = (
-        "run convolutions again in the backward instead of keeping theirs, of all units or of these; auto: of those "
+    add(
+        "--freeze",
+        nargs="+",
+        metavar="NAME",
+        help="do not train these parts of the model, layer1 or layer1.0.conv1 for instance; of those in front of all "
+        "others nothing is kept",
     )
-    again += "that --budget asks for"
-    add("--recompute", nargs="?", const=True, metavar="auto|NAME,NAME", help=again)
+    add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
+    again = "run convolutions again in the backward instead of keeping theirs, of all units or of these; auto: of what "
+    again += "units --budget asks for"
+    add("--recompute", nargs="*", action=_Recompute, metavar="auto|NAME", help=again)
     add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
         "least work")  # fmt: skip
     add(
@@ -172,6 +186,13 @@ def stepping_of(options):
         "clip": options.clip,
         "ema": options.model_ema_decay if options.model_ema else None,
     }
+
+
+class _Recompute(argparse.Action):
+    """True without a value, "auto", or names."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if values == ["auto"] else values or True)
 
 
 def _adder(parser, defaults):
@@ -262,4 +283,6 @@ def told(options):
 
 
 def _shown(value):
+    if isinstance(value, list):
+        return " ".join(value)
     return "on" if value is True else f"{value:g}" if isinstance(value, float) else value

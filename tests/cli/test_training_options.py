@@ -104,6 +104,25 @@ def test_learning_rate(typed, lr):
         ("--weights /nowhere", "--weights /nowhere is no file: give a state_dict that torch.save wrote"),
         ("--mixup -1", "--mixup must be at least 0, given -1.0"),
         ("--cutmix-alpha nan", "--cutmix must be a finite number, at least 0, given nan"),
+        (
+            "--model resnet18 --weights IMAGENET1K_V3",
+            "--weights IMAGENET1K_V3 is no file: give a state_dict that torch.save wrote, or one of torchvision's for "
+            "resnet18, IMAGENET1K_V1, DEFAULT$",
+        ),
+        (
+            "--freeze layer4",
+            "--freeze layer4 is no part of resnet20 that has parameters: give names such as conv1, bn1",
+        ),
+        ("--freeze conv", "--freeze conv is no part of resnet20"),
+        (
+            "--freeze conv1 bn1 layer1 layer2 layer3 fc",
+            "--freeze conv1 bn1 .* fc leaves nothing of resnet20 to train: leave out what is to learn",
+        ),
+        ("--freeze-norms", "--freeze-norms goes with --freeze, whose BatchNorms it is about: give --freeze too"),
+        (
+            "--freeze conv1 bn1 layer1 --modules 8",
+            "--modules must be a whole number from 1 to 6, the units of this network from layer2.0 on, all",
+        ),
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and below 1, given 1.0"),
         ("--val-split -0.1", "--val-split must be at least 0 and below 1, given -0.1"),
         ("-b 1", "--batch-size must be at least 2, given 1"),
@@ -143,6 +162,7 @@ def test_mistakes(typed, message, capsys, tmp_path):
         ('{"config": "x"}', ".*: config is no option of a training"),
         ('{"lr": -1}', ".*config.json: --lr must be at least 0, given -1.0"),
         ('{"lr": [1]}', r".*config.json: lr must be a number or a text, given \[1\]"),
+        ('{"freeze": [1]}', r".*config.json: freeze must be a number or a text, given \[1\]"),
         ('{"lr": false}', ".*config.json: lr must be a number or a text, given false"),
         ('{"quiet": 3}', ".*config.json: argument --quiet: ignored explicit argument '3'"),
         ('{"optimizer": "lion"}', ".*config.json: argument --optimizer/--opt: invalid choice: 'lion'"),
@@ -242,9 +262,13 @@ def test_weights_to_begin_with(asked, tmp_path, capsys):
         assert main(run) == 130
         assert torch.equal(asked.model.fc.weight, given.fc.weight)
     capsys.readouterr()
-    torch.save(models.resnet20(7).state_dict(), path)
+    torch.save(models.resnet32(10).state_dict(), path)
+    refused(run, "--weights .* does not fit resnet20 with 10 classes: layer1.3.conv1.weight is no part of it, ", capsys)
+    changed = given.state_dict() | {"conv1.weight": torch.zeros(16, 1, 3, 3), "fc.weight": torch.zeros(10, 8)}
+    torch.save(changed, path)
     message = (
-        r"--weights .* does not fit resnet20 with 10 classes: fc.weight is \(7, 64\), expected \(10, 64\), and 1 more"
+        r"--weights .* does not fit resnet20 with 10 classes: conv1.weight is \(16, 1, 3, 3\), expected "
+        r"\(16, 3, 3, 3\), fc.weight is \(10, 8\), expected \(10, 64\); give"
     )
     refused(run, message, capsys)
     torch.save({"a": 1}, path)
