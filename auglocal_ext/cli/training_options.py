@@ -146,6 +146,7 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
         help="do not train these parts of the model, layer1 or layer1.0.conv1 for instance; of those in front of all "
         "others nothing is kept",
     )
+    add("--freeze-norms", action="store_true", help="with --freeze: their BatchNorms keep their statistics too")
     add("--precision", choices=PRECISIONS, help="of the features (default: {default})")
     again = "run convolutions again in the backward instead of keeping theirs, of all units or of these; auto: of what "
     again += "units --budget asks for"
