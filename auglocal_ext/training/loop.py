@@ -221,7 +221,7 @@ def train(
         if trainer.stepping.accumulates:  # else nothing is left
             trainer.stepper.drop()
         # The rewritten modules are reference cycles; with them the aux nets' memory goes now, not at some later time.
-        trainer = run = None
+        trainer = run = rates = None
         gc.collect()
 
 

@@ -1,4 +1,4 @@
-"""The averaged model of a training, and trainings whose batches are accumulated."""
+"""Trainings that keep an averaged model, and trainings whose batches are accumulated."""
 
 from functools import partial
 
@@ -81,7 +81,13 @@ def test_an_epochs_last_batches_are_stepped_by():
     assert same(net.state_dict(), twin.state_dict())
 
 
-def test_the_default_learning_rate_is_of_all_batches_together(tmp_path):
+def test_a_budget_counts_what_a_training_keeps():
+    options = {"epochs": 2, "accumulate": 2, "clip_norm": 1.0, "clip": "global", "ema": 0.9, **GIVEN}
+    result = train(model(), loader("DeviceLoader"), memory_budget="5MB", **options)
+    assert result.plan.choice.point.bytes == result.plan.peak_bytes == result.peak_bytes <= 5e6
+
+
+def test_the_default_learning_rate_is_of_all_batches_together():
     options = {"depth": 2, "progress": False, "epochs": 1, "schedule": None}
     (entry,) = train(model(), loader("DeviceLoader"), accumulate=3, **options).history
     assert entry["lr"] == pytest.approx(0.1 * 3 * 16 / 128)
