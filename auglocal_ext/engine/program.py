@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd import profiler
 
 from .emit import Emit, Step
 from .leaving import accumulating, leave
@@ -79,8 +80,9 @@ class Program:
             # An autocast of the caller's would change the dtype of what the steps make.
             device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta
             with torch.autocast(device, enabled=False):
+                execute = _profiled if profiler._is_profiler_enabled else self.execute
                 for step in self.steps:
-                    self.execute(step, values)
+                    execute(step, values)
             if not self.accumulates:
                 for name, parameter in self.gradients.items():
                     leave(parameter, values.pop(name))
@@ -98,6 +100,12 @@ class Program:
             values.update(zip(step.writes, made, strict=True))
         for name in step.frees:
             del values[name]
+
+
+def _profiled(step, values):
+    """Runs a step as a range of torch.profiler's, "layer1.0: conv backward" for instance."""
+    with profiler.record_function(f"{step.part}: {step.kind}"):
+        Program.execute(step, values)
 
 
 def build(

@@ -52,7 +52,8 @@ def module_nodes(backbone, span, head, source, trace, criterion):
     extra_weight, weight = head.weights
     if head.extra is not None:
         extra_nodes, prediction = trace(head.extra.net, inside, "extra", out)
-        nodes += [*extra_nodes, Loss("extra loss", "extra", prediction, extra_weight, head.extra.loss)]
+        given = ("labels", "images", source) if head.extra.takes_inputs else ("labels", "images")
+        nodes += [*extra_nodes, Loss("extra loss", "extra", prediction, extra_weight, head.extra.loss, given)]
     head_nodes, _ = trace(head.net, inside, "head", out)
     return join(nodes, head_nodes, features, weight, criterion), features
 

@@ -48,7 +48,13 @@ class ExtraLoss(nn.Module):
 
     Args:
         net: features (N, C, H, W) -> prediction. It runs on the fused ops where they know its layers.
+
+    Attributes:
+        takes_inputs: whether `loss` is given a fourth argument, inputs: what the local module was given, which no
+            gradient goes to.
     """
+
+    takes_inputs = False
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -65,8 +71,9 @@ class ExtraLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        return self.loss(self.net(features), labels, images)
+    def forward(self, features: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        """given: what `loss` is given behind the prediction."""
+        return self.loss(self.net(features), *given)
 
 
 class LocalHead(nn.Module):

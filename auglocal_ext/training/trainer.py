@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.autograd.profiler import record_function
 from torch.nn.modules.utils import _pair
 
 from ..backbone.families import as_backbone
@@ -209,8 +210,9 @@ class LocalTrainer:
             try:
                 self.stepper.before(index, skip=self.nonfinite == "skip")
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
-                features, logits, loss = module.run(inputs, labels, images, self.stepper.scale(index))
-                self.stepper.after(index, loss)
+                with record_function(f"local module {index}"):
+                    features, logits, loss = module.run(inputs, labels, images, self.stepper.scale(index))
+                    self.stepper.after(index, loss)
             except BaseException as error:
                 stepped = self.stepper.drop(index)
                 say_where_it_stopped(error, index, len(modules), stepped, self.plan, self.device)

@@ -1,4 +1,4 @@
-"""The interface of learning rules, and the README's rule of one's own."""
+"""The interface of learning rules, and the rules of one's own that the documentation shows."""
 
 import re
 from functools import partial
@@ -14,16 +14,21 @@ from auglocal_ext import LocalTrainer, assert_isolated, models, plan, train
 from auglocal_ext.backbone import as_backbone
 from auglocal_ext.rules.rule import Border
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
+
+
+def shown_rule(name):
+    """A rule of the documentation, in less than thirty lines."""
+    names = {"auglocal_ext": auglocal_ext}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        assert code.count("\n") < 30
+        exec(code.partition("\nauglocal_ext.train(")[0], names)
+    return names[name]
+
 
 @pytest.fixture
-def readme_rule():
-    """The class Decorrelated of the README, in less than thirty lines."""
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from torch import nn\n.*?class Decorrelated.*?)```", readme, re.S)
-    assert code.count("\n") < 30
-    names = {"auglocal_ext": auglocal_ext}
-    exec(code.partition("\nauglocal_ext.train(")[0], names)
-    return names["Decorrelated"]
+def own_rule():
+    return shown_rule("Decorrelated")
 
 
 def batches(count=12):
@@ -33,12 +38,12 @@ def batches(count=12):
     return [(patterns[labels] + 0.3 * torch.randn(20, 3, 16, 16, generator=generator), labels) for _ in range(count)]
 
 
-def test_a_rule_of_ones_own_trains(readme_rule):
+def test_a_rule_of_ones_own_trains(own_rule):
     torch.manual_seed(0)
     model = models.CifarResNet(1)
     names = list(model.state_dict())
     options = {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9), "epochs": 5, "progress": False}
-    result = train(model, batches(), rule=readme_rule, val_loader=batches(1), **options)
+    result = train(model, batches(), rule=own_rule, val_loader=batches(1), **options)
     first, last = result.history[0], result.history[-1]
     for before, after in zip(first["module_losses"], last["module_losses"], strict=True):
         assert after < before
@@ -50,10 +55,10 @@ def test_a_rule_of_ones_own_trains(readme_rule):
 
 
 @pytest.mark.parametrize("modules", [None, 2])
-def test_its_step_is_autograds(readme_rule, modules):
+def test_its_step_is_autograds(own_rule, modules):
     torch.manual_seed(0)
     model = models.CifarResNet(1).double()
-    trainer = LocalTrainer(model, rule=readme_rule(), modules=modules, image_size=16)
+    trainer = LocalTrainer(model, rule=own_rule(), modules=modules, image_size=16)
     images, labels = batches(1)[0]
     images, features = images.double(), images.double()
     assert_isolated(trainer, images, labels)
@@ -70,6 +75,31 @@ def test_its_step_is_autograds(readme_rule, modules):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
         features = handed_on
     assert features is None
+
+
+def test_a_loss_may_look_at_what_its_module_was_given():
+    """The transport penalty: values and gradients, of a module that changes resolution and width too."""
+    torch.manual_seed(0)
+    model = models.CifarResNet(1).double()
+    rule = shown_rule("TransportAugLocal")(depth=2)
+    trainer = LocalTrainer(model, rule=rule, borders=[0, 2], image_size=16)
+    images, labels = batches(1)[0]
+    images, x = images.double(), images.double()
+    trainer.step(images, labels)  # plans it too
+    for index, module in enumerate(trainer.local_modules[:-1]):
+        out, logits = module(x)
+        pooled = F.adaptive_avg_pool2d(x, out.shape[2:])
+        padded = torch.cat([pooled, pooled.new_zeros(len(x), out.shape[1] - x.shape[1], *out.shape[2:])], 1)
+        expected = 0.1 * (out - padded).square().mean() + F.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(expected, list(module.parameters()))
+        x, _, loss = trainer.backward(index, x, labels, images)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+    planned = plan(models.CifarResNet(1), (20, 3, 16, 16), rule=rule, modules=3)
+    small = LocalTrainer(models.CifarResNet(1), plan=planned)
+    result = train(models.CifarResNet(1), batches(2), rule=rule, modules=3, epochs=1, progress=False)
+    assert result.peak_bytes == result.plan.peak_bytes == planned.peak_bytes and len(small.local_modules) == 3
 
 
 class Scaled(auglocal_ext.Rule):

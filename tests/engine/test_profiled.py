@@ -1,0 +1,20 @@
+"""What torch.profiler shows of a step: a range for each local module, and for each instruction in it."""
+
+import torch
+
+from auglocal_ext import LocalTrainer, models
+
+
+def test_ranges_are_named_by_module_part_and_instruction():
+    torch.manual_seed(0)
+    trainer = LocalTrainer(models.CifarResNet(1, num_classes=4), 2, modules=2)
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    trainer.step(*batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        trainer.step(*batch)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["local module 0"] == counts["local module 1"] == 1
+    programs = trainer._current_programs()
+    for name in ("stem: conv", "layer3.0: conv backward", "head: linear and loss"):
+        steps = [step for program in programs for step in program.steps if f"{step.part}: {step.kind}" == name]
+        assert counts.get(name) == len(steps), (name, sorted(counts))
