@@ -1,5 +1,7 @@
 """What optimizers hold, and what one needs for a moment in its step: it is made and stepped without data."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -28,16 +30,20 @@ class OptimizerBytes:
         parameters = list(module.parameters())
         trained = [p for p in parameters if trains and p.requires_grad]
         state, scratch = self._of(trained)
-        if len(trained) < len(parameters) and self._probe().state:
+        if len(trained) < len(parameters) and self._begins_with_state:
             state = self._of(parameters)[0]
         return state, scratch
 
     def left(self, optimizer, trains):
         """Bytes of the state that a module's optimizer has besides: of parameters that got gradients before."""
-        if self._probe().state:
+        if self._begins_with_state:  # and all of it was counted
             return 0
         states = [state for p, state in optimizer.state.items() if not (trains and p.requires_grad)]
         return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
+
+    @functools.cached_property
+    def _begins_with_state(self):
+        return bool(self._probe().state)
 
     def _probe(self):
         """An optimizer of one value."""
