@@ -39,7 +39,7 @@ class Program:
             loss are for one that runs forward only.
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
-        islands: what runs by autograd.
+        islands: what no kind of node describes.
         gaps: where the schedule drops and rebuilds, for `build`'s `kept_gaps`.
     """
 
@@ -53,6 +53,12 @@ class Program:
     loss: str | None = "loss"
     labels: str = "labels"
     images: str = "images"
+
+    @property
+    def by_autograd(self):
+        """The islands that autograd differentiates: not those of what is frozen."""
+        read = {name for step in self.steps for name in step.reads}
+        return [island for island in self.islands if f"{island.out}.graph" in read]
 
     @torch.no_grad()
     def run(self, inputs, labels, images=None):
