@@ -42,7 +42,7 @@ class Program:
         gradients: name of a gradient's value -> the parameter it is of, each parameter once. The value is None where
             an island has a parameter that it does not use.
         accumulates: whether steps of its own have added the gradients to those in the parameters.
-        islands: what runs by autograd.
+        islands: what no kind of node describes.
         gaps: where the schedule drops and rebuilds, for `build`'s `kept_gaps`.
     """
 
@@ -58,6 +58,12 @@ class Program:
     images: str = "images"
     scale: str | None = None
     accumulates: bool = False
+
+    @property
+    def by_autograd(self):
+        """The islands that autograd differentiates: not those of what is frozen."""
+        read = {name for step in self.steps for name in step.reads}
+        return [island for island in self.islands if f"{island.out}.graph" in read]
 
     @torch.no_grad()
     def run(self, inputs, labels, images=None, scale=None):

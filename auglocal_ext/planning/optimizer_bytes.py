@@ -1,5 +1,7 @@
 """What optimizers hold, and what one needs for a moment in its step: it is made and stepped without data."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -40,21 +42,25 @@ class OptimizerBytes:
         parameters = [(names.get(p), p) for p in module.parameters()]
         trained = [(name, p) for name, p in parameters if trains and p.requires_grad]
         state, scratch = self._of(trained)
-        if len(trained) < len(parameters) and self._probe(parameters).state:
+        if len(trained) < len(parameters) and self._begins_with_state:
             state = self._of(parameters)[0]
         return state, scratch
 
     def left(self, optimizer, trains):
         """Bytes of the state that a module's optimizer has besides: of parameters that got gradients before."""
-        if self._probe([(None, None)]).state:
+        if self._begins_with_state:  # and all of it was counted
             return 0
         states = [state for p, state in optimizer.state.items() if not (trains and p.requires_grad)]
         return bytes_of(t for state in states for t in state.values() if isinstance(t, torch.Tensor))
 
+    @functools.cached_property
+    def _begins_with_state(self):
+        return bool(self._probe([(None, None)]).state)
+
     def _probe(self, named):
         """An optimizer of one value, called as the first of these is."""
         one = nn.Parameter(torch.zeros(1, dtype=self.dtype, device=self.device))
-        return make_optimizer(self.factory, [(name, one) for name, _ in named[:1]])
+        return make_optimizer(self.factory, [(name or "", one) for name, _ in named[:1]])
 
     def _of(self, named):
         trained = tuple((name, tuple(p.shape), p.stride(), p.dtype) for name, p in named)

@@ -256,7 +256,7 @@ class Planner:
             peak_bytes=constant + max(line.peak, line.end + scratch),
             macs=line.macs,
             rebuild_share=line.rebuild_share,
-            islands=tuple(island.what for island in walk.program.islands),
+            islands=tuple(island.what for island in walk.program.by_autograd),
             timeline=line,
             kept_gaps=walk.kept_gaps,
             nanoseconds=self._nanoseconds(part, line),

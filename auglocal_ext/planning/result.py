@@ -146,7 +146,8 @@ class Plan:
         if not self.frozen_parameters:
             return []
         idle = [str(module.index) for module in self.modules if not module.trains]
-        forward = f"; module{'s' * (len(idle) > 1)} {', '.join(idle)} run forward only" if idle else ""
+        runs = f"s {', '.join(idle)} run" if len(idle) > 1 else f" {''.join(idle)} runs"
+        forward = f"; module{runs} forward only" if idle else ""
         return report.wrapped(f"frozen: {self.frozen_parameters:,} of {self.parameters:,} parameters{forward}")
 
     def _again(self):

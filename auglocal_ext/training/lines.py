@@ -14,10 +14,11 @@ def first_lines(trainer):
     plan = trainer.plan
     layout = "channels_last" if plan.origin.memory_format == torch.channels_last else "contiguous"
     aux = f", and {plan.aux_parameters:,} of aux nets during training" if plan.aux_parameters else ""
+    frozen = f", {plan.frozen_parameters:,} of them frozen" if plan.frozen_parameters else ""
     recompute = ", recompute" if trainer.recompute else ""
     lines = [
         plan.title,
-        f"{plan.parameters:,} parameters{aux}; on {trainer.device} in {trainer.precision}, {layout}{recompute}",
+        f"{plan.parameters:,} parameters{frozen}{aux}; on {trainer.device} in {trainer.precision}, {layout}{recompute}",
     ]
     if plan.comparison is not None:
         lines.append(str(plan.comparison))

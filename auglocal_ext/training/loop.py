@@ -72,7 +72,8 @@ def train(
 
     Args:
         model: an image classifier: any of torchvision's, one of `auglocal_ext.models`, or one of your own whose forward
-            is a graph of layers and functions, see `as_backbone`.
+            is a graph of layers and functions, see `as_backbone`. What is frozen (requires_grad_(False)) or partly in
+            eval mode, BatchNorms for instance, stays so, and may change in `on_epoch`; see `LocalTrainer`.
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
             the CPU are moved to the model's device. Labels are class numbers, (N,), int64, or soft, (N, classes), as
             torchvision's MixUp and CutMix make them: then the training accuracy is that of the largest share.

@@ -11,6 +11,7 @@ from torch import nn
 
 from auglocal_ext.common.memory import LiveBytes, tensors_of
 from auglocal_ext.common.meta import meta_copy
+from auglocal_ext.engine.emit import Phase
 from auglocal_ext.engine.nodes import KINDS, Head, Loss, PatchMerging, WindowAttention
 from auglocal_ext.engine.program import build
 from auglocal_ext.engine.timeline import timeline
@@ -146,6 +147,47 @@ def test_a_walk_that_knows_the_steps_is_one_that_runs_them(case):
     kept = frozenset(gap.key for gap in program.gaps)
     for options in {"kept_gaps": kept}, {"recomputed": ("body",)}:
         assert walked(steps, **options)[0] == walked(WalkedSteps(), **options)[0]
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("what", [(1,), (0,), (0, 1)], ids=["behind what trains", "in front", "the sample too"])
+@pytest.mark.parametrize("recomputed", [set(), {"body"}], ids=["", "recomputed"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_what_is_frozen(case, what, recomputed, autocast):
+    """The other gradients are autograd's, frozen parameters have none, a real run's bytes are those without data; and
+    of what is frozen in front nothing runs again."""
+    _, sample = case
+    block = Block(sample, False)
+    for index in what:
+        block.body[index].requires_grad_(False)
+    images, labels = batch(dtype=torch.float32)
+    options = {"autocast": autocast, "recomputed": recomputed}
+    without = meta_copy(block)
+    walked, _ = program_of(without, features=False, **options)
+    x = torch.empty_like(images, device="meta")
+    line, _ = timeline(walked, x, labels.to("meta"), tensors_of(without), count_input=False, images=x)
+    if what == (0, 1):
+        assert all(moment.phase is Phase.FORWARD for moment in line.moments if moment.part == "body")
+    program, _ = program_of(block, features=False, **options)
+    with torch.no_grad(), LiveBytes([images, labels, *tensors_of(block)]) as live:
+        base = live.now
+        kept = program.run([images], labels, images)
+        assert live.peak - base == line.peak
+    del kept
+    if autocast is not None:
+        return
+    block = block.double()
+    own, images = copy.deepcopy(block), images.double()
+    program, _ = program_of(block, features=False, **options)
+    torch.manual_seed(1)
+    F.cross_entropy(own(images.clone())[1], labels).backward()
+    found = run(program, block, images, labels)
+    for name, parameter in own.named_parameters():
+        assert (found[name] is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-11, msg=name)
+    for name, buffer in own.named_buffers():
+        torch.testing.assert_close(found[name], buffer, msg=name)
 
 
 def test_rebuilds_are_equal_to_the_bit_and_any_gap_may_be_kept(case):

@@ -63,6 +63,15 @@ def test_what_a_plan_says_of_it():
     assert "frozen" not in str(plan(frozen(), SHAPE, 2, modules=2))
 
 
+def test_layers_that_only_run_forward_do_not_run_by_autograd():
+    model = frozen(blocks=1)
+    model.layer1[0].bn2, model.layer3[0].bn2 = torch.nn.GroupNorm(4, 16), torch.nn.GroupNorm(4, 64)
+    islands = [len(module.islands) for module in plan(model, SHAPE, 2, modules=2).modules]
+    for part in map(model.get_submodule, UP_TO["stage"]):
+        part.requires_grad_(False)
+    assert sum(islands) == sum(len(module.islands) for module in plan(model, SHAPE, 2, modules=2).modules) + 1
+
+
 def test_backpropagation_stops_at_the_first_unit_that_trains_too():
     """Forward of all, and from layer2.0 on twice as much backward, but for the data gradients of its first convolution
     and of its shortcut's."""

@@ -153,7 +153,7 @@ def test_a_local_module_that_is_frozen_has_no_loss(batch):
     assert trainer.backward(0, *batch)[1:] == (None, None)
     assert_isolated(trainer, *batch)
     told = str(trainer.plan)
-    assert "unused" in told and "frozen: 464 of 78,042 parameters; module 0 run forward only" in told
+    assert "unused" in told and "frozen: 464 of 78,042 parameters; module 0 runs forward only" in told
     model.requires_grad_(True)
     assert assert_plan_is_exact(trainer, batch).trained == (True, True, True)
     assert trainer.optimizers[0].state
