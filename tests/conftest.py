@@ -137,7 +137,9 @@ def nothing_compared(monkeypatch):
 
     def compared(planner, planned, like=None):
         cost = Cost(planned.peak_bytes, 1.0)
-        return replace(planned, comparison=Comparison(len(planned.modules), cost, cost, cost, cost, cost, None))
+        comparison = Comparison(len(planned.modules), cost, cost, cost, cost, cost, None)
+        choice = planned.choice and replace(planned.choice, comparison=comparison)
+        return replace(planned, comparison=comparison, choice=choice)
 
     for module in ("planning.plan", "training.trainer"):
         monkeypatch.setattr(importlib.import_module(f"auglocal_ext.{module}"), "compared", compared)

@@ -52,6 +52,7 @@ def test_train_writes_what_it_says(tmp_path, capsys):
     assert f"auglocal: error: {folder} exists already: choose another --name" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize("rule", ["auglocal", "bp"])
 def test_the_embedded_default_learns(tmp_path, capsys, rule):
     cut = ["--depth", "2", "--modules", "2"] if rule == "auglocal" else ["--rule", "bp", "--lr", "0.05"]
@@ -96,6 +97,7 @@ def test_mistakes_get_one_sentence(arguments, message, capsys, tmp_path, monkeyp
     assert not (tmp_path / "runs").exists()  # a run that did not begin leaves nothing behind
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     real = job.train
 
@@ -113,6 +115,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     assert "interrupted after 1 whole epochs" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
     arguments = [*FAKE, "--data", "fake:64", "--image-size", "8", "--epochs", "3", "--runs", str(tmp_path), "--name"]
     assert main([*arguments, "whole"]) == 0
@@ -154,6 +157,7 @@ def test_resume_goes_on_as_if_nothing_had_been(tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_stop_within_the_first_epoch_is_gone_on_from(tmp_path, capsys):
     arguments = ["--data", "fake:64", "--batch-size", "16", "--quiet", "--runs", str(tmp_path), "--name", "x"]
     assert main([*FAKE, *arguments, "--max-seconds", "0.001"]) == 0
@@ -168,6 +172,7 @@ def test_a_stop_within_the_first_epoch_is_gone_on_from(tmp_path, capsys):
     assert all(torch.equal(whole[key], part[key]) for key in whole)
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_patience_is_told(tmp_path, capsys):
     arguments = ["--epochs", "5", "--lr", "0", "--patience", "1", "--runs", str(tmp_path)]
     assert main([*FAKE, *arguments, "--schedule", "constant"]) == 0
@@ -183,6 +188,7 @@ def test_ctrl_c_before_the_first_epoch_ends(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "\nauglocal: interrupted\n"
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_learning_rate_of_zero_is_taken_as_given(tmp_path):
     assert (
         main(
@@ -431,6 +437,7 @@ def test_kinds_of_numbers():
     assert parser.parse_args(["--lr", "-.5"]).lr == -0.5  # a value, no option
 
 
+@pytest.mark.usefixtures("nothing_compared")
 @pytest.mark.parametrize("spoilt", [1, 2])
 def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeypatch):
     """Before the first result it leaves nothing; after one, what that one was."""
@@ -469,6 +476,7 @@ def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeyp
     assert len(json.loads((folder / "history.json").read_text())) == 1
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_training_that_ends_far_worse_is_status_3(tmp_path, capsys, monkeypatch):
     losses, real = iter([2.0, 9.0]), Sums.entry
     monkeypatch.setattr(Sums, "entry", lambda *given: real(*given) | {"loss": next(losses)})
@@ -478,10 +486,12 @@ def test_a_training_that_ends_far_worse_is_status_3(tmp_path, capsys, monkeypatc
     assert {file.name for file in (tmp_path / "x").iterdir()} == FILES
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_learning_rate_far_too_high_is_status_3(tmp_path):
     assert main([*FAKE, "--data", "fake:100", "--epochs", "2", "--lr", "1e4", "--runs", str(tmp_path / "runs")]) == 3
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_full_disk_is_a_sentence_and_leaves_the_epoch_before(tmp_path, capsys, monkeypatch):
     real, saves = torch.save, []
 

@@ -18,6 +18,7 @@ from auglocal_ext import models
 from auglocal_ext.cli.errors import run
 from auglocal_ext.cli.program import main
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
 SMALL = ["--data", "fake:64", "--image-size", "8", "--batch-size", "16", "--rule", "bp", "--quiet"]
 
 

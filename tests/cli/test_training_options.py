@@ -15,6 +15,7 @@ from auglocal_ext.cli.program import main
 from auglocal_ext.cli.training_options import add_run, settled, told
 from auglocal_ext.optim import cosine, step
 
+pytestmark = pytest.mark.usefixtures("nothing_compared")
 BEGUN = ["train", "--data", "fake:20", "--epochs", "1", "--rule", "bp", "--quiet", "--name", "x", "--runs"]
 
 

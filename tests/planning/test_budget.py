@@ -4,7 +4,9 @@ import itertools
 import random
 import re
 from dataclasses import replace
+from functools import partial
 
+import nets
 import pytest
 import torch
 from calibration_helpers import samples as calibration_samples
@@ -23,27 +25,40 @@ from auglocal_ext.rules import BP
 from auglocal_ext.rules.auglocal import AugLocal
 from auglocal_ext.rules.cutting import cut
 
-NETWORKS = [
-    ("resnet20", (8, 3, 32, 32), 3, {}),
-    ("resnet32", (8, 3, 32, 32), 4, {"precision": "bf16"}),
-    ("resnet56", (4, 3, 32, 32), 4, {"optimizer": torch.optim.AdamW}),
-    ("resnet18", (4, 3, 64, 64), 4, {}),
-    ("resnet50", (4, 3, 64, 64), 5, {}),
-    ("vgg13", (4, 3, 70, 70), 5, {}),
-    ("vgg11_bn", (4, 3, 32, 32), 3, {"precision": "bf16"}),
-]
+
+def bottlenecks(torchvision):
+    return nets.resnet(torchvision, "Bottleneck", (2, 2, 3, 1), 16)
 
 
-@pytest.mark.parametrize(("name", "shape", "depth", "options"), NETWORKS)
-def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, shape, depth, options, long):
+def vgg(torchvision, batch_norm=False):
+    """With narrow features, and most weights in the classifier."""
+    layers = [8, 8, "M", 16, "M", 32, 32, "M"] if batch_norm else [8, "M", 16, "M", 32, 32, "M", 64, "M"]
+    classifier = nn.Sequential(nn.Linear(49 * layers[-2], 1024), nn.ReLU(True), nn.Dropout(), nn.Linear(1024, 10))
+    return nets.vgg(torchvision, layers, batch_norm, classifier=classifier)
+
+
+vgg_bn = partial(vgg, batch_norm=True)
+NETWORKS = {
+    "resnet20": (lambda tv: models.resnet20(), (8, 3, 32, 32), 3, {}),
+    "resnet20 in bf16": (lambda tv: models.resnet20(), (8, 3, 32, 32), 4, {"precision": "bf16"}),
+    "resnet56 with AdamW": (lambda tv: models.resnet56(), (4, 3, 32, 32), 4, {"optimizer": torch.optim.AdamW}),
+    "resnet": (nets.resnet, (4, 3, 64, 64), 2, {}),
+    "bottlenecks": (bottlenecks, (4, 3, 64, 64), 5, {}),
+    "vgg": (vgg, (4, 3, 70, 70), 4, {}),
+    "vgg_bn in bf16": (vgg_bn, (4, 3, 32, 32), 3, {"precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize(("make", "shape", "depth", "options"), NETWORKS.values(), ids=NETWORKS)
+def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, make, shape, depth, options, long):
     """Of any borders, nets and units that run again."""
     with torch.device("meta"):
-        planner = Planner(models.create(name, 10), **options)
+        planner = Planner(make(torchvision), **options)
     rules, units, rng = [AugLocal(depth), AugLocal(2, None, "light")], planner.backbone.units, random.Random(0)
     table = Walker(planner, shape, rules).table(rules, (False, True))
     heads = [planner.heads_by_unit(rule, shape) for rule in rules]
     for case in range(6 if long else 4):
-        borders = tuple(sorted(rng.sample(range(len(units) - 1), rng.randint(0, 6))))
+        borders = tuple(sorted(rng.sample(range(len(units) - 1), rng.randint(0, min(6, len(units) - 1)))))
         which = [rng.randrange(2) for _ in borders]
         again = [case > 1 and rng.random() < 0.5 for _ in units]
         parts = list(zip((0, *(b + 1 for b in borders)), (*borders, len(units) - 1), strict=True))
@@ -66,15 +81,15 @@ def test_the_table_gives_every_cut_its_exact_bytes_and_macs(torchvision, name, s
             assert (planned.peak_bytes, planned.macs) == (predicted, sum(macs))
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "vgg11", "resnet18"])
-def test_any_units_of_a_module_may_run_again(torchvision, name, monkeypatch, long):
+@pytest.mark.parametrize("make", [vgg_bn, vgg, nets.resnet], ids=["vgg_bn", "vgg", "resnet"])
+def test_any_units_of_a_module_may_run_again(torchvision, make, monkeypatch, long):
     """Each beside each other one that does or does not: the bytes are those of the walk of the whole module, before
     anything is kept that need not be."""
     monkeypatch.setattr(
         Planner, "_filled", lambda planner, parts, *batch: planner._walks(parts, *batch, [()] * len(parts))
     )
     with torch.device("meta"):
-        planner = Planner(models.create(name, 10))
+        planner = Planner(make(torchvision))
     shape, rules, units = (8, 3, 64, 64), [AugLocal(2, None, "light")], planner.backbone.units
     table = Walker(planner, shape, rules).table(rules, (False, True))
     heads = planner.heads_by_unit(rules[0], shape)
@@ -112,22 +127,25 @@ def test_the_choice_is_the_cheapest_that_fits():
         assert line in text
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_large_budget_gives_backpropagation():
     planned = plan(models.resnet20(), (64, 3, 32, 32), 3, memory_budget=10**9)
     assert len(planned.modules) == 1 and planned.macs == planned.bp_macs
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_the_number_of_modules_and_the_depth_can_be_given_or_left():
-    shape, network = (64, 3, 32, 32), models.CifarResNet(2)
-    fixed = plan(network, shape, 3, modules=4, memory_budget="80MB")
-    assert len(fixed.modules) == 4 and fixed.depth == 3
-    budget = plan(network, shape, 3, modules=3).peak_bytes
+    shape, network = (64, 3, 32, 32), models.CifarResNet(1)
+    fixed = plan(network, shape, 3, modules=2, memory_budget="80MB")
+    assert len(fixed.modules) == 2 and fixed.depth == 3
+    budget = plan(network, shape, 3, modules=2).peak_bytes
     free = plan(network, shape, "auto", memory_budget=budget)
     assert free.depth in (None, *range(2, 7))  # None: of several
     assert free.macs <= plan(network, shape, 3, memory_budget=budget).macs
     assert len(plan(network, shape, rule="bp", memory_budget="1GB").modules) == 1
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_budget_too_small_says_what_would_do():
     model, shape = models.CifarResNet(1), (64, 3, 16, 16)
     with pytest.raises(ValueError, match=r"memory_budget 3 MB is too small for batches of 64: the smallest") as error:
@@ -176,6 +194,7 @@ def test_a_refusal_walks_few_batches(monkeypatch, long):
         budget_module.choose(planner, shape, least[2] - 1, rules, modules)
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_recomputation_unit_by_unit_is_a_choice():
     model, shape = models.CifarResNet(2), (64, 3, 16, 16)
     bp, checkpoint = (plan(model, shape, rule=rule) for rule in ("bp", "checkpoint"))
@@ -196,6 +215,7 @@ def test_recomputation_unit_by_unit_is_a_choice():
     assert menu.recomputed(Point(1, 0, 0, (), (), (1, 6))) == ("layer1.0", "layer3.1")
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_nets_are_a_choice_border_by_border():
     model, shape = models.CifarResNet(2), (64, 3, 16, 16)
     budget = plan(model, shape, 3, modules=3).peak_bytes
@@ -214,7 +234,7 @@ def test_nets_are_a_choice_border_by_border():
 
 
 def test_what_to_prefer(monkeypatch, tmp_path):
-    model, shape = models.CifarResNet(2), (64, 3, 16, 16)
+    model, shape = models.CifarResNet(1), (64, 3, 16, 16)
     budget = plan(model, shape, rule="bp").peak_bytes
     small = plan(model, shape, 2, memory_budget=budget, prefer="memory")
     assert small.peak_bytes == min(point.bytes for point in small.choice.front) and small.choice.more is None
@@ -232,6 +252,7 @@ def test_what_to_prefer(monkeypatch, tmp_path):
             plan(model, shape, 2, **arguments)
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_other_activations_are_predicted_too():
     model = models.CifarResNet(1)
     for module in list(model.modules()):
@@ -248,6 +269,7 @@ def test_a_depth_that_the_rules_own_cut_cannot_have():
     assert len(plan(models.CifarResNet(1), (4, 3, 32, 32), 4, memory_budget="1GB").modules) == 1
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_net_of_ones_own_goes_with_a_budget():
     def net(border):
         return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * border.shape[0], border.num_classes))
@@ -284,6 +306,7 @@ def test_what_does_not_go_together():
         plan(models.resnet20(), (8, 3, 32, 32), 3).save_front("front.png")
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_which_rules_have_a_budget():
     class Deep(AugLocal):
         pass
@@ -302,9 +325,10 @@ def test_which_rules_have_a_budget():
     assert f"MACs {again.choice.point.cost / again.bp_macs:.3f} x BP" in str(again)
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_train_cuts_by_the_budget(capsys):
     torch.manual_seed(0)
-    shape, loader = (16, 3, 32, 32), [(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)] * 3
+    shape, loader = (16, 3, 32, 32), [(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)] * 2
     budget = plan(models.CifarResNet(2), shape, rule="bp").peak_bytes - 1
     result = train(models.CifarResNet(2), loader, 2, memory_budget=budget, epochs=1)
     assert len(result.plan.modules) > 1
@@ -314,7 +338,7 @@ def test_train_cuts_by_the_budget(capsys):
 
 
 def test_pictures(tmp_path):
-    planned = plan(models.resnet20(), (16, 3, 32, 32), 3, memory_budget="12MB")
+    planned = plan(models.CifarResNet(1), (16, 3, 32, 32), 3, memory_budget="12MB")
     planned.save_picture(tmp_path / "plan.png")
     planned.save_front(tmp_path / "front.svg")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
@@ -322,6 +346,7 @@ def test_pictures(tmp_path):
     assert "</svg>" in text
 
 
+@pytest.mark.usefixtures("nothing_compared")
 def test_a_transformer_under_a_budget(torchvision):
     """Of tokens, which have no memory format."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ SMALL = ["--data", "fake:40", "--epochs", "1", "--model", "resnet20", "--batch-s
 
 
 @pytest.fixture
-def recipe(monkeypatch, tmp_path):
+def recipe(monkeypatch, tmp_path, nothing_compared):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
     monkeypatch.chdir(tmp_path)
     return importlib.import_module("train_cifar")

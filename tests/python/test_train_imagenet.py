@@ -15,7 +15,7 @@ QUICK = ["--epochs", "1", "--batch-size", "8", "--depth", "2", "--device", "cpu"
 
 
 @pytest.fixture
-def recipe(torchvision, monkeypatch):
+def recipe(torchvision, monkeypatch, nothing_compared):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
     return importlib.import_module("train_imagenet")
 
