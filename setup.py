@@ -135,6 +135,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "timm": ["timm"],
         "export": ["onnx", "onnxscript"],
+        "docs": ["sphinx>=8", "myst-parser", "furo"],
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis"],
         # One release of each: another one lays out differently, or finds more.
         "lint": ["ruff==0.17.*", "clang-format==23.1.*", "mypy==2.4.*"],

@@ -14,22 +14,23 @@ __all__ = ["TrainResult", "TrainingInterrupted"]
 class TrainResult:
     """What `train` returns; `print(result)` shows it as a short table.
 
-    history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses (None of a local
-        module whose units are all frozen), train_accuracy (of the training batches, as they were seen),
-        module_accuracies (likewise, of each local module's own head; None as module_losses),
-        val_loss (mean cross-entropy), val_accuracy and val_top5_accuracy (None without val_loader; top-5 None for fewer
-        than 6 classes), images_per_second, seconds, lr (of the last step), skipped_steps (of a local module, with
-        nonfinite="skip"), peak_bytes.
-    plan: the cut that was trained; plan.comparison has what backpropagation and checkpointing would need.
-    peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on
-        other devices live tensor bytes, parameters and optimizer state included, in the first two steps.
-    process_bytes: the highest that the process held: on CUDA what torch's allocator had reserved there, on other
-        devices the resident memory, with all libraries and data.
-    aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
-    ema_model: with ema, the averaged model: a plain one of the trained model's class, on its device. Its statistics of
-        BatchNorm are averaged too. The history then has ema_val_loss, ema_val_accuracy and ema_val_top5_accuracy of it;
-        val_accuracy, `best` and patience are of the trained model.
-    stopped: why there are fewer epochs than asked for: "patience", "max_seconds", or None.
+    Attributes:
+        history: one dict per epoch, of plain numbers: epoch, loss (of the classifier), module_losses (None of a local
+            module whose units are all frozen), train_accuracy (of the training batches, as they were seen),
+            module_accuracies (likewise, of each local module's own head; None as module_losses), val_loss (mean cross-
+            entropy), val_accuracy and val_top5_accuracy (None without val_loader; top-5 None for fewer than 6 classes),
+            images_per_second, seconds, lr (of the last step), skipped_steps (of a local module, with nonfinite="skip"),
+            peak_bytes.
+        plan: the cut that was trained; plan.comparison has what backpropagation and checkpointing would need.
+        peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on other devices
+            live tensor bytes, parameters and optimizer state included, in the first two steps.
+        process_bytes: the highest that the process held: on CUDA what torch's allocator had reserved there, on other
+            devices the resident memory, with all libraries and data.
+        aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
+        ema_model: with ema, the averaged model: a plain one of the trained model's class, on its device. Its statistics
+            of BatchNorm are averaged too. The history then has ema_val_loss, ema_val_accuracy and ema_val_top5_accuracy
+            of it; val_accuracy, `best` and patience are of the trained model.
+        stopped: why there are fewer epochs than asked for: "patience", "max_seconds", or None.
     """
 
     history: list

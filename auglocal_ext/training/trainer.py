@@ -41,7 +41,7 @@ __all__ = ["LocalTrainer", "StepResult"]
 
 
 class LocalTrainer:
-    """Trains a model in place, one call of `step` a batch, for people with their own loop.
+    """Trains a model in place, one call of `step` a batch, for people with their own loop::
 
         trainer = LocalTrainer(model, depth=4)
         for images, labels in loader:
