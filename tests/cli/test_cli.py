@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,10 @@ def test_train_writes_what_it_says(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("nothing_compared")
-@pytest.mark.parametrize("rule", ["auglocal", "bp"])
-def test_the_embedded_default_learns(tmp_path, capsys, rule):
+@pytest.mark.parametrize(("rule", "epochs"), [("auglocal", "2"), ("bp", "3")])
+def test_the_embedded_default_learns(tmp_path, capsys, rule, epochs):
     cut = ["--depth", "2", "--modules", "2"] if rule == "auglocal" else ["--rule", "bp", "--lr", "0.05"]
-    assert main(["train", "--epochs", "3", *cut, "--runs", str(tmp_path), "--quiet"]) == 0
+    assert main(["train", "--epochs", epochs, *cut, "--runs", str(tmp_path), "--quiet"]) == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("resnet20-digits-bp-2" if rule == "bp" else "resnet20-digits-d2-K2-2")
     history = json.loads((folder / "history.json").read_text())
@@ -214,10 +215,12 @@ def test_a_learning_rate_of_zero_is_taken_as_given(tmp_path):
     assert json.loads((tmp_path / "x" / "history.json").read_text())[0]["lr"] == 0
 
 
-def test_as_a_module():
-    command = [sys.executable, "-m", "auglocal_ext", "plan", "--model", "resnet20", "--rule", "bp"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "1 local module, input 128x3x32x32" in out
+def test_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["auglocal_ext", "plan", "--model", "resnet20", "--rule", "bp"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("auglocal_ext", run_name="__main__")
+    assert ended.value.code == 0
+    assert "1 local module, input 128x3x32x32" in capsys.readouterr().out
 
 
 def test_without_compiled_kernels_it_trains_and_says_so_once(tmp_path):

@@ -1,21 +1,17 @@
 """Trainings that go on where they were stopped, as if they had not been."""
 
 import io
-import os
 import random
-import subprocess
-import sys
-import textwrap
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy
+import processes
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import auglocal_ext
 from auglocal_ext import LocalTrainer, models, train
 from auglocal_ext.data import DeviceLoader, mean_and_std
 from auglocal_ext.training.epoch import Sums
@@ -168,16 +164,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         train(model(), loader("DeviceLoader"), 2, epochs=2, progress=False, checkpoint=tmp_path)
 
 
-PROGRAM = """
-    import sys, torch
-    torch.set_num_threads(1)
-    sys.path.insert(0, {here!r})
-    from test_checkpoint import loader, model
-    from auglocal_ext import train
-    net = model()
-    print("begins", flush=True)
-    train(net, loader("DeviceLoader"), epochs=8, seed=3, progress=False, checkpoint={folder!r}, **{options!r})
-"""
+def train_eight_epochs(folder, options):
+    train(model(), loader("DeviceLoader"), epochs=8, seed=3, progress=False, checkpoint=folder, **options)
 
 
 @pytest.mark.parametrize(
@@ -193,16 +181,12 @@ def test_killed_at_any_moment_it_ends_as_one_that_was_not(tmp_path, options):
     """A real process and a real SIGKILL, at a moment drawn within the training."""
     expected, draw = model(), random.Random(str(options))
     train(expected, loader("DeviceLoader"), epochs=8, seed=3, progress=False, **options)
-    program = PROGRAM.format(here=str(Path(__file__).parent), folder=str(tmp_path), options=options)
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(auglocal_ext.__file__).parents[1])}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "begins\n"
-    while not (tmp_path / "last.pt").exists() and process.poll() is None:
+    process = processes.begun(train_eight_epochs, tmp_path, options)
+    while not (tmp_path / "last.pt").exists() and process.is_alive():
         time.sleep(0.01)
     time.sleep(draw.uniform(0, 0.3))
     process.kill()
-    process.communicate()
+    process.join()
     resumed = model()
     train(resumed, loader("DeviceLoader"), epochs=8, seed=3, progress=False, checkpoint=tmp_path, **options)
     assert same(expected.state_dict(), resumed.state_dict())

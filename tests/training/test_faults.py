@@ -4,18 +4,14 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_checkpoint import SGD, loader, model, same
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import auglocal_ext
 from auglocal_ext import LocalTrainer, TrainingDiverged, models, train
 
 pytestmark = pytest.mark.usefixtures("nothing_compared")
@@ -75,28 +71,27 @@ def test_a_worker_that_dies_is_told(tmp_path):
     assert not (tmp_path / "last.pt").exists() and not list(tmp_path.glob(".*"))
 
 
-FULL = """
-    import resource, signal, sys, torch
-    sys.path.insert(0, {here!r})
-    from test_checkpoint import loader, model
-    from auglocal_ext import train
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def train_on_a_disk_that_fills_up(folder, size, told):
     def fill(entry):
-        if entry["epoch"] == 2:  # half of what a checkpoint takes
-            resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-    train(model(), loader("DeviceLoader"), 2, epochs=3, progress=False, checkpoint={folder!r}, on_epoch=fill)
-"""
+        if entry["epoch"] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        train(model(), loader("DeviceLoader"), 2, epochs=3, progress=False, checkpoint=folder, on_epoch=fill)
+    except OSError as error:
+        told.put(str(error))
 
 
 def test_a_disk_that_is_full_costs_the_newest_checkpoint_only(tmp_path):
     train(model(), loader("DeviceLoader"), 2, epochs=1, progress=False, checkpoint=tmp_path / "first")
-    size = (tmp_path / "first" / "last.pt").stat().st_size // 2
-    program = FULL.format(here=str(Path(__file__).parent), folder=str(tmp_path / "run"), size=size)
-    environment = {**os.environ, "PYTHONPATH": str(Path(auglocal_ext.__file__).parents[1])}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    told = f"OSError: {tmp_path}/run/last.pt cannot be written: {os.strerror(errno.EFBIG)}; free some space there"
-    assert done.returncode == 1 and told in done.stderr
+    size = (tmp_path / "first" / "last.pt").stat().st_size // 2  # half of what a checkpoint takes
+    told = processes.FORKS.SimpleQueue()
+    process = processes.begun(train_on_a_disk_that_fills_up, tmp_path / "run", size, told)
+    process.join()
+    assert process.exitcode == 0 and not told.empty()
+    expected = f"{tmp_path}/run/last.pt cannot be written: {os.strerror(errno.EFBIG)}; free some space there"
+    assert told.get().startswith(expected)
     assert saved(tmp_path / "run")["epoch"] == 1 and {"last.pt", "best.pt"} == set(os.listdir(tmp_path / "run"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] in (-1, resource.RLIM_INFINITY)
 
