@@ -1,4 +1,4 @@
-"""Local learning in a loop of Hugging Face Accelerate: devices, loaders and logging are its own, the step LocalTrainer's.
+"""Local learning in a loop of Hugging Face Accelerate: devices, loaders, logging are its own, the step LocalTrainer's.
 
     python python/accelerate_loop.py             a few epochs on the embedded digits
 
