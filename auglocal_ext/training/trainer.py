@@ -269,8 +269,7 @@ class LocalTrainer:
 
     def _planner(self, soft_labels):
         options = {"criterion": self.criterion, "backbone": self._backbone, "soft_labels": soft_labels}
-        options["stepping"] = self.stepping
-        return Planner(self.model, self.precision, self._optimizer, self.recompute, **options)
+        return Planner(self.model, self.precision, self._optimizer, self.recompute, **options, stepping=self.stepping)
 
     def _plan_for(self, images, labels, compare=False):
         """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""
