@@ -3,11 +3,12 @@
     python python/backbones.py [NAME ...] [--json FILE] [--markdown FILE]
 
 Counted on meta tensors, fp32, batches of 64 images of 224 x 224 (Inception: 299): any machine, some minutes for all.
-L: units. MACs/BP: of two local modules with the paper's nets (d = 4) and with light ones. peak/BP: of the whole step,
-two modules with light nets against backpropagation on this engine. kept/eager: what the forward of backpropagation
-leaves for its backward on this engine, against what autograd saves of the same model. weights/eager: the outputs of
-layers with weights alone, which no schedule without running layers again can do without, but where a ReLU and a
-pooling by maximum follow. islands: the share of what is kept that autograd holds, for what no instruction describes.
+L: units. K: local modules where nobody says how many, with light nets. MACs/BP: of two local modules with the paper's
+nets (d = 4) and with light ones. peak/BP: of the whole step, two modules with light nets against backpropagation on this
+engine. kept/eager: what the forward of backpropagation leaves for its backward on this engine, against what autograd
+saves of the same model. weights/eager: the outputs of layers with weights alone, which no schedule without running
+layers again can do without, but where a ReLU and a pooling by maximum follow. islands: the share of what is kept that
+autograd holds, for what no instruction describes.
 """
 
 import sys
@@ -78,6 +79,7 @@ def figures(name, batch):
         for options in ({"rule": "bp"}, {"modules": 2}, {"modules": 2, "auxiliary": "light"})
     )
     seconds = time.process_time() - started
+    usual = auglocal_ext.plan(model, shape, auxiliary="light", **given)
     own = _without_own_heads(model, backbone)
     saved = eager_saves(own, torch.empty(shape, device="meta"))
     weights = sum(unit.kept for unit in backbone.units) * side**2 * batch * 4
@@ -87,6 +89,7 @@ def figures(name, batch):
         "batch": batch,
         "side": side,
         "units": len(backbone.units),
+        "default_modules": len(usual.modules),
         "macs_paper": paper.macs / bp.bp_macs,
         "macs_light": light.macs / bp.bp_macs,
         "peak_light": light.peak_bytes / bp.peak_bytes,
@@ -109,14 +112,13 @@ def _without_own_heads(model, backbone):
 
 
 def table(rows):
-    header = ["model", "L", "MACs/BP, paper", "light", "peak/BP, light", "kept/eager", "weights/eager", "islands"]
+    header = ["model", "L", "K", "MACs/BP, paper", "light", "peak/BP, light", "kept/eager", "weights/eager", "islands"]
     header += ["planning, CPU s"]
     lines = [header]
     for row in rows:
         numbers = [f"{row[key]:.2f}" for key in ("macs_paper", "macs_light", "peak_light", "kept", "weights")]
-        lines.append(
-            [row["model"], str(row["units"]), *numbers, f"{row['islands']:.1%}", f"{row['planning_seconds']:.1f}"]
-        )
+        counts = str(row["units"]), str(row["default_modules"])
+        lines.append([row["model"], *counts, *numbers, f"{row['islands']:.1%}", f"{row['planning_seconds']:.1f}"])
     return lines
 
 
