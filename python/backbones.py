@@ -4,11 +4,11 @@
 
 Counted on meta tensors, fp32, batches of 64 images of 224 x 224 (Inception: 299): any machine, some minutes for all.
 L: units. K: local modules where nobody says how many, with light nets. MACs/BP: of two local modules with the paper's
-nets (d = 4) and with light ones. peak/BP: of the whole step, two modules with light nets against backpropagation on this
-engine. kept/eager: what the forward of backpropagation leaves for its backward on this engine, against what autograd
-saves of the same model. weights/eager: the outputs of layers with weights alone, which no schedule without running
-layers again can do without, but where a ReLU and a pooling by maximum follow. islands: the share of what is kept that
-autograd holds, for what no instruction describes.
+nets (d = 4) and with light ones. peak/BP: of the whole step, two modules with light nets against backpropagation on
+this engine. kept/eager: what the forward of backpropagation leaves for its backward on this engine, against what
+autograd saves of the same model. weights/eager: the outputs of layers with weights alone, which no schedule without
+running layers again can do without, but where a ReLU and a pooling by maximum follow. islands: the share of what is
+kept that autograd holds, for what no instruction describes.
 """
 
 import sys
