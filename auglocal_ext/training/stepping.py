@@ -56,12 +56,16 @@ class Stepper:
         self._undo = None
         self._one = None if scaled is None else torch.ones((), device=scaled)
         self.scalers = [] if scaled is None else [GradScaler(scaled.type) for _ in modules]
-        for index in range(len(self.scalers)):
-            self.scale(index)  # which makes its tensors
+        self._make_scales()
 
     def scale(self, index):
         """What a module's loss is multiplied by, a tensor (), or None."""
         return self.scalers[index].scale(self._one) if self.scalers else None
+
+    def _make_scales(self):
+        """Makes the scalers' tensors, which they do themselves when they are needed first."""
+        for index in range(len(self.scalers)):
+            self.scale(index)
 
     @property
     def _ends_group(self):
@@ -107,6 +111,10 @@ class Stepper:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.count, self._spoilt, self._undo = 0, set(), None
+        for index, scaler in enumerate(self.scalers):  # one that has unscaled, but not stepped, would do neither again
+            self.scalers[index] = GradScaler(self._one.device.type)
+            self.scalers[index].load_state_dict(scaler.state_dict())
+        self._make_scales()
         return stepped
 
     def _clear(self, index):
@@ -213,6 +221,7 @@ class Stepper:
         gradients = state.pop("gradients")
         vars(self).update(state)
         self._put(gradients)
+        self._make_scales()
 
     def _gradients(self):
         """Of a group under way, each module's."""
