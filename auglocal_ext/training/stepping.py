@@ -73,6 +73,7 @@ class Stepper:
 
     def before(self, index, skip):
         """Before a module's forward. skip: whether it is to be left out of the step where something is not finite."""
+        self._forget_frozen(index)
         if not self.count:  # what an earlier group has left, or an earlier backward of the caller's
             self._clear(index)
         self._undo = UndoWhereNotFinite(self._modules[index]) if skip else None
@@ -101,6 +102,8 @@ class Stepper:
         if not self.count:
             return
         modules = range(len(self._modules))
+        for index in modules:
+            self._forget_frozen(index)
         for together in [modules] if self.settings.clips_globally else [[index] for index in modules]:
             self._step(together, self.count)
         self._end_group()
@@ -122,12 +125,14 @@ class Stepper:
         if not self.settings.accumulates:
             self._optimizers[index].zero_grad(set_to_none=True)
             return
-        parameters = list(self._modules[index].parameters())
-        for parameter in parameters:
-            if not parameter.requires_grad:  # frozen since; an optimizer would go on stepping it
-                parameter.grad = None
-        if gradients := [p.grad for p in parameters if p.grad is not None]:
+        if gradients := [p.grad for p in self._modules[index].parameters() if p.grad is not None]:
             torch._foreach_zero_(gradients)
+
+    def _forget_frozen(self, index):
+        """Lets gradients go that were accumulated before their parameters were frozen: an optimizer would step these."""
+        for parameter in self._modules[index].parameters() if self.settings.accumulates else ():
+            if not parameter.requires_grad:
+                parameter.grad = None
 
     def _step(self, group, batches):
         """Steps modules whose gradients, of so many batches, are clipped together."""
