@@ -56,12 +56,16 @@ class Stepper:
         self._undo = None
         self._one = None if scaled is None else torch.ones((), device=scaled)
         self.scalers = [] if scaled is None else [GradScaler(scaled.type) for _ in modules]
-        for index in range(len(self.scalers)):
-            self.scale(index)  # which makes its tensors
+        self._make_scales()
 
     def scale(self, index):
         """What a module's loss is multiplied by, a tensor (), or None."""
         return self.scalers[index].scale(self._one) if self.scalers else None
+
+    def _make_scales(self):
+        """Makes the scalers' tensors, which they do themselves when they are needed first."""
+        for index in range(len(self.scalers)):
+            self.scale(index)
 
     @property
     def _ends_group(self):
@@ -69,6 +73,7 @@ class Stepper:
 
     def before(self, index, skip):
         """Before a module's forward. skip: whether it is to be left out of the step where something is not finite."""
+        self._forget_frozen(index)
         if not self.count:  # what an earlier group has left, or an earlier backward of the caller's
             self._clear(index)
         self._undo = UndoWhereNotFinite(self._modules[index]) if skip else None
@@ -97,6 +102,8 @@ class Stepper:
         if not self.count:
             return
         modules = range(len(self._modules))
+        for index in modules:
+            self._forget_frozen(index)
         for together in [modules] if self.settings.clips_globally else [[index] for index in modules]:
             self._step(together, self.count)
         self._end_group()
@@ -107,6 +114,10 @@ class Stepper:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.count, self._spoilt, self._undo = 0, set(), None
+        for index, scaler in enumerate(self.scalers):  # one that has unscaled, but not stepped, would do neither again
+            self.scalers[index] = GradScaler(self._one.device.type)
+            self.scalers[index].load_state_dict(scaler.state_dict())
+        self._make_scales()
         return stepped
 
     def _clear(self, index):
@@ -114,12 +125,14 @@ class Stepper:
         if not self.settings.accumulates:
             self._optimizers[index].zero_grad(set_to_none=True)
             return
-        parameters = list(self._modules[index].parameters())
-        for parameter in parameters:
-            if not parameter.requires_grad:  # frozen since; an optimizer would go on stepping it
-                parameter.grad = None
-        if gradients := [p.grad for p in parameters if p.grad is not None]:
+        if gradients := [p.grad for p in self._modules[index].parameters() if p.grad is not None]:
             torch._foreach_zero_(gradients)
+
+    def _forget_frozen(self, index):
+        """Lets gradients go that were accumulated before their parameters were frozen: an optimizer would step these."""
+        for parameter in self._modules[index].parameters() if self.settings.accumulates else ():
+            if not parameter.requires_grad:
+                parameter.grad = None
 
     def _step(self, group, batches):
         """Steps modules whose gradients, of so many batches, are clipped together."""
@@ -213,6 +226,7 @@ class Stepper:
         gradients = state.pop("gradients")
         vars(self).update(state)
         self._put(gradients)
+        self._make_scales()
 
     def _gradients(self):
         """Of a group under way, each module's."""

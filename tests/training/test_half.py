@@ -1,6 +1,7 @@
 """Training with features in float16: gradients against float32's, loss scales that back off, steps left out."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -108,6 +109,31 @@ def test_scales_are_kept_in_states_and_copies():
         one.step(IMAGES, LABELS)
     for name, value in weights(trainer).items():
         assert torch.equal(value, weights(twin)[name]) and torch.equal(value, weights(copied)[name]), name
+
+
+def test_copies_hold_the_bytes_that_are_planned():
+    trainer = trainer_of(accumulate=2)
+    trainer.step(IMAGES, LABELS)
+    for copied in (copy.deepcopy(trainer), pickle.loads(pickle.dumps(copy.deepcopy(trainer.stepper)))):
+        stepper = getattr(copied, "stepper", copied)
+        assert sum(t.nbytes for t in stepper.tensors()) == sum(t.nbytes for t in trainer.stepper.tensors())
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "clip_norm": 1.0, "clip": "global"}], ids=str)
+def test_goes_on_where_an_optimizer_failed(options, monkeypatch):
+    """Behind a scaler's unscaling, which it refuses to do twice."""
+    trainer = trainer_of(**options)
+    trainer.step(IMAGES, LABELS)
+    scale_to(trainer, 1, 2.0**10)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.optimizers[1], "step", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.step(IMAGES, LABELS)
+    assert trainer.loss_scales[1] == 2.0**10
+    before = weights(trainer)
+    for _ in range(2):
+        trainer.step(IMAGES, LABELS)
+    assert not torch.equal(before["0.fc.weight"], trainer.model.fc.weight)
 
 
 def test_a_training_in_float16(tmp_path):

@@ -274,15 +274,17 @@ def test_isolation_is_seen_in_a_group_too():
     assert all(torch.equal(p.grad, g) for p, g in zip(trainer.model.parameters(), gradients, strict=True))
 
 
-def test_what_was_frozen_is_not_stepped_by_what_is_left():
+@pytest.mark.parametrize(("done", "more"), [(2, 2), (3, 1), (3, 0)], ids=["between groups", "in one", "before a flush"])
+def test_what_was_frozen_is_not_stepped_by_what_is_left(done, more):
     trainer, given = trainer_of(accumulate=2), batches(4)
-    for batch in given[:2]:
+    for batch in given[:done]:
         trainer.step(*batch)
     weight = trainer.model.conv1.weight.requires_grad_(False)
-    before = weight.clone()
-    for batch in given[2:]:
+    before, other = weight.clone(), trainer.model.bn1.weight.clone()
+    for batch in given[done : done + more]:
         trainer.step(*batch)
-    assert torch.equal(weight, before)
+    trainer.flush()
+    assert torch.equal(weight, before) and not torch.equal(trainer.model.bn1.weight, other)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
