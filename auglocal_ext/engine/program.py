@@ -65,6 +65,13 @@ class Program:
         read = {name for step in self.steps for name in step.reads}
         return [island for island in self.islands if f"{island.out}.graph" in read]
 
+    def given(self, x, labels, images=None, scale=None):
+        """The values that are there before the first step, by name; for arguments see `run`."""
+        values = {self.images: images, self.input: x, self.labels: labels}
+        if self.scale is not None:
+            values[self.scale] = labels.new_ones((), dtype=torch.float32) if scale is None else scale
+        return values
+
     @torch.no_grad()
     def run(self, inputs, labels, images=None, scale=None):
         """Forward and backward; leaves the gradients in the parameters, added to those there are where it accumulates.
@@ -79,9 +86,7 @@ class Program:
         Returns:
             (features, logits, loss), None where the program has no name for it.
         """
-        values = {self.images: images, self.input: dense(inputs.pop()), self.labels: labels}
-        if self.scale is not None:
-            values[self.scale] = labels.new_ones((), dtype=torch.float32) if scale is None else scale
+        values = self.given(dense(inputs.pop()), labels, images, scale)
         try:
             # An autocast of the caller's would change the dtype of what the steps make.
             device = labels.device.type if labels.device.type != "meta" else "cpu"  # autocast does not know meta

@@ -135,9 +135,7 @@ def timeline(program, x, labels, existing, count_input=True, images=None, clock=
 class _Walk:
     def __init__(self, program, x, labels, count_input, images, clock, steps):
         self.clock, self.steps = clock, steps
-        self.program, self.values = program, {program.images: images, program.input: x, program.labels: labels}
-        if program.scale is not None:
-            self.values[program.scale] = labels.new_ones((), dtype=torch.float32)
+        self.program, self.values = program, program.given(x, labels, images)
         self.open = {}  # storage -> [name, part, kind, bytes, born], of what lives
         self.held, self.holders = {}, Counter()  # value -> its storage's key; key -> how many values
         self.moments, self.buffers = [], []

@@ -36,7 +36,7 @@ def test_a_cache_folder_that_cannot_be_written_is_told_before_anything_is_measur
 
 def test_mistakes_get_one_sentence(capsys):
     for arguments, message in (
-        (["--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--device", "tpu"], "--device 'tpu' cannot be used here"),
     ):
         assert main(["calibrate", *arguments]) == 2

@@ -324,7 +324,7 @@ def test_ctrl_c_acts_between_steps():
 
 
 def test_a_second_ctrl_c_acts_at_once(monkeypatch):
-    def stuck(self, inputs, labels, images):
+    def stuck(self, inputs, labels, images, scale):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")

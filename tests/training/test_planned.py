@@ -174,7 +174,8 @@ def test_the_plan_of_another_model_is_refused(tiny_model, planned, change):
 @pytest.mark.parametrize("options", [{"depth": 3}, {"rule": "bp"}, {"modules": 2}, {"precision": "bf16"}])
 def test_what_the_plan_tells_is_not_given_twice(tiny_model, planned, options):
     with pytest.raises(
-        ValueError, match="plan= tells depth, rule, form, auxiliary, modules, borders, optimizer, criterion, prec"
+        ValueError,
+        match="plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, crit",
     ):
         LocalTrainer(tiny_model, plan=planned, **options)
 

@@ -131,7 +131,7 @@ def test_activations_are_gone_before_the_next_module_starts(monkeypatch):
     trainer.step(images, labels)
     at_start, run = [], Program.run
 
-    def watched(program, inputs, labels, images):
+    def watched(program, inputs, labels, images, scale):
         at_start.append(live.now - inputs[0].untyped_storage().nbytes())
         return run(program, inputs, labels, images)
 
@@ -292,7 +292,7 @@ def test_an_error_within_a_step_says_which_modules_are_ahead(trainer, batch, mon
     before = snapshot(trainer.model)
     run = Program.run
 
-    def failing(program, inputs, labels, images):
+    def failing(program, inputs, labels, images, scale):
         if program.features is None:
             raise torch.OutOfMemoryError("out of memory")
         return run(program, inputs, labels, images)
@@ -417,7 +417,7 @@ def test_a_larger_batch_is_planned_again_once_and_a_smaller_one_is_not(trainer, 
 
 
 def test_out_of_memory_names_the_plan(trainer, batch, monkeypatch):
-    def failing(program, inputs, labels, images):
+    def failing(program, inputs, labels, images, scale):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Program, "run", failing)
