@@ -35,10 +35,8 @@ SETTINGS = {
     "squeezenet1_1": {"lr": 3e-4, "batch": 10},
     "alexnet": {"lr": 2e-4},
     "vgg11_bn": {"lr": 2e-4},
-    # Those of large images take long.
-    "vit_b_32": {"lr": 3e-4, "epochs": 1},
-    "inception_v3": {"epochs": 1},
-    "maxvit_t": {"lr": 3e-4, "epochs": 1},
+    "vit_b_32": {"lr": 3e-4},
+    "maxvit_t": {"lr": 3e-4},
 }
 # The smallest of each family, and pixels along a side.
 SIDES = {
@@ -58,10 +56,13 @@ SIDES = {
     "convnext_tiny": 64,
     "swin_t": 64,
     "swin_v2_t": 64,
-    "vit_b_32": 224,
-    "inception_v3": 299,
-    "maxvit_t": 224,
+    "vit_b_32": 64,
+    "inception_v3": 107,
+    "maxvit_t": 128,
 }
+# With which they take images that small: Inception without heads of its own, MaxViT with windows of 4 x 4 instead of 7.
+MAXVIT = {"stem_channels": 64, "block_channels": [64, 128, 256, 512], "block_layers": [2, 2, 5, 2], "head_dim": 32}
+FOR_SMALL_IMAGES = {"vit_b_32": {"image_size": 64}, "inception_v3": {"aux_logits": False, "init_weights": True}}
 
 
 def images_of(root):
@@ -77,13 +78,25 @@ def images_of(root):
     return torch.stack(pixels), torch.tensor([dataset.samples[i][1] for i in taken])
 
 
+def made(name):
+    """A new model of CLASSES, for images of SIDES."""
+    models = import_torchvision("training torchvision's models").models
+    if name == "maxvit_t":
+        sizes = {"input_size": (SIDES[name],) * 2, "partition_size": 4, "stochastic_depth_prob": 0.2}
+        return models.MaxVit(num_classes=CLASSES, **sizes, **MAXVIT)
+    options = FOR_SMALL_IMAGES.get(name)
+    if options is None:
+        return auglocal_ext.models.create(name, CLASSES)
+    return models.get_model(name, num_classes=CLASSES, **options)
+
+
 def row(name, images, labels):
     """Trains one network, and tells what came out."""
     torch.manual_seed(0)
     side, settings = SIDES[name], USUAL | SETTINGS.get(name, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = auglocal_ext.models.create(name, CLASSES)
+        model = made(name)
         images = resized(images, side)
         loader = DeviceLoader(
             images, labels, settings["batch"], *mean_and_std(images), augment=True, pad=side // 8, flip=True
