@@ -202,6 +202,7 @@ def test_gradual_unfreezing():
     assert stays == [True] * 2 + [False] * 2
     assert all(value is not None for entry in result.history for value in entry["module_losses"])
     assert result.plan.modules[0].units[0] == "stem"
+    assert result.peak_bytes == result.plan.peak_bytes  # of the steps that train everything
 
 
 def test_what_trains_later_than_its_module_does_so_with_the_default_optimizer(batch):
