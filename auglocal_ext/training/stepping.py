@@ -129,7 +129,7 @@ class Stepper:
             torch._foreach_zero_(gradients)
 
     def _forget_frozen(self, index):
-        """Lets gradients go that accumulated before their parameters were frozen: an optimizer would step these."""
+        """Lets gradients go that were accumulated before their parameters were frozen; an optimizer would step them."""
         for parameter in self._modules[index].parameters() if self.settings.accumulates else ():
             if not parameter.requires_grad:
                 parameter.grad = None

@@ -426,9 +426,10 @@ def test_bad_seeds(seed):
 
 @pytest.mark.parametrize("mistake", [{"accumulate": 0}, {"nonfinite": "go on"}, {"patience": 0}, {"schedule": 1}])
 def test_a_mistake_leaves_the_generator_as_it_was(mistake):
+    model, loader = small(), toy()
     before = torch.get_rng_state()
     with pytest.raises((ValueError, TypeError)):
-        train(small(), toy(), depth=2, progress=False, seed=5, **mistake)
+        train(model, loader, depth=2, progress=False, seed=5, **mistake)
     assert torch.equal(torch.get_rng_state(), before)
 
 
