@@ -9,6 +9,7 @@ import torch
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "begin_momentum",
     "constant",
     "cosine",
     "exponential",
@@ -208,6 +209,17 @@ def make_optimizer(factory, named):
         )
     optimizer.register_load_state_dict_post_hook(_lay_out_state)
     return optimizer
+
+
+def begin_momentum(optimizer):
+    """Before a step: gives what has a gradient its momentum, zero, where torch's fused SGD would make it. That fails
+    where only some parameters of a group have theirs, the others having been frozen until now; and where gradients of a
+    first step have overflown, it leaves memory as it was found. The step's numbers are the same."""
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum") and not group.get("dampening"):
+            for parameter in group["params"]:
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _evaluates_again(optimizer):

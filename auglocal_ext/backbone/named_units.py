@@ -16,7 +16,8 @@ def grouped_by_names(pieces, names, known, model):
     Raises:
         ValueError: nothing is called so, or no unit can begin there; says why.
     """
-    if isinstance(names, str) or not isinstance(names, Iterable) or not (names := list(names)):
+    names = names if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"units must be names of modules or units, such as {_some(known)}, given {names!r}")
     starts = [_start(name, pieces, known, model) for name in names]
     for before, after, name in zip(starts, starts[1:], names[1:], strict=False):

@@ -61,6 +61,7 @@ _WORDS = [
     (r"\bclip_norm(=?)", lambda found: "--clip-grad-norm" + " " * len(found[1])),
     (r"\baccumulate=(\d)", r"--accumulate \1"),
     (r"\bleave clip at\b", "leave --clip at"),
+    (r"^units\b|\bunits=", "--units"),
     (r", an auglocal_ext\.rules\.Auxiliary, or a function of a border that makes a net, given", ", given"),
     (r"^an auxiliary net's", "--auxiliary: an auxiliary net's"),
     (r"^readout=shared needs", "--auxiliary readout=shared needs"),

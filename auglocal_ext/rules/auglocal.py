@@ -60,6 +60,11 @@ class AugLocal(Rule):
             )
 
     def _check_depth(self, backbone, deepest):
+        if deepest < 2:
+            raise ValueError(
+                f"rule='auglocal' needs a network of more units than {len(backbone.units)}, whose layers its auxiliary "
+                f"nets sample: name more with units=, or train with rule='bp'"
+            )
         if self.depth > deepest:
             raise ValueError(
                 f"depth must be at most {deepest} for this network of {len(backbone.units)} units, given {self.depth}"

@@ -144,10 +144,12 @@ class PeakMeter:
 
     def __init__(self, trainer):
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
-        self.peak, self._steps = 0, 0
+        self.peak, self._steps, self._plan = 0, 0, None
 
     @contextlib.contextmanager
     def __call__(self, *batch):
+        if self._plan is not self.trainer.plan:  # a step of another kind, as after parts were unfrozen
+            self._steps, self._plan = 0, self.trainer.plan
         self._steps += bool(batch)
         if self.cuda:
             device = self.trainer.device

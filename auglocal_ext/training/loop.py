@@ -158,14 +158,14 @@ def train(
             twice ln(classes), the cross-entropy of guessing. A FloatingPointError with the result so far.
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
-    epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
+    stepping = asdict(Stepping(accumulate, clip_norm, clip_value, clip, ema))
     patience, max_seconds = _check_limits(patience, max_seconds)
     checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
+    epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
     if device is not None:
         model.to(usable_device(device))
-    stepping = asdict(Stepping(accumulate, clip_norm, clip_value, clip, ema))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}
@@ -229,8 +229,7 @@ def train(
 def _check_arguments(loader, epochs, schedule, seed):
     """What can be told before the first batch; sets the seed. Returns epochs as an int."""
     epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
-    if seed is not None:
-        torch.manual_seed(checks.check_seed(seed))
+    seed = None if seed is None else checks.check_seed(seed)
     if schedule is not None:
         check_schedule(schedule)
     if epochs > 1 and isinstance(loader, Iterator):
@@ -238,6 +237,8 @@ def _check_arguments(loader, epochs, schedule, seed):
             f"the loader can be gone through only once, which is not enough for {epochs} epochs: give a DataLoader "
             f"or a list, not a generator"
         )
+    if seed is not None:
+        torch.manual_seed(seed)
     return epochs
 
 

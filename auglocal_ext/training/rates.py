@@ -12,7 +12,8 @@ __all__ = ["ByFunction", "BySchedulers", "check_schedule", "rates_of"]
 
 def check_schedule(schedule):
     """TypeError unless it is a function (epoch, epochs) -> factor, or a factory of schedulers."""
-    if not callable(schedule) or (isinstance(schedule, type) and not _makes_schedulers(schedule)):
+    fits = callable(schedule) and (_makes_schedulers(schedule) or _takes_epochs(schedule))
+    if not fits or (isinstance(schedule, type) and not _makes_schedulers(schedule)):
         given = getattr(schedule, "__name__", type(schedule).__name__)
         raise TypeError(
             f"schedule must be a function (epoch, epochs) -> factor of the learning rate, given {given}: for instance "
@@ -34,6 +35,19 @@ def _makes_schedulers(schedule):
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 1
+
+
+def _takes_epochs(schedule):
+    """Whether it can be called with (epoch, epochs), as far as its signature tells."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(0, 1)
+    except TypeError:
+        return False
+    return True
 
 
 class ByFunction:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from ..optim import make_optimizer
+from ..optim import begin_momentum, make_optimizer
 from .divergence import UndoWhereNotFinite
 from .ema import ModelAverage
 
@@ -171,6 +171,7 @@ class Stepper:
         return finite
 
     def _optimize(self, index):
+        begin_momentum(self._optimizers[index])
         if self.scalers:
             self.scalers[index].step(self._optimizers[index])
             self.scalers[index].update()

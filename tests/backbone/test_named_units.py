@@ -72,6 +72,7 @@ def test_named_units_have_aux_nets_plans_and_trainers_of_plans(model):
     [
         ("layer1", "units must be names of modules or units, such as 'stem', 'layer1.0', .*, given 'layer1'"),
         ([], "units must be names of modules or units"),
+        ([["layer1"]], "units must be names of modules or units"),
         (["conv1", "layer9"], "no module or unit of CifarResNet is called 'layer9'"),
         (["conv1", "layer1.0.conv2"], "'layer1.0.conv2' begins where more than one tensor goes on"),
         (["layer2", "layer1"], "named once each, in the order in which they run: 'layer1' comes too late"),
@@ -83,3 +84,9 @@ def test_named_units_have_aux_nets_plans_and_trainers_of_plans(model):
 def test_names_that_cannot_be_units(model, units, message):
     with pytest.raises(ValueError, match=message):
         as_backbone(model, units)
+
+
+def test_too_few_units_for_auxiliary_nets(model):
+    with pytest.raises(ValueError, match="needs a network of more units than 1, .*: name more with units=, or train"):
+        LocalTrainer(model, 2, units=["stem"])
+    assert len(LocalTrainer(model, rule="bp", units=["stem"]).local_modules) == 1

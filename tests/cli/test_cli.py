@@ -292,7 +292,10 @@ MISTAKES = [
     (["train", "--rule", "dgl", "--budget", "6GB"], "--budget chooses the cut of rules .*: with 'dgl' give --modules"),
     (["train", "--rule", "magic"], "argument --rule: invalid choice: 'magic'"),
     (["train", "--recompute=maybe"], "recompute must be True, False, 'auto' under a memory budget, or names of units"),
-    (["train", "--units=layer7"], "units: no module or unit of CifarResNet is called 'layer7': expected paths of its"),
+    (
+        ["train", "--units=layer7"],
+        "--units: no module or unit of CifarResNet is called 'layer7': expected paths of",
+    ),
     (["train", "--budget", "-5GB"], "--budget must be a size such as '6GB', '500 MB' or '4GiB', given '-5GB'"),
     (["train", "--budget", "0"], "--budget must be a size .* given '0'"),
     (["train", "--budget", f"1{'0' * 400}GB"], "--budget must be a size"),

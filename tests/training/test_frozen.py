@@ -202,6 +202,27 @@ def test_gradual_unfreezing():
     assert stays == [True] * 2 + [False] * 2
     assert all(value is not None for entry in result.history for value in entry["module_losses"])
     assert result.plan.modules[0].units[0] == "stem"
+    assert result.peak_bytes == result.plan.peak_bytes  # of the steps that train everything
+
+
+def test_what_trains_later_than_its_module_does_so_with_the_default_optimizer(batch):
+    """Which is fused; against the same one of torch's that is not."""
+
+    def plain(parameters):
+        return torch.optim.SGD(parameters, 0.1, 0.9, weight_decay=1e-4, nesterov=True, fused=False)
+
+    trained = []
+    for optimizer in (None, plain):
+        torch.manual_seed(0)
+        model = models.CifarResNet(1)
+        model.conv1.requires_grad_(False)
+        trainer = LocalTrainer(model, rule="bp", optimizer=optimizer)
+        for step in range(4):
+            model.conv1.requires_grad_(step >= 2)
+            trainer.step(*batch)
+        trained.append(model.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_module_frozen_between_epochs_has_no_entry():

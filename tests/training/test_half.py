@@ -86,6 +86,21 @@ def test_a_module_that_overflows_is_left_out_and_its_scale_halved(nonfinite):
     assert not torch.equal(before["0.conv1.weight"], trainer.model.conv1.weight)
 
 
+def test_an_overflow_in_the_first_step_leaves_no_momentum():
+    """With the default optimizer, which is fused."""
+    torch.manual_seed(0)
+    trainer = LocalTrainer(models.CifarResNet(1, num_classes=4), 2, modules=2, precision="fp16")
+    scale_to(trainer, 0, 2.0**40)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills memory that nobody has written with NaN
+    try:
+        trainer.step(IMAGES, LABELS)
+        scale_to(trainer, 0, 2.0**10)
+        assert trainer.step(IMAGES, LABELS).module_losses.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
 def test_modules_clipped_together_do_not_spoil_one_another():
     trainer = trainer_of(accumulate=2, clip_norm=0.1, clip="global")
     scale_to(trainer, 0, 2.0**40)

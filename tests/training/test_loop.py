@@ -185,9 +185,9 @@ def test_bad_validation_loaders():
         evaluate(small(), [(torch.zeros(2, 3, 8, 8), labels + 2)])
 
 
-@pytest.mark.parametrize("schedule", [torch.optim.lr_scheduler.StepLR, 0.1])
+@pytest.mark.parametrize("schedule", [torch.optim.lr_scheduler.StepLR, 0.1, lambda: 1.0, lambda a, b, c: 1.0])
 def test_what_is_no_schedule(schedule):
-    message = r"schedule must be a function \(epoch, epochs\) -> factor of the learning rate, given (StepLR|float)"
+    message = r"schedule must be a function \(epoch, epochs\) -> .* rate, given (StepLR|float|<lambda>)"
     refused_before_any_change(TypeError, message, toy(), schedule=schedule)
 
 
@@ -422,6 +422,15 @@ def test_epochs_that_are_no_whole_number(epochs):
 @pytest.mark.parametrize("seed", [1.5, True, 2**64, -(2**63) - 1, "0"])
 def test_bad_seeds(seed):
     refused_before_any_change(ValueError, r"seed must be a whole number from -2\*\*63 to", toy(), seed=seed)
+
+
+@pytest.mark.parametrize("mistake", [{"accumulate": 0}, {"nonfinite": "go on"}, {"patience": 0}, {"schedule": 1}])
+def test_a_mistake_leaves_the_generator_as_it_was(mistake):
+    model, loader = small(), toy()
+    before = torch.get_rng_state()
+    with pytest.raises((ValueError, TypeError)):
+        train(model, loader, depth=2, progress=False, seed=5, **mistake)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("device", ["meta", "mps", "xla"])
