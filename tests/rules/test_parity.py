@@ -69,12 +69,15 @@ def _load(trainer, fixture):
 
 
 class _Autograd:
-    """A local module's step in plain torch."""
+    """A local module's step in plain torch, in a Program's place."""
+
+    loss = "loss"  # a Program's name for it: it has one
 
     def __init__(self, module):
         self.module = module
 
-    def run(self, inputs, labels, images):
+    def run(self, inputs, labels, images, scale=None):
+        assert scale is None  # a loss is scaled in half precision only
         features, logits = self.module(inputs.pop())
         extra_weight, weight = self.module.head.weights
         loss = weight * F.cross_entropy(logits, labels)
