@@ -7,7 +7,6 @@ the next module. No loss is ever summed over modules.
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,11 +17,7 @@ from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import tensors_of
 from ..engine.criterion import as_criterion
-from ..engine.tensors import layout_of
 from ..optim import sgd
-from ..planning.comparison import compared
-from ..planning.module_nodes import programs
-from ..planning.planner import Planner, train_mode
 from ..planning.result import Plan
 from ..planning.stepping import Stepping
 from ..rules.auxiliary import Auxiliary
@@ -32,6 +27,7 @@ from ..rules.rule import Rule
 from .batch import checked, raise_refused, right_answers
 from .errors import check_optimizers, check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
+from .planned import current_programs, plan_batch
 from .state import load_state, state_of
 from .step_result import StepResult
 from .stepping import Stepper, optimizers_of, set_learning_rate_factor
@@ -197,12 +193,12 @@ class LocalTrainer:
         self._watch.check()
         check_optimizers(self.optimizers, self._made_optimizers)
         images, labels, refused = checked(self, images, labels)
-        modes = self._plan_for(images, labels)
+        modes = plan_batch(self, images, labels)
         if images.is_inference():  # which autograd cannot use
             images, labels = images.clone(), labels.clone()
         for module in self.local_modules:
             module.head.follow(self._backbone.classifier)
-        inputs, modules = [images], self._current_programs(modes)
+        inputs, modules = [images], current_programs(self, modes)
         # Made once, so that what a step holds does not depend on how many modules are done.
         losses = torch.full((len(modules),), torch.nan, dtype=self.dtype, device=self.device)
         for index, module in enumerate(modules):
@@ -263,82 +259,13 @@ class LocalTrainer:
         labels: see `step`; None: class numbers.
         compare: also find out what the step costs otherwise, `plan.comparison`.
         """
-        self._plan_for(images, labels, compare)
-        if compare and self.plan is not None and self.plan.comparison is None:  # it was planned before
-            self.plan = compared(self._planner(self.plan.origin.soft_labels), self.plan, images)
-
-    def _planner(self, soft_labels):
-        options = {"criterion": self.criterion, "backbone": self._backbone, "soft_labels": soft_labels}
-        return Planner(self.model, self.precision, self._optimizer, self.recompute, **options, stepping=self.stepping)
-
-    def _plan_for(self, images, labels, compare=False):
-        """`plan_for`; returns the modes that the plan is for, see `Watch.modes`."""
-        self.check_images(images)
-        if not self.model.training and train_mode(self.model):
-            self._warn("the model was in eval mode as a whole: a step puts it into training mode, and leaves it there")
-        shape, modes, soft = tuple(images.shape), self._watch.modes(), labels is not None and checks.is_soft(labels)
-        if self.plan is not None and (modes, *_kind(images)) == self._planned_for:
-            planned, planned_soft = self.plan.input_shape, self.plan.origin.soft_labels
-            if shape[1:] == planned[1:] and shape[0] <= planned[0] and soft <= planned_soft:
-                if self._programs is None:  # the plan was given
-                    self._rule.check_images(images)
-                self._current_programs(modes)
-                return modes
-            given, planned = (f"{s}{' with soft labels' * t}" for s, t in ((shape, soft), (planned, planned_soft)))
-            warnings.warn(
-                f"a batch of shape {given} does not fit the plan for {planned}: planning again, which takes a moment; "
-                f"give batches of one shape, the largest first",
-                stacklevel=4,
-            )
-            soft = soft or planned_soft
-        self._rule.check_images(images)
-        heads = [module.head for module in self.local_modules]
-        self._check_size(heads, shape[2:])
-        planner = self._planner(soft)
-        planned = planner.plan(self._spans, shape, self._rule, heads, images, self.optimizers)
-        if compare or (self.plan is not None and self.plan.comparison is not None):
-            planned = compared(planner, planned, images)
-        if self.plan is not None:  # what is known of the cut
-            planned = replace(planned, choice=self.plan.choice)
-        self.plan, self._planned_for = planned, (modes, *_kind(images))
-        self._programs = None
-        self._current_programs(modes)  # here, not in the step: tracing leaves meta tensors behind for a while
-        return modes
+        plan_batch(self, images, labels, compare)
 
     def _make_heads(self, size):
         return local_heads(self._backbone, self._rule, self._spans, (self._backbone.image_channels, *size))
 
-    def _check_size(self, heads, size):
-        if size == self._image_size:
-            return
-        with torch.device("meta"):
-            fitting = self._make_heads(size)
-        if str(fitting[:-1]) != str(heads[:-1]):
-            raise ValueError(
-                f"the nets of rule {self._rule.name!r} were made for images of {self._image_size[0]}x"
-                f"{self._image_size[1]} pixels, given {size[0]}x{size[1]}: pass LocalTrainer image_size={tuple(size)}"
-            )
-
     def _current_programs(self, modes=None):
-        """Each module's program, made anew after planning and where modes have changed. modes: where they are known."""
-        modes = self._watch.modes() if modes is None else modes
-        if self._programs is None or modes != self._programmed_modes:
-            heads = [module.head for module in self.local_modules]
-            autocast = checks.AUTOCAST[self.precision]
-            planned = self.plan is not None and modes == self._planned_for[0]
-            kept_gaps = [module.kept_gaps for module in self.plan.modules] if planned else None
-            options = {"autocast": autocast, "recompute": self.recompute, "criterion": self.criterion}
-            options["accumulate"] = self.stepping.accumulates
-            self._programs = programs(self._backbone, self._spans, heads, kept_gaps, **options)
-            self._programmed_modes = modes
-            called = [island.call for program in self._programs for island in program.islands]
-            self._hooks_run = {part for call in called if isinstance(call, nn.Module) for part in call.modules()}
-        if "hooks" not in self._said and (path := self._watch.hooked(self._hooks_run)):
-            self._warn(
-                f"a hook on {path} does not run in a training step, nor does any other on a module that the step "
-                f"computes by its own program; hooks on parameters run, and in evaluation all do", "hooks"
-            )  # fmt: skip
-        return self._programs
+        return current_programs(self, modes)
 
     def _warn(self, text, once=None):
         """Once in the trainer's life."""
@@ -394,7 +321,3 @@ class LocalTrainer:
         """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
         channels, half = self.image_channels, self.precision != "fp32"
         checks.check_images(images, self.dtype, channels=channels, half=half, name=name)
-
-
-def _kind(images):
-    return layout_of(images), images.dtype
