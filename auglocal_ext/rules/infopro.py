@@ -2,6 +2,8 @@
 to the last.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,7 +36,9 @@ class InfoPro(Rule):
         first=None,
         last=None,
     ):
-        self.mean, self.std, self.first, self.last = tuple(mean), tuple(std), first, last
+        # A bare number is one channel's; `check` tells where the model has more.
+        self.mean, self.std = (tuple(v) if isinstance(v, Iterable) else (v,) for v in (mean, std))
+        self.first, self.last = first, last
 
     def check(self, backbone):
         if len(self.mean) != backbone.image_channels or len(self.std) != backbone.image_channels:

@@ -106,6 +106,7 @@ def test_borders_make_the_largest_part_smallest():
         ({"rule": int}, "rule must be one of .*, given <class 'int'>"),
         ({"rule": "dgl", "form": "cifar"}, "form is a choice of rule 'auglocal': leave it out with 'dgl'"),
         ({"rule": InfoPro((0, 0), (1, 1))}, "needs a mean and a std for each of the 3 channels .* given 2 and 2"),
+        ({"rule": InfoPro(0.5, 0.5)}, "needs a mean and a std for each of the 3 channels .* given 1 and 1"),
         ({"rule": InfoPro((0, 0, 0), (1, 0, 1))}, r"std must be finite and above 0.*, given \[1.0, 0.0, 1.0\]"),
         ({"rule": InfoPro((0, math.nan, 0), (1, 1, 1))}, "mean must be finite"),
         ({"form": "mnist"}, "form must be one of cifar, imagenet or None, given 'mnist'"),
