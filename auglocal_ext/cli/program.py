@@ -36,7 +36,7 @@ def main(arguments=None):
 
 def parser_of_all():
     """The parser of all commands."""
-    parser = Parser("auglocal", description="Trains CNN backbones by supervised local learning (AugLocal).")
+    parser = Parser("auglocal", description="Trains image classifiers by supervised local learning (AugLocal).")
     parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
     names = "train|resume|evaluate|analyze|plan|calibrate|models|export"
     commands = parser.add_subparsers(required=True, metavar=names)
@@ -148,7 +148,8 @@ def _add_export(commands):
 
 
 def _add_plan(commands):
-    planning = commands.add_parser("plan", help="show how a model is cut", description="Shows how a model is cut.")
+    text = "how a model is cut, and what a step needs in memory and arithmetic"
+    planning = commands.add_parser("plan", help=f"show {text}", description=f"Shows {text}.")
     planning.set_defaults(run=(".plan", "plan_command"))
     add = planning.add_argument
     add("--image-size", type=whole(1, 10_000), default=32, help="pixels along a side (default: %(default)s)")

@@ -129,10 +129,11 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     add(
         "--auxiliary",
         metavar="NETS",
-        help="what aux nets are like: paper, light (a tenth of the arithmetic), a description such as 'pooled "
-        "width=0.5 separable', or auto: paper or light as --budget allows (default: {default})",
+        help="what aux nets are like: paper, light (each at most a tenth of backpropagation's arithmetic), a "
+        "description such as 'pooled width=0.5 separable', or auto: paper or light as --budget allows "
+        "(default: {default})",
     )
-    add("--modules", type=whole(1), metavar="K", help="cut into K local modules instead")
+    add("--modules", type=whole(1), metavar="K", help="cut into K local modules (default: as the rule says)")
     add(
         "--units",
         nargs="+",

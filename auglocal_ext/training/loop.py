@@ -77,15 +77,15 @@ def train(
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
             the CPU are moved to the model's device. Labels are class numbers, (N,), int64, or soft, (N, classes), as
             torchvision's MixUp and CutMix make them: then the training accuracy is that of the largest share.
-        depth: the paper's d, layers of an auxiliary net with its classifier; more is more accurate and slower.
+        depth: the paper's d, layers of an auxiliary net with its classifier; in the paper more is more accurate.
         val_loader: like loader; the accuracy on it is measured after each epoch.
         epochs: how often to go through loader.
         rule: "auglocal", "dgl", "predsim" or "infopro", "bp" for plain backpropagation by the same loop, "checkpoint"
             for gradient checkpointing, or a rule of your own; see `auglocal_ext.Rule`.
         form: "cifar" or "imagenet", the two forms of rule "auglocal"; None: the one its authors used for
             such a network. See `auglocal_ext.rules.AugLocal`.
-        auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", which cost a tenth; see
-            `auglocal_ext.rules.Auxiliary`.
+        auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", of at most a tenth of
+            backpropagation's arithmetic each; see `auglocal_ext.rules.Auxiliary`.
         modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
             per unit or nearly so; of another network the fewest that need less memory than backpropagation.
         units: names, to say what the units are; see `as_backbone`.
