@@ -1,6 +1,6 @@
-"""The drawing of local modules that the README and the documentation show.
+"""The pictures that README and documentation show: a network in local modules, a plan and a search of ResNet-34.
 
-python docs/pictures.py       writes docs/pictures/local_modules.png
+python docs/pictures.py       writes docs/pictures/local_modules.png, plan_resnet34.png and front_resnet34.png
 """
 
 from pathlib import Path
@@ -79,6 +79,19 @@ def local_modules(path):
     plt.close(figure)
 
 
+def resnet34(path_of_plan, path_of_front):
+    """A ResNet-34 in two local modules over a step, and the search under a budget; counted without data."""
+    import torchvision
+
+    import auglocal_ext
+
+    model, shape = torchvision.models.resnet34(), (256, 3, 224, 224)
+    auglocal_ext.plan(model, shape, depth=5, modules=2).save_picture(path_of_plan)
+    light = {"auxiliary": "light", "recompute": "auto"}
+    auglocal_ext.plan(model, shape, memory_budget="2.05GB", **light).save_front(path_of_front)
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     local_modules(FOLDER / "local_modules.png")
+    resnet34(FOLDER / "plan_resnet34.png", FOLDER / "front_resnet34.png")
