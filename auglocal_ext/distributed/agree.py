@@ -1,0 +1,62 @@
+"""What has to be equal on all ranks is compared before anything is sent that depends on it."""
+
+import hashlib
+import time
+
+from .faults import RankFailed, check_ranks, store
+from .group import session, timeout, world
+
+__all__ = ["check_alike", "exchange"]
+
+LONGEST = 60  # characters of a value that a message shows
+
+
+def exchange(text: str, what: str) -> list[str]:
+    """Every rank's text, in the order of the ranks. They go through the store: no group is needed, and of a rank that
+    stops before it comes here one hears at once.
+
+    what: what is waited for, as an error calls it.
+
+    Raises:
+        RankFailed: another rank stopped, or did not come within the process group's time.
+    """
+    ours, shared, place = session(), store(), world()
+    ours.exchanged += 1
+    keys = [f"round {ours.round}/exchange {ours.exchanged}/rank {rank}" for rank in range(place.size)]
+    shared.set(keys[place.rank], text)
+    waited, deadline = 0.001, time.monotonic() + timeout().total_seconds()
+    while not shared.check(keys):
+        check_ranks()
+        if time.monotonic() > deadline:
+            missing = [str(rank) for rank, key in enumerate(keys) if not shared.check([key])]
+            raise RankFailed(
+                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} did not answer for "
+                f"{timeout().total_seconds():.0f} s in {what}"
+            )
+        time.sleep(waited)
+        waited = min(2 * waited, 0.1)
+    return [shared.get(key).decode() for key in keys]
+
+
+def check_alike(what: dict[str, object], remedy: str = "start every rank with the same arguments") -> None:
+    """ValueError, on every rank, unless all of them give values that print alike; names the first item that differs and
+    the first rank that has another one than rank 0.
+
+    what: name -> value, the names as a message calls them; every rank has the same ones.
+    """
+    if world().alone:
+        return
+    ours = [(name, *_told(value)) for name, value in what.items()]
+    texts = exchange("\n".join("\t".join(item) for item in ours), "the comparison of settings")
+    first, *others = [[tuple(line.split("\t")) for line in text.split("\n")] for text in texts]
+    for rank, theirs in enumerate(others, 1):
+        for (name, mine, digest), (_, shown, other) in zip(first, theirs, strict=False):
+            if digest != other:
+                raise ValueError(f"rank {rank} has {name} {shown}, rank 0 has {mine}: {remedy}")
+
+
+def _told(value):
+    """How a value is shown, in one short line, and what tells it from others."""
+    text = " ".join(repr(value).split())
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shown, hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
