@@ -141,7 +141,7 @@ def nothing_compared(monkeypatch):
         choice = planned.choice and replace(planned.choice, comparison=comparison)
         return replace(planned, comparison=comparison, choice=choice)
 
-    for module in ("planning.plan", "training.trainer"):
+    for module in ("planning.plan", "training.planned"):
         monkeypatch.setattr(importlib.import_module(f"auglocal_ext.{module}"), "compared", compared)
 
 

@@ -1,6 +1,7 @@
 """What has to be equal on all ranks is compared before anything is sent that depends on it."""
 
 import hashlib
+import json
 import time
 
 from .faults import RankFailed, check_ranks, store
@@ -42,16 +43,16 @@ def check_alike(what: dict[str, object], remedy: str = "start every rank with th
     """ValueError, on every rank, unless all of them give values that print alike; names the first item that differs and
     the first rank that has another one than rank 0.
 
-    what: name -> value, the names as a message calls them; every rank has the same ones.
+    what: name -> value, the names as a message calls them.
     """
     if world().alone:
         return
-    ours = [(name, *_told(value)) for name, value in what.items()]
-    texts = exchange("\n".join("\t".join(item) for item in ours), "the comparison of settings")
-    first, *others = [[tuple(line.split("\t")) for line in text.split("\n")] for text in texts]
+    ours = json.dumps({name: _told(value) for name, value in what.items()})
+    first, *others = map(json.loads, exchange(ours, "the comparison of settings"))
     for rank, theirs in enumerate(others, 1):
-        for (name, mine, digest), (_, shown, other) in zip(first, theirs, strict=False):
-            if digest != other:
+        for name in (*first, *theirs):
+            (mine, _), (shown, _) = pair = [told.get(name, ["none", ""]) for told in (first, theirs)]
+            if pair[0] != pair[1]:
                 raise ValueError(f"rank {rank} has {name} {shown}, rank 0 has {mine}: {remedy}")
 
 

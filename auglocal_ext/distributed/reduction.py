@@ -46,8 +46,8 @@ class Reduction:
         self._pending.append((key, flat, work))
 
     def wait(self) -> Iterator[int]:
-        """Gives the keys of what was started, in that order, each when its gradients are averaged. On a GPU it is the
-        GPU that waits."""
+        """Gives the keys of what was started, in that order, each when its gradients are averaged; one is pending until
+        the next is asked for. On a GPU it is the GPU that waits."""
         while self._pending:
             key, flat, work = self._pending[0]
             if work is not None:
@@ -55,8 +55,8 @@ class Reduction:
                     work.wait()
                 flat.div_(world().size)
             del flat, work  # no name here keeps them longer than their parameters do
-            self._pending.pop(0)
             yield key
+            self._pending.pop(0)
 
     def drop(self) -> None:
         """Forgets what was started."""
