@@ -27,23 +27,22 @@ def store():
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
     """Within, an exception is told to the other ranks, whatever it is, before it goes on its way; the package's own
-    groups are closed then, which ends the wait of others in them. Nested ones do nothing. Also a decorator."""
+    groups are closed then, which ends the wait of others in them. Of nested ones the inner one does it. Also a
+    decorator."""
     if world().alone:
         yield
         return
-    ours = session()
-    ours.depth += 1
     try:
         yield
     except BaseException as error:
-        if ours.depth == 1:
+        if not getattr(error, "told_ranks", False):
+            error.told_ranks = True  # type: ignore[attr-defined]
             if not isinstance(error, RankFailed):
                 _tell(error)
+            ours = session()
             ours.round, ours.exchanged = ours.round + 1, 0
             close()
         raise
-    finally:
-        ours.depth -= 1
 
 
 def _tell(error):

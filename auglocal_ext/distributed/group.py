@@ -38,14 +38,12 @@ class Session:
         default: torch's default process group.
         round: how many times the ranks' work has ended by a failure.
         exchanged: how many times they have exchanged texts in this round, see `agree.exchange`.
-        depth: how many contexts of `faults.telling` are open.
         groups: name -> a group of this package's own.
     """
 
     default: object
     round: int = 0
     exchanged: int = 0
-    depth: int = 0
     groups: dict = field(default_factory=dict)
 
 

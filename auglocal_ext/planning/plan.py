@@ -89,10 +89,21 @@ def plan(
                 return compared(planner, fewest(planner, shape, rules[0]))
             return compared(planner, planner.plan(cut(backbone, rules[0], modules), shape, rules[0]))
         check_device(planner.device, budget)
-        spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)
-        planner = planner.with_recompute(recompute)
-        planned = planner.plan(spans, shape, choice.rule, heads)
-        return compared(planner, replace(planned, choice=choice.planned(planned)))
+        return _chosen(planner, shape, budget, rules, modules, recompute, prefer)
+
+
+def _chosen(planner, shape, budget, rules, modules, recompute, prefer):
+    """The Plan of the cut that is chosen, see `budget.choose`. The search does not know of gradients that wait for
+    other ranks: where with them a cut does not fit, it looks for one that leaves them room."""
+    left = budget
+    while True:
+        spans, heads, again, choice = choose(planner, shape, left, rules, modules, recompute, prefer)
+        chosen = planner.with_recompute(again)
+        planned = chosen.plan(spans, shape, choice.rule, heads)
+        if planned.peak_bytes <= budget:
+            choice = replace(choice, budget=budget).planned(planned)
+            return compared(chosen, replace(planned, choice=choice))
+        left -= planned.peak_bytes - budget
 
 
 def check_shape(backbone, input_shape):
