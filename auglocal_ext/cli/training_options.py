@@ -276,11 +276,15 @@ def told(options):
     """The settings in a few lines: the main ones, and what else is not as without options."""
     cut = f", depth {options.depth}" if options.rule == "auglocal" else ""
     cut += f", {options.modules} local modules" if options.modules else ""
+    from ..distributed.group import world
+
+    ranks, images = world().size, world().size * options.batch_size * options.accumulate
+    together = "" if world().alone else f" by each of {ranks} ranks, {images} images in a step of the optimizer"
     lines = [
         f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",
-        f"{options.epochs} epochs in batches of {options.batch_size}, {options.optimizer} with lr {options.lr:g}, "
-        f"schedule {options.schedule}",
+        f"{options.epochs} epochs in batches of {options.batch_size}{together}, {options.optimizer} with lr "
+        f"{options.lr:g}, schedule {options.schedule}",
     ]
     main = {"model", "data", "rule", "depth", "modules", "precision", "device", "seed", "epochs", "batch_size"}
     main |= {"optimizer", "lr", "schedule", "quiet", "name", "runs"}
