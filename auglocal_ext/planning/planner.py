@@ -172,9 +172,9 @@ class Planner:
         stepping_bytes += self.stepping.average_bytes(self.model)
         constant += stepping_bytes
         scratch = self._step_scratch(parts)
-        around = self.stepping.bytes_around([part.with_gradients for part in parts], scratch)
+        around = self._around(parts, scratch)
         with self.progress(f"planning batches of {shape[0]}"):
-            walks = self._filled(parts, images, labels, [during for during, _ in around])
+            walks = self._filled(parts, images, labels)
         modules = tuple(
             self._module_plan(index, part, walk, constant, around[index], scratch[index], words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
@@ -211,9 +211,14 @@ class Planner:
         scratch = [self.stepping.clip_scratch(parameters) for parameters in clipped]
         return [max(part.optimizer_scratch, clip) for part, clip in zip(parts, scratch, strict=True)]
 
-    def _filled(self, parts, images, labels, during):
+    def _around(self, parts, scratch):
+        """See `Stepping.bytes_around`."""
+        return self.stepping.bytes_around([part.with_gradients for part in parts], scratch)
+
+    def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
-        its activations'. during: of each module, bytes that are there while it runs."""
+        its activations'."""
+        during = [waiting for waiting, _ in self._around(parts, [0] * len(parts))]
         first = self._walks(parts, images, labels, [frozenset()] * len(parts))
         tops = [max(walk.line.peak + more for walk, more in zip(first, during, strict=True)) - more for more in during]
         activations = max(walk.line.activations for walk in first)
