@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 
-from .faults import RankFailed, check_ranks, store
+from .faults import RankFailed, answering, check_ranks, store
 from .group import session, timeout, world
 
 __all__ = ["check_alike", "exchange"]
@@ -24,7 +24,14 @@ def exchange(text: str, what: str) -> list[str]:
     ours, shared, place = session(), store(), world()
     ours.exchanged += 1
     keys = [f"round {ours.round}/exchange {ours.exchanged}/rank {rank}" for rank in range(place.size)]
-    shared.set(keys[place.rank], text)
+    with answering(what):
+        shared.set(keys[place.rank], text)
+        _wait_for(shared, keys, what)
+        return [shared.get(key).decode() for key in keys]
+
+
+def _wait_for(shared, keys, what):
+    """Until every rank's key is in the store."""
     waited, deadline = 0.001, time.monotonic() + timeout().total_seconds()
     while not shared.check(keys):
         check_ranks()
@@ -36,7 +43,6 @@ def exchange(text: str, what: str) -> list[str]:
             )
         time.sleep(waited)
         waited = min(2 * waited, 0.1)
-    return [shared.get(key).decode() for key in keys]
 
 
 def check_alike(what: dict[str, object], remedy: str = "start every rank with the same arguments") -> None:

@@ -204,7 +204,7 @@ def train(
                 trainer = _cut_otherwise(trainer, images, depth, **cutting, **options)
             if progress:
                 tqdm.write(first_lines(trainer))
-            elif trainer.plan.comparison.warning:
+            elif trainer.plan.comparison.warning and world().first:
                 warnings.warn(trainer.plan.comparison.warning, stacklevel=3)
         del first, images, labels  # which would live through the whole training
         draw_apart(seed)

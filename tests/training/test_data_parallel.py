@@ -178,6 +178,75 @@ def test_what_is_frozen_is_not_reduced(both):
     assert [found["frozen"] for found in both] == [2, 2]  # of two modules one, in two steps
 
 
+class Recorded:
+    """Stands for a Reduction in one process: notes what is asked of it."""
+
+    def __init__(self, log):
+        self.log, self.pending = log, []
+
+    def start(self, key, parameters):
+        assert all(p.grad is not None for p in parameters)
+        self.log.append(f"start {key}")
+        self.pending.append(key)
+
+    def wait(self):
+        while self.pending:
+            self.log.append(f"wait {self.pending[0]}")
+            yield self.pending[0]
+            self.pending.pop(0)
+
+    def drop(self):
+        self.pending.clear()
+
+
+def recorded(**options):
+    trainer, log = trainer_of(model(), **RULES["auglocal"], **options), []
+    trainer.stepper.reduction = Recorded(log)
+    for index, (module, optimizer) in enumerate(zip(trainer.local_modules, trainer.optimizers, strict=True)):
+        next(module.parameters()).register_hook(lambda _, index=index: log.append(f"backward {index}"))
+        optimizer.register_step_post_hook(lambda *_, index=index: log.append(f"step {index}"))
+    return trainer, log
+
+
+def test_a_reduction_is_under_way_while_the_next_module_computes():
+    trainer, log = recorded()
+    trainer.step(*batches(1, 0)[0])
+    assert log == [
+        *("backward 0", "start 0"),
+        *("backward 1", "wait 0", "step 0", "start 1"),
+        *("backward 2", "wait 1", "step 1", "start 2", "wait 2", "step 2"),
+    ]
+    trainer, log = recorded(accumulate=2, clip_norm=1.0, clip="global")
+    for batch in batches(2, 0):
+        trainer.step(*batch)
+    computed = ["backward 0", "start 0", "backward 1", "start 1", "backward 2", "start 2"]
+    assert log[3:] == [*computed, *(f"wait {index}" for index in range(3)), *(f"step {index}" for index in range(3))]
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (0, "No finished module was changed"),
+        (1, "No finished module was changed"),
+        (2, "Module 0 has taken this step already and is one step ahead of the rest"),
+    ],
+)
+def test_a_step_that_stops_says_which_modules_were_stepped(at, said):
+    """The one before, whose gradients were under way, was not."""
+    trainer, _ = recorded()
+    before = weights(trainer)
+
+    def fails(_):
+        raise ArithmeticError("a hook has a bug")
+
+    next(trainer.local_modules[at].parameters()).register_hook(fails)
+    with pytest.raises(ArithmeticError, match=f"stopped in local module {at} of 3. {said}"):
+        trainer.step(*batches(1, 0)[0])
+    assert trainer.stepper.reduction.pending == []
+    changed = {n for n, value in weights(trainer).items() if not torch.equal(value, before[n])}
+    assert changed == {n for n in before if at == 2 and n.startswith(("model.conv1", "model.bn1", "aux_nets.0."))}
+
+
 # ---- float16 ---------------------------------------------------------------------------------------------------------
 
 
