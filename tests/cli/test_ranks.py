@@ -3,27 +3,18 @@
 import contextlib
 import json
 import os
-import socket
 import time
 
 import pytest
 import torch
 from processes import begun
+from ranks import free_ports
 
 from auglocal_ext import models
 from auglocal_ext.cli.program import main
 from auglocal_ext.cli.ranks import device_of_rank
 
 SMALL = ["--data", "fake:60", "--batch-size", "8", "--depth", "2", "--modules", "2"]
-
-
-def ports(count):
-    """Free ones."""
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    found = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return found
 
 
 def launched(folder, rank, commands):
@@ -50,7 +41,7 @@ def both(tmp_path_factory):
         ["train", *SMALL, "--runs", str(folder / "runs"), "--name", "a"],
         ["train", *SMALL, "--runs", str(folder / "runs"), "--nonfinite", "skip"],
     ]
-    commands = list(zip(ports(len(commands)), commands, strict=True))
+    commands = list(zip(free_ports(len(commands)), commands, strict=True))
     processes = [begun(launched, folder, rank, commands) for rank in range(2)]
     for process in processes:
         process.join(120)

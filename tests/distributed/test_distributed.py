@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from ranks import Raised, together
+from ranks import Raised, free_ports, together
 from torch import nn
 
 from auglocal_ext.distributed import group
@@ -161,6 +161,24 @@ def test_the_others_hear_of_a_rank_that_fails(tmp_path, how, expected, within):
     assert first[0] == expected and first[1] < within
     if how.startswith("raises"):
         assert isinstance(second, Raised) and second.kind == "ValueError" and second.message.endswith("second line")
+
+
+@telling()
+def without_rank_0(compared):
+    check_alike({"depth": 2})
+    if group.world().first:
+        time.sleep(0.5)  # until the other one has read the store
+        os.kill(os.getpid(), 9)
+    try:
+        check_alike({"depth": 2}) if compared else summed(torch.ones(1), "a sum")
+    except RankFailed as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_the_others_hear_of_a_rank_that_is_gone_with_the_store(tmp_path, compared):
+    first, second = together(without_rank_0, tmp_path / "ranks", compared, port=free_ports()[0])
+    assert first is None and "ended in " in second and "did not say why" in second
 
 
 def rounds():
