@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backbone.families import as_backbone
 from ..common.checks import whole_number
-from ..common.memory import parse_bytes
+from ..common.memory import format_bytes, parse_bytes
 from ..rules.auxiliary import Auxiliary
 from ..rules.cutting import as_recompute, cut, has_own_cut
 from ..rules.rule import Rule
@@ -97,7 +97,15 @@ def _chosen(planner, shape, budget, rules, modules, recompute, prefer):
     other ranks: where with them a cut does not fit, it looks for one that leaves them room."""
     left = budget
     while True:
-        spans, heads, again, choice = choose(planner, shape, left, rules, modules, recompute, prefer)
+        try:
+            spans, heads, again, choice = choose(planner, shape, left, rules, modules, recompute, prefer)
+        except ValueError as error:
+            if left == budget:
+                raise
+            raise ValueError(
+                f"of memory_budget {format_bytes(budget)} gradients that wait for {planner.stepping.ranks} ranks would "
+                f"take {format_bytes(budget - left)}, and what is left is not enough: {error}"
+            ) from None
         chosen = planner.with_recompute(again)
         planned = chosen.plan(spans, shape, choice.rule, heads)
         if planned.peak_bytes <= budget:

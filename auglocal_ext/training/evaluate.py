@@ -13,7 +13,8 @@ from ..common import checks
 from ..common.messages import first_line
 from ..distributed.collectives import summed
 from .divergence import NotFinite
-from .loaders import length_of, move, no_bar, until
+from .loaders import StoppedBetweenSteps, length_of, move, no_bar, until
+from .ranks import any_rank
 
 __all__ = ["Evaluation", "Validation", "evaluate", "evaluated", "evaluation", "modes_of", "restore"]
 
@@ -197,8 +198,8 @@ class Validation:
 
 def evaluated(validation, loader, progress, stop, of_all_ranks=False):
     """The Evaluation of a Validation's model on the loader; stop: an Event that ends it by a KeyboardInterrupt.
-    of_all_ranks: on the loaders of all ranks together."""
-    modes = modes_of(validation.model)
+    of_all_ranks: on the loaders of all ranks together, which are all ended where one is."""
+    stopped, modes = False, modes_of(validation.model)
     validation.model.eval()
     bar = tqdm(
         desc="test", total=length_of(loader), unit="batch", leave=False, disable=no_bar(progress), mininterval=0.5
@@ -208,10 +209,16 @@ def evaluated(validation, loader, progress, stop, of_all_ranks=False):
             checks.check_pair(batch, "the validation loader")
             validation.add(batch)
             bar.update()
+    except StoppedBetweenSteps:
+        if not of_all_ranks:
+            raise
+        stopped = True
     finally:
         bar.close()
         restore(modes)
     if of_all_ranks:
+        if any_rank(stopped):
+            raise StoppedBetweenSteps
         validation.sum_up()
     if not validation.images:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")

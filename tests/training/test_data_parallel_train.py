@@ -78,7 +78,7 @@ def trained(folder):
 
 def checkpoints(folder):
     """The weights of a training that was never stopped, of one that went on behind an epoch, and of those that were
-    stopped within one, on rank 1 by Ctrl-C or on both by the clock, and went on."""
+    stopped within one, on rank 1 by Ctrl-C or on both by the clock, or in a validation, and went on."""
     options, ends = OPTIONS | {"clip_norm": 1.0, "accumulate": 2, "schedule": None}, []
     net = model()
     train(net, in_memory(), epochs=2, **options)
@@ -92,7 +92,17 @@ def checkpoints(folder):
         if (epoch, step, world().rank) == (2, 1, 1):
             os.kill(os.getpid(), signal.SIGINT)
 
-    for stop in ({"on_step": interrupts}, {"max_seconds": 1e-9}):
+    class Interrupting(list):
+        """Images to validate on, after the first of which rank 1 is interrupted."""
+
+        def __iter__(self):
+            yield self[0]
+            if world().rank == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield self[0]
+
+    stops = {"on_step": interrupts}, {"max_seconds": 1e-9}, {"val_loader": Interrupting([images(4)])}
+    for stop in stops:
         where, how = folder / next(iter(stop)), []
         try:
             result = train(model(), in_memory(), epochs=2, checkpoint=where, **stop, **options)
@@ -165,10 +175,13 @@ def test_the_default_learning_rate_counts_all_ranks_images(both):
 
 def test_a_training_goes_on_to_the_bit_as_one_that_was_never_stopped(both):
     for found in both:
-        whole, by_epochs, (interrupted, how), (out_of_time, how_timed) = found["checkpoints"]
-        assert same(whole, by_epochs) and same(whole, interrupted) and same(whole, out_of_time)
-        assert how == ["training interrupted after 1 whole epochs", (1, 2, 1)]
-        assert how_timed == ["max_seconds", (0, 1, 1)]
+        whole, by_epochs, *stopped = found["checkpoints"]
+        assert same(whole, by_epochs) and all(same(whole, ended) for ended, _ in stopped)
+        assert [how for _, how in stopped] == [
+            ["training interrupted after 1 whole epochs", (1, 2, 1)],
+            ["max_seconds", (0, 1, 1)],
+            ["training interrupted after 0 whole epochs", (0, 3, 1)],
+        ]
     assert same(both[0]["checkpoints"][0], both[1]["checkpoints"][0])
 
 
