@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 
-from .faults import RankFailed, answering, check_ranks, store
+from .faults import RankFailed, answering, stopped, store
 from .group import session, timeout, world
 
 __all__ = ["check_alike", "exchange"]
@@ -34,7 +34,9 @@ def _wait_for(shared, keys, what):
     """Until every rank's key is in the store."""
     waited, deadline = 0.001, time.monotonic() + timeout().total_seconds()
     while not shared.check(keys):
-        check_ranks()
+        told = stopped()
+        if told and not shared.check(keys):  # else it stopped by what all have exchanged
+            raise RankFailed(told)
         if time.monotonic() > deadline:
             missing = [str(rank) for rank, key in enumerate(keys) if not shared.check([key])]
             raise RankFailed(

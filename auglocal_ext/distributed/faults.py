@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from ..common.messages import first_line
 from .group import close, session, timeout, world
 
-__all__ = ["RankFailed", "answering", "check_ranks", "store", "telling"]
+__all__ = ["RankFailed", "answering", "stopped", "store", "telling"]
 
 GRACE = 2.0  # seconds in which every rank that is still there has noticed that one is not
 
@@ -73,19 +73,12 @@ def answering(what: str) -> Iterator[None]:
         raise RankFailed(_why(what, began)) from error
 
 
-def check_ranks() -> None:
-    """Raises RankFailed if another rank has told that it stopped."""
-    told = _told()
-    if told:
-        raise RankFailed(told)
-
-
 def _others():
     return [rank for rank in range(world().size) if rank != world().rank]
 
 
-def _told():
-    """What the first rank that stopped has said, or None."""
+def stopped() -> str | None:
+    """What the first of the other ranks that stopped has said, or None."""
     for rank in _others():
         if store().check([_key("stopped", rank)]):
             return f"rank {rank} stopped: {store().get(_key('stopped', rank)).decode()}"
@@ -100,11 +93,11 @@ def _why(what, began):
         store().set(_key("noticed"), "")
         missing, deadline = _others(), time.monotonic() + GRACE
         while missing and time.monotonic() < deadline:
-            if told := _told():
+            if told := stopped():
                 return told
             missing = [rank for rank in missing if not store().check([_key("noticed", rank)])]
             time.sleep(0.02)
-        if told := _told():
+        if told := stopped():
             return told
     except RuntimeError:
         return f"the rank that holds the store of all ranks ended in {what}, and did not say why"

@@ -6,6 +6,7 @@ import time
 import warnings
 from functools import partial
 
+import comparisons
 import pytest
 import torch
 from ranks import Raised, together
@@ -214,6 +215,7 @@ class Breaks(Unknown):
 
 def failing(how):
     """(what it raised, seconds since rank 1 failed)"""
+    comparisons.leave_out()
     rank, began = world().rank, []
 
     def on_step(epoch, step, result):
@@ -224,7 +226,7 @@ def failing(how):
             if rank == 1 and how == "raises":
                 raise RuntimeError("on_step has a bug")
             if rank == 1 and how == "hangs":
-                time.sleep(6)
+                time.sleep(4)
 
     def bad_gradient(gradient):
         if began and rank == 1 and how == "within a step":
