@@ -87,23 +87,27 @@ def stopped() -> str | None:
 
 def _why(what, began):
     """What is known of the ranks that did not answer. Each rank that notices it says so: those that neither do that nor
-    say why they stopped are the ones that are gone."""
+    say why they stopped are the ones that are gone, and the last to do it is the one that was late."""
     seconds = time.monotonic() - began
+    missing = late = _others()
     try:
         store().set(_key("noticed"), "")
-        missing, deadline = _others(), time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE
         while missing and time.monotonic() < deadline:
             if told := stopped():
                 return told
-            missing = [rank for rank in missing if not store().check([_key("noticed", rank)])]
+            late, missing = missing, [rank for rank in missing if not store().check([_key("noticed", rank)])]
             time.sleep(0.02)
         if told := stopped():
             return told
     except RuntimeError:
         return f"the rank that holds the store of all ranks ended in {what}, and did not say why"
+    if seconds >= 0.9 * timeout().total_seconds():
+        return f"{_named(missing or late)} did not answer for {seconds:.0f} s in {what}"
     if not missing:
         return f"the ranks lost their connection in {what}"
-    named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-    if seconds >= 0.9 * timeout().total_seconds():
-        return f"{named} did not answer for {seconds:.0f} s in {what}"
-    return f"{named} ended in {what}, and did not say why, as a process that was killed"
+    return f"{_named(missing)} ended in {what}, and did not say why, as a process that was killed"
+
+
+def _named(ranks):
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

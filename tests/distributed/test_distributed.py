@@ -147,18 +147,18 @@ def failing(how):
 
 
 @pytest.mark.parametrize(
-    ("how", "expected", "within"),
+    ("how", "expected"),
     [
-        ("raises", "rank 1 stopped: ValueError: labels must be right", 2),
-        ("raises, compared", "rank 1 stopped: ValueError: labels must be right", 2),
-        ("killed", "rank 1 ended in a sum, and did not say why, as a process that was killed", 3),
-        ("hangs", "rank 1 did not answer for 1 s in a sum", 4),
+        ("raises", "rank 1 stopped: ValueError: labels must be right"),
+        ("raises, compared", "rank 1 stopped: ValueError: labels must be right"),
+        ("killed", "rank 1 ended in a sum, and did not say why, as a process that was killed"),
+        ("hangs", "rank 1 did not answer for 1 s in a sum"),
     ],
 )
-def test_the_others_hear_of_a_rank_that_fails(tmp_path, how, expected, within):
+def test_the_others_hear_of_a_rank_that_fails(tmp_path, how, expected):
     seconds = 1 if how == "hangs" else 5
     first, second = together(failing, tmp_path / "ranks", how, seconds=seconds)
-    assert first[0] == expected and first[1] < within
+    assert first[0] == expected and first[1] < 15
     if how.startswith("raises"):
         assert isinstance(second, Raised) and second.kind == "ValueError" and second.message.endswith("second line")
 

@@ -226,7 +226,7 @@ def failing(how):
             if rank == 1 and how == "raises":
                 raise RuntimeError("on_step has a bug")
             if rank == 1 and how == "hangs":
-                time.sleep(4)
+                time.sleep(3)
 
     def bad_gradient(gradient):
         if began and rank == 1 and how == "within a step":
@@ -244,30 +244,25 @@ def failing(how):
     return None
 
 
+ENDED = "the loader of rank 0 ended after 3 batches, another rank's has more: every rank must have as many, as with a "
+LENGTHS = "rank 1 has batches in an epoch 4, rank 0 has 3: give every rank the same"
+
+
 @pytest.mark.parametrize(
-    ("how", "first", "second", "within"),
+    ("how", "first", "second"),
     [
-        ("raises", "RankFailed: rank 1 stopped: RuntimeError: on_step has a bug", "RuntimeError: on_step", 3),
-        ("within a step", "RankFailed: rank 1 stopped: ArithmeticError: a hook has a bug", "ArithmeticError", 3),
-        ("loader", "RankFailed: rank 1 stopped: OSError: the disk is gone", "OSError: the disk is gone", 3),
-        ("killed", "RankFailed: rank 1 ended in ", None, 4),
-        ("hangs", "RankFailed: rank 1 did not answer for 2 s in ", "RankFailed: ", 7),
-        (
-            "unknown lengths",
-            "ValueError: the loader of rank 0 ended after 3 batches, another rank's has more: every rank must",
-            "ValueError: the loader of rank 0 ended after 3 batches, another rank's has more: every rank must",
-            3,
-        ),
-        (
-            "lengths",
-            "ValueError: rank 1 has batches in an epoch 4, rank 0 has 3: give every rank the same",
-            "ValueError: rank 1 has batches in an epoch 4, rank 0 has 3: give every rank the same",
-            3,
-        ),
+        ("raises", "RankFailed: rank 1 stopped: RuntimeError: on_step has a bug", "RuntimeError: on_step has a bug"),
+        ("within a step", "RankFailed: rank 1 stopped: ArithmeticError: a hook has a bug", "ArithmeticError: a hook "),
+        ("loader", "RankFailed: rank 1 stopped: OSError: the disk is gone", "OSError: the disk is gone"),
+        ("killed", "RankFailed: rank 1 ended in ", None),
+        ("hangs", "RankFailed: rank 1 did not answer for 2 s in ", "RankFailed: "),
+        ("unknown lengths", ENDED, ENDED),
+        ("lengths", LENGTHS, LENGTHS),
     ],
 )
-def test_a_rank_that_fails_ends_all(tmp_path, how, first, second, within):
-    found = together(failing, tmp_path / "ranks", how, seconds=2 if how == "hangs" else 10)
-    for one, beginning in zip(found, (first, second), strict=True):
-        assert (one is None) == (beginning is None), found
-        assert one is None or (one[0].startswith(beginning) and one[1] < within), found
+def test_a_rank_that_fails_ends_all(tmp_path, how, first, second):
+    """Soon, and not when the time for an answer is over."""
+    found = together(failing, tmp_path / "ranks", how, seconds=2 if how == "hangs" else 30)
+    for one, sentence in zip(found, (first, second), strict=True):
+        assert (one is None) == (sentence is None), found
+        assert one is None or (sentence in one[0] and one[1] < 15), found
