@@ -1,21 +1,19 @@
 """Shared fixtures: small networks, batches, and the parity fixtures where they lie beside the checkout."""
 
 import gc
-import importlib
 import os
 import threading
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 
+import comparisons
 import emulation
 import pytest
 import torch
 from covering import covering
 
 from auglocal_ext import models
-from auglocal_ext.planning.comparison import Comparison, Cost
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, a core each
     torch.set_num_threads(1)
@@ -134,15 +132,7 @@ def batch():
 def nothing_compared(monkeypatch):
     """Nobody finds out what a step costs otherwise, which takes longer than the plan itself or a short training; the
     tests of comparisons and of the command line do."""
-
-    def compared(planner, planned, like=None):
-        cost = Cost(planned.peak_bytes, 1.0)
-        comparison = Comparison(len(planned.modules), cost, cost, cost, cost, cost, None)
-        choice = planned.choice and replace(planned.choice, comparison=comparison)
-        return replace(planned, comparison=comparison, choice=choice)
-
-    for module in ("planning.plan", "training.trainer"):
-        monkeypatch.setattr(importlib.import_module(f"auglocal_ext.{module}"), "compared", compared)
+    comparisons.leave_out(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Processes of their own, for what ends or limits a whole process.
 
-Each is forked from one that has imported the package and done nothing else: to import torch takes seconds, and the
-process of the tests has threads, of which a fork would have none.
+Each is forked from one that has imported the package, and what torch imports late, and done nothing else: to import
+torch takes seconds, and the process of the tests has threads, of which a fork would have none.
 """
 
 import multiprocessing
@@ -9,7 +9,7 @@ import multiprocessing
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["auglocal_ext.training.loop", "auglocal_ext.models"])
+FORKS.set_forkserver_preload(["auglocal_ext.training.loop", "auglocal_ext.models", "torch._dynamo"])
 
 
 def begun(work, *arguments):

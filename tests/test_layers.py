@@ -10,7 +10,7 @@ PACKAGE = Path(auglocal_ext.__file__).parent
 # From the bottom to the top; those of one line know nothing of each other.
 LAYERS = [
     {"common"},
-    {"ops", "data", "report", "models", "optim"},
+    {"ops", "distributed", "data", "report", "models", "optim"},
     {"engine"},
     {"backbone"},
     {"rules"},

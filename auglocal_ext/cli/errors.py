@@ -1,6 +1,7 @@
 """Errors in the words of the options, and exit statuses.
 
-2: a mistake of the user's, told in one sentence; 3: the training diverged; 130: interrupted; a bug: 1 and a traceback.
+2: a mistake of the user's, or another rank that stopped, told in one sentence; 3: the training diverged; 130:
+interrupted; a bug: 1 and a traceback.
 """
 
 import dis
@@ -109,6 +110,8 @@ def _of_the_user(error, command):
     made: a sentence of ours. What torch or an operation on wrong values raises is none.
     """
     if isinstance(error, (OSError, ImportError, MemoryError)) or _is(error, "torch", "OutOfMemoryError"):
+        return True
+    if _is(error, f"{_PACKAGE.name}.distributed.faults", "RankFailed"):
         return True
     if isinstance(error, RuntimeError) and any(re.search(pattern, str(error)) for pattern, _ in _MACHINE):
         return True

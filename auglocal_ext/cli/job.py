@@ -1,15 +1,18 @@
 """A training made of options: its data, its model, and the call of `auglocal_ext.train`."""
 
+import contextlib
 from functools import partial
 
 import torch
 
 from .. import data, models
+from ..distributed.group import world
 from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
 from .checks import check_cut, check_image_size
 from .freeze import freeze
+from .ranks import device_of_rank, first_of_machine
 from .training_options import stepping_of
 from .weights import begin_with, check_weights
 
@@ -27,8 +30,10 @@ def check(options, weights=None):
 
 
 def read_data(options, cuttable):
-    """The Data that the options name, whose images go through the model."""
-    source = load_data(options, options.data)
+    """The Data that the options name, whose images go through the model; of several ranks each one's part."""
+    part = {"part": (world().rank, world().size)}
+    with first_of_machine() if options.download else contextlib.nullcontext():
+        source = load_data(options, options.data, **part)
     check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
     return source
 
@@ -40,7 +45,7 @@ def load_data(options, where, **more):
     return data.load(
         where,
         options.batch_size,
-        device=options.device,
+        device=device_of_rank(options.device),
         workers=options.workers,
         download=options.download,
         progress=not options.quiet,
@@ -92,7 +97,7 @@ def train_as_told(options, model, source, **more):
         ),
         schedule=schedule_of(options),
         precision=options.precision,
-        device=options.device,
+        device=device_of_rank(options.device),
         seed=options.seed,
         progress=not options.quiet,
         max_seconds=options.max_seconds,

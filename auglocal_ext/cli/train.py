@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .. import report
 from ..common.files import save_model, write_json, write_text
+from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
-from ..training.evaluate import evaluation
+from ..training.evaluate import Validation, evaluated
 from ..training.lines import cost_lines
 from ..training.result import TrainingInterrupted
 from .errors import in_words_of_options
@@ -18,7 +19,8 @@ from .events import as_csv, event_writer
 from .job import check, make_model, read_data, train_as_told
 from .names import FREE
 from .options import default_device
-from .runs import can_go_on, history_of, new_folder, options_of, read_settings, settings_of
+from .ranks import folder_of_run, joined_ranks
+from .runs import can_go_on, history_of, options_of, read_settings, settings_of
 from .training_options import add_run, settled, told
 
 __all__ = ["resume_command", "train_command"]
@@ -26,31 +28,37 @@ __all__ = ["resume_command", "train_command"]
 
 def train_command(given):
     given = vars(given)
-    if "resume" in given:
-        return _resume(given.pop("resume"), given)
-    options = settled(given, add_run)
-    if options.name and Path(options.name).name != options.name:
-        raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
-    write_events = event_writer() if options.tensorboard else None
-    cuttable = check(options, options.weights)
-    with new_folder(options) as folder:
-        source = read_data(options, cuttable)
-        model = make_model(options, source, options.weights)
-        if not options.quiet:
-            print(told(options))
-        write_json(folder / "settings.json", settings_of(options, source))  # a stop in the first epoch is gone on from
-        return _train_in(folder, options, source, model, write_events, history=[])
+    with joined_ranks():
+        return _resume(given.pop("resume"), given) if "resume" in given else _train(given)
 
 
 def resume_command(given):
     given = vars(given)
-    return _resume(given.pop("run_folder"), given)
+    with joined_ranks():
+        return _resume(given.pop("run_folder"), given)
+
+
+def _train(given):
+    options = settled(given, add_run)
+    if options.name and Path(options.name).name != options.name:
+        raise ValueError(f"--name must be a plain folder name, given {options.name!r}: choose the place with --runs")
+    options.quiet = options.quiet or not world().first
+    write_events = event_writer() if options.tensorboard else None
+    cuttable = check(options, options.weights)
+    with folder_of_run(options) as folder:
+        source = read_data(options, cuttable)
+        model = make_model(options, source, options.weights)
+        if not options.quiet:
+            print(told(options))
+        if world().first:  # a stop in the first epoch is gone on from
+            write_json(folder / "settings.json", settings_of(options, source))
+        return _train_in(folder, options, source, model, write_events, history=[])
 
 
 def _resume(folder, given):
     """Goes on with a run, from its last checkpoint, by the settings that it was begun with."""
     options = options_of(folder, read_settings(folder), leave_out=given.keys() & {"device"})
-    options.quiet = False
+    options.quiet = not world().first
     for name, value in given.items():
         before = getattr(options, name, None)
         if name not in FREE and value != before:
@@ -105,6 +113,8 @@ def _train_in(folder, options, source, model, write_events, history):
     def save(entry):
         # After every epoch, so that no interruption costs more than one. One may be told again.
         history[entry["epoch"] - 1 :] = [entry]
+        if not world().first:
+            return
         save_model(folder / "model.pt", model)
         write_json(folder / "settings.json", settings_of(options, source))
         write_json(folder / "history.json", history)
@@ -123,7 +133,11 @@ def _train_in(folder, options, source, model, write_events, history):
         if not history or not isinstance(stop, TrainingInterrupted | TrainingDiverged):
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
-        print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
+        if world().first:
+            print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
+    tested = _tested(options, model, source, result) if history and status != 3 else None
+    if not world().first:
+        return status
     if history and not (folder / "model.pt").exists():  # lost, of a run that had ended
         save_model(folder / "model.pt", model)
     if not history:
@@ -143,8 +157,7 @@ def _train_in(folder, options, source, model, write_events, history):
     accuracy = f"test accuracy {history[-1]['val_accuracy']:.2%}"
     if options.val_split:
         accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}"
-    if options.val_split and result.stopped != "max_seconds":  # then the model may be further than the history
-        tested = evaluation(model, source.test, precision=options.precision)
+    if tested is not None:
         accuracy += f", test accuracy {tested.top1:.2%}"
     averaged = "" if result.ema_model is None else "model_ema.pt, of the averaged weights, "
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
@@ -156,3 +169,11 @@ def _train_in(folder, options, source, model, write_events, history):
         f"learning_curve.png; `auglocal resume {folder} {more}` goes on"
     )
     return status
+
+
+def _tested(options, model, source, result):
+    """The Evaluation on the test images, all ranks' together, where others were validated on, or None."""
+    if not options.val_split or result.stopped == "max_seconds":  # the model may be further than the history
+        return None
+    validation = Validation(model, options.precision, classes=source.num_classes)
+    return evaluated(validation, source.test, False, threading.Event(), of_all_ranks=True)

@@ -52,11 +52,16 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     )
     epochs = whole(1, expected="a whole number of at least 1")
     add("--epochs", type=epochs, help="times through the training data (default: {default})")
-    add("--batch-size", "-b", type=whole(2), help="images in a step (default: {default})")
+    add(
+        "--batch-size",
+        "-b",
+        type=whole(2),
+        help="images in a step, of each process under torchrun (default: {default})",
+    )
     add("--optimizer", "--opt", choices=OPTIMIZERS, help="sgd: with Nesterov momentum (default: {default})")
     rate = f"{LEARNING_RATES[preset]:g}"
-    add("--lr", type=lr, help=f"learning rate (default: {rate} x batch size x --accumulate / 128; of another "
-        "optimizer, torch's)")  # fmt: skip
+    add("--lr", type=lr, help=f"learning rate (default: {rate} x batch size x --accumulate x processes / 128; of "
+        "another optimizer, torch's)")  # fmt: skip
     add("--momentum", type=number(0, below=1), help="of sgd and rmsprop (default: 0.9 of sgd)")
     add("--weight-decay", "--wd", type=number(0), help="(default: 1e-4; of another optimizer than sgd, torch's)")
     add("--norm-weight-decay", type=number(0), help="of normalisations (default: as --weight-decay)")
@@ -236,7 +241,10 @@ def settled(given, add_options, preset=None):
 def default_learning_rate(options):
     """In proportion to the images of a step with SGD, torch's default of another optimizer."""
     if options.optimizer == "sgd":
-        return LEARNING_RATES[options.preset] * options.batch_size * options.accumulate / 128
+        from ..distributed.group import world
+
+        images = options.batch_size * options.accumulate * world().size
+        return LEARNING_RATES[options.preset] * images / 128
     from inspect import signature
 
     from ..optim import OPTIMIZERS
@@ -269,11 +277,15 @@ def told(options):
     """The settings in a few lines: the main ones, and what else is not as without options."""
     cut = f", depth {options.depth}" if options.rule == "auglocal" else ""
     cut += f", {options.modules} local modules" if options.modules else ""
+    from ..distributed.group import world
+
+    ranks, images = world().size, world().size * options.batch_size * options.accumulate
+    together = "" if world().alone else f" by each of {ranks} ranks, {images} images in a step of the optimizer"
     lines = [
         f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",
-        f"{options.epochs} epochs in batches of {options.batch_size}, {options.optimizer} with lr {options.lr:g}, "
-        f"schedule {options.schedule}",
+        f"{options.epochs} epochs in batches of {options.batch_size}{together}, {options.optimizer} with lr "
+        f"{options.lr:g}, schedule {options.schedule}",
     ]
     main = {"model", "data", "rule", "depth", "modules", "precision", "device", "seed", "epochs", "batch_size"}
     main |= {"optimizer", "lr", "schedule", "quiet", "name", "runs"}

@@ -5,7 +5,7 @@ import numbers
 
 from ..common.checks import normalisation, whole_number
 
-__all__ = ["check_image_size", "check_normalisation", "check_share", "whole_batch_size"]
+__all__ = ["check_image_size", "check_normalisation", "check_part", "check_share", "whole_batch_size"]
 
 
 def whole_batch_size(value):
@@ -15,6 +15,16 @@ def whole_batch_size(value):
 def check_image_size(value):
     """Pixels along a side."""
     return whole_number(value, "image_size must be a whole number of pixels from 8 to 4096", 8, 4096)
+
+
+def check_part(value):
+    """(rank, ranks) as ints."""
+    try:
+        rank, ranks = value
+    except (TypeError, ValueError):
+        raise ValueError(f"part must be (rank, ranks), (0, 1) for all images, given {value!r}") from None
+    ranks = whole_number(ranks, "part must be (rank, ranks), ranks a whole number of at least 1", 1)
+    return whole_number(rank, f"part must be (rank, ranks), rank from 0 to {ranks - 1}", 0, ranks - 1), ranks
 
 
 def check_share(value):

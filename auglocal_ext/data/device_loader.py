@@ -6,9 +6,9 @@ import torch
 
 from ..common.checks import normalisation, whole_number
 from ..common.device import usable_device
-from .arguments import whole_batch_size
+from .arguments import check_part, whole_batch_size
 from .resumable import Resumable, seed_at
-from .split import drawn
+from .split import drawn, images_of_part, part_of
 
 __all__ = ["DeviceLoader", "check_bytes", "crop_and_flip", "mean_and_std"]
 
@@ -31,6 +31,9 @@ class DeviceLoader(Resumable):
         device: where the images lie, and the batches are made.
         seed: of all that is drawn; None: torch.initial_seed() where epoch 0 begins, which torch.manual_seed and train's
             `seed` set.
+        part: (rank, ranks), of several that train one model: the loader gives its part of the images, every ranks-th of
+            the epoch's order, which is the same on all ranks; with `augment` the first ones again at the end, so that
+            every rank has as many.
 
     Raises:
         ValueError, TypeError: naming the argument that is none of this.
@@ -49,6 +52,7 @@ class DeviceLoader(Resumable):
         flip: bool = False,
         device: str | torch.device = "cpu",
         seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         check_bytes(images)
         if not isinstance(labels, torch.Tensor):
@@ -66,7 +70,8 @@ class DeviceLoader(Resumable):
         self.mean, self.std = normalisation(mean, std, images.shape[1], device)
         self.images, self.labels = images.to(device).contiguous(), labels.to(device, torch.int64)
         self.batch_size, self.augment, self.pad, self.flip = batch_size, augment, pad, flip
-        super().__init__(seed, len(images), batch_size)
+        self.part = check_part(part)
+        super().__init__(seed, len(images), batch_size, own=images_of_part(len(images), self.part, augment))
 
     def _batches(self, seed: int, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         count, device = len(self.images), self.images.device
@@ -74,8 +79,10 @@ class DeviceLoader(Resumable):
             order = torch.randperm(count, device=device, generator=self._generator(seed, epoch))
         else:
             order = torch.arange(count, device=device)
+        order, rank = part_of(order, self.part, self.augment), self.part[0]
+        of_rank = (rank,) if rank else ()  # what is drawn for batches of one number differs between ranks
         for index, chosen in enumerate(order.split(self.batch_size)[first:], first):
-            yield self._batch_of(self.images[chosen], (seed, epoch, index)), self.labels[chosen]
+            yield self._batch_of(self.images[chosen], (seed, epoch, index, *of_rank)), self.labels[chosen]
 
     def _batch_of(self, images, place):
         if self.augment and (self.pad or self.flip):

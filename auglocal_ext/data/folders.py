@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from ..common.checks import whole_number
 from ..common.torchvision import import_torchvision
-from .arguments import check_image_size, check_normalisation, check_share, whole_batch_size
+from .arguments import check_image_size, check_normalisation, check_part, check_share, whole_batch_size
 from .data import Data
 from .images import image_errors, in_bytes, is_pil, name_of, unreadable
 from .resumable import Resumable, seed_at
-from .split import drawn, hold_out_share
+from .split import drawn, hold_out_share, images_of_part, part_of
 
 __all__ = ["LARGE_SIDE", "image_folders", "large_images", "read_image"]
 
@@ -57,7 +57,17 @@ def read_image(path):
 
 
 def large_images(
-    train, test, batch_size, classes, *, workers=0, image_size=LARGE_SIDE, val_split=0.0, normalisation=None, seed=None
+    train,
+    test,
+    batch_size,
+    classes,
+    *,
+    workers=0,
+    image_size=LARGE_SIDE,
+    val_split=0.0,
+    normalisation=None,
+    seed=None,
+    part=(0, 1),
 ):
     """Data of large images, as in torchvision's ImageNet recipes: for training a random part of each resized to 224x224
     and half of them mirrored, for testing the middle 224x224 of the image resized to 256.
@@ -71,6 +81,7 @@ def large_images(
             each class where the dataset has `targets`, as an ImageFolder has, and each class enough images.
         normalisation: (mean, std) of images scaled to 0..1; None: ImageNet's.
         seed: of the order and the augmentation; None: torch.initial_seed() where epoch 0 begins.
+        part: see `DeviceLoader`.
 
     Returns:
         Data, whose loaders have `set_epoch`, `state_dict` and `load_state_dict`; see `Resumable`. Only the images that
@@ -88,11 +99,12 @@ def large_images(
     ]
     train_transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *to_tensor])
     test_transform = v2.Compose([v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size), *to_tensor])
-    options = {"batch_size": batch_size, "workers": workers, "seed": seed}
+    part = check_part(part)
+    options = {"batch_size": batch_size, "workers": workers, "seed": seed, "part": part}
     kept, held = hold_out_share(getattr(train, "targets", None), len(train), val_split)
     val = Subset(train, held.tolist()) if len(held) else None
     train = train if val is None else Subset(train, kept.tolist())
-    one_left = len(train) % batch_size == 1  # which BatchNorm cannot train on
+    one_left = images_of_part(len(train), part, True) % batch_size == 1  # which BatchNorm cannot train on
     as_they_are = partial(_LargeImages, shuffle=False, drop_last=False, **options)
     return Data(
         _LargeImages(_Transformed(train, train_transform, test_transform), shuffle=True, drop_last=one_left, **options),
@@ -106,13 +118,14 @@ def large_images(
 class _LargeImages(Resumable, DataLoader):  # type: ignore[misc]  # torch names its iterator
     """A DataLoader whose order follows from (seed, epoch), and each image's augmentation from (seed, epoch, index)."""
 
-    def __init__(self, dataset, batch_size, workers, seed, *, shuffle, drop_last):
-        Resumable.__init__(self, seed, len(dataset), batch_size, drop_last)
+    def __init__(self, dataset, batch_size, workers, seed, *, shuffle, drop_last, part=(0, 1)):
+        self.part, places = part, _Places(len(dataset), shuffle, part)
+        Resumable.__init__(self, seed, len(dataset), batch_size, drop_last, len(places))
         DataLoader.__init__(
             self,
             dataset,
             batch_size,
-            sampler=_Places(len(dataset), shuffle),
+            sampler=places,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
@@ -135,17 +148,18 @@ class _LargeImages(Resumable, DataLoader):  # type: ignore[misc]  # torch names 
 class _Places(Sampler):
     """(seed, epoch, index) of the images of one epoch, in its order, from `start`: (seed, epoch, images to skip)."""
 
-    def __init__(self, count, shuffle):
-        self.count, self.shuffle, self.start = count, shuffle, (0, 0, 0)
+    def __init__(self, count, shuffle, part):
+        self.count, self.shuffle, self.part, self.start = count, shuffle, part, (0, 0, 0)
 
     def __len__(self):
-        return self.count
+        return images_of_part(self.count, self.part, self.shuffle)
 
     def __iter__(self):
         seed, epoch, skipped = self.start
         order = torch.arange(self.count)
         if self.shuffle:
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed_at(seed, epoch)))
+        order = part_of(order, self.part, self.shuffle)
         return iter([(seed, epoch, index) for index in order[skipped:].tolist()])
 
 

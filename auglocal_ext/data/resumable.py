@@ -23,15 +23,19 @@ class Resumable:
         images: in an epoch.
         batch_size: images in a batch.
         drop_last: leave out a last batch that is smaller.
+        own: how many of the images are this rank's, of which batches are made; None: all.
     """
 
-    def __init__(self, seed: int | None, images: int, batch_size: int, drop_last: bool = False) -> None:
+    def __init__(
+        self, seed: int | None, images: int, batch_size: int, drop_last: bool = False, own: int | None = None
+    ) -> None:
         self._own_seed = None if seed is None else check_seed(seed)
         self._seed: int | None = None  # of the pass that is under way
         self._epoch = self._batch = 0
         self._resumes = False  # whether the next pass goes on, rather than begins
         self._made_of = {"images": images, "batch_size": batch_size}
-        self._length = images // batch_size if drop_last else -(-images // batch_size)
+        own = images if own is None else own
+        self._length = own // batch_size if drop_last else -(-own // batch_size)
 
     def __len__(self) -> int:
         return self._length

@@ -7,7 +7,7 @@ import torch
 
 from ..common.messages import first_line
 from ..common.torchvision import import_torchvision
-from .arguments import check_image_size, check_normalisation, check_share, whole_batch_size
+from .arguments import check_image_size, check_normalisation, check_part, check_share, whole_batch_size
 from .data import Data
 from .device_loader import DeviceLoader, mean_and_std
 from .folders import LARGE_SIDE, image_folders, large_images, read_image
@@ -45,6 +45,7 @@ def load(
     val_split: float = 0.0,
     normalisation=None,
     seed: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Data:
     """The data a source names.
 
@@ -64,7 +65,7 @@ def load(
             are enough, the same ones each time. Mean and deviation are of the rest.
         normalisation: (mean, std) of images scaled to 0..1, those that a saved model was trained with; None: of the
             training images, of large ones ImageNet's.
-        seed: of the loaders; see `DeviceLoader`.
+        seed, part: of the loaders; see `DeviceLoader`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
@@ -73,7 +74,7 @@ def load(
     image_size = None if image_size is None else check_image_size(image_size)
     if normalisation is not None:
         normalisation = check_normalisation(normalisation, 3)
-    made = {"val_split": val_split, "normalisation": normalisation, "seed": seed}
+    made = {"val_split": val_split, "normalisation": normalisation, "seed": seed, "part": check_part(part)}
     kind, _, where = source.partition(":")
     # By length first: int() refuses thousands of digits.
     if kind == "fake" and where.isdecimal() and len(where) < 20 and 20 <= int(where) <= MOST_FAKE:
@@ -106,7 +107,7 @@ class _Images:
     augmentation: dict
 
 
-def _in_memory(given, batch_size, device, image_size, *, val_split, normalisation, seed):
+def _in_memory(given, batch_size, device, image_size, *, val_split, normalisation, seed, part):
     """Data of `_Images`, those not yet of that size resized."""
     (images, labels), *others = ((resized(images, image_size), labels) for images, labels in (given.train, given.test))
     kept, held = hold_out_share(labels, len(labels), val_split)
@@ -114,7 +115,7 @@ def _in_memory(given, batch_size, device, image_size, *, val_split, normalisatio
         others.append((images[held], labels[held]))
         images, labels = images[kept], labels[kept]
     mean, std = mean_and_std(images) if normalisation is None else map(torch.tensor, normalisation)
-    made = {"batch_size": batch_size, "mean": mean, "std": std, "device": device, "seed": seed}
+    made = {"batch_size": batch_size, "mean": mean, "std": std, "device": device, "seed": seed, "part": part}
     train = DeviceLoader(images, labels, augment=True, **given.augmentation, **made)
     test, *val = (DeviceLoader(*other, augment=False, **made) for other in others)
     description = {"mean": mean.tolist(), "std": std.tolist(), "image_size": list(images.shape[2:])}

@@ -1,8 +1,8 @@
-"""Images that are held out of the training ones, for validation; images drawn from all, to look at."""
+"""Images that are held out of the training ones, for validation; images drawn from all, to look at; a rank's part."""
 
 import torch
 
-__all__ = ["drawn", "hold_out", "hold_out_share"]
+__all__ = ["drawn", "hold_out", "hold_out_share", "images_of_part", "part_of"]
 
 
 def hold_out_share(labels, count, share):
@@ -37,6 +37,26 @@ def hold_out(labels, count, held):
             labels = None
     parts = train_test_split(torch.arange(count).numpy(), test_size=held, stratify=labels, random_state=0)
     return tuple(torch.from_numpy(part).sort().values for part in parts)
+
+
+def part_of(order, part, pad):
+    """Those of the indices that are one rank's, as torch's DistributedSampler deals them.
+
+    Args:
+        order: (N,), the same on all ranks.
+        part: (rank, ranks).
+        pad: with the first ones again at the end, so that every rank has as many.
+    """
+    rank, ranks = part
+    if pad and (missing := -len(order) % ranks):
+        order = torch.cat([order, order.repeat(-(-missing // len(order)))[:missing]])
+    return order[rank::ranks]
+
+
+def images_of_part(count, part, pad):
+    """How many of so many images `part_of` gives."""
+    rank, ranks = part
+    return -(-count // ranks) if pad else len(range(rank, count, ranks))
 
 
 def drawn(total, count, seed):

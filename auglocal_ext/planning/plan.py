@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backbone.families import as_backbone
 from ..common.checks import whole_number
-from ..common.memory import parse_bytes
+from ..common.memory import format_bytes, parse_bytes
 from ..rules.auxiliary import Auxiliary
 from ..rules.cutting import as_recompute, cut, has_own_cut
 from ..rules.rule import Rule
@@ -89,10 +89,29 @@ def plan(
                 return compared(planner, fewest(planner, shape, rules[0]))
             return compared(planner, planner.plan(cut(backbone, rules[0], modules), shape, rules[0]))
         check_device(planner.device, budget)
-        spans, heads, recompute, choice = choose(planner, shape, budget, rules, modules, recompute, prefer)
-        planner = planner.with_recompute(recompute)
-        planned = planner.plan(spans, shape, choice.rule, heads)
-        return compared(planner, replace(planned, choice=choice.planned(planned)))
+        return _chosen(planner, shape, budget, rules, modules, recompute, prefer)
+
+
+def _chosen(planner, shape, budget, rules, modules, recompute, prefer):
+    """The Plan of the cut that is chosen, see `budget.choose`. The search does not know of gradients that wait for
+    other ranks: where with them a cut does not fit, it looks for one that leaves them room."""
+    left = budget
+    while True:
+        try:
+            spans, heads, again, choice = choose(planner, shape, left, rules, modules, recompute, prefer)
+        except ValueError as error:
+            if left == budget:
+                raise
+            raise ValueError(
+                f"of memory_budget {format_bytes(budget)} gradients that wait for {planner.stepping.ranks} ranks would "
+                f"take {format_bytes(budget - left)}, and what is left is not enough: {error}"
+            ) from None
+        chosen = planner.with_recompute(again)
+        planned = chosen.plan(spans, shape, choice.rule, heads)
+        if planned.peak_bytes <= budget:
+            choice = replace(choice, budget=budget).planned(planned)
+            return compared(chosen, replace(planned, choice=choice))
+        left -= planned.peak_bytes - budget
 
 
 def check_shape(backbone, input_shape):

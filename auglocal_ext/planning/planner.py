@@ -48,6 +48,11 @@ class _Part:
     optimizer_bytes: int
     optimizer_scratch: int
 
+    @property
+    def with_gradients(self):
+        """The parameters that get gradients."""
+        return {p for p in self.module.parameters() if p.requires_grad and self.trains}
+
 
 @dataclass(frozen=True)
 class _Walk:
@@ -167,10 +172,11 @@ class Planner:
         stepping_bytes += self.stepping.average_bytes(self.model)
         constant += stepping_bytes
         scratch = self._step_scratch(parts)
+        around = self._around(parts, scratch)
         with self.progress(f"planning batches of {shape[0]}"):
             walks = self._filled(parts, images, labels)
         modules = tuple(
-            self._module_plan(index, part, walk, constant, scratch[index], words[index], shape)
+            self._module_plan(index, part, walk, constant, around[index], scratch[index], words[index], shape)
             for index, (part, walk) in enumerate(zip(parts, walks, strict=True))
         )
         bp_macs = self._bp_macs(walks, images, labels)
@@ -205,15 +211,22 @@ class Planner:
         scratch = [self.stepping.clip_scratch(parameters) for parameters in clipped]
         return [max(part.optimizer_scratch, clip) for part, clip in zip(parts, scratch, strict=True)]
 
+    def _around(self, parts, scratch):
+        """See `Stepping.bytes_around`."""
+        return self.stepping.bytes_around([part.with_gradients for part in parts], scratch)
+
     def _filled(self, parts, images, labels):
         """The walks of the local modules, values kept rather than rebuilt where that raises neither the step's peak nor
         its activations'."""
+        during = [waiting for waiting, _ in self._around(parts, [0] * len(parts))]
         first = self._walks(parts, images, labels, [frozenset()] * len(parts))
-        top, activations = (max(getattr(walk.line, what) for walk in first) for what in ("peak", "activations"))
-        kept = [fill(walk.program.gaps, walk.line, top, activations) for walk in first]
+        tops = [max(walk.line.peak + more for walk, more in zip(first, during, strict=True)) - more for more in during]
+        activations = max(walk.line.activations for walk in first)
+        kept = [fill(w.program.gaps, w.line, top, activations) for w, top in zip(first, tops, strict=True)]
         walks = self._walks(parts, images, labels, kept, first)
         # Kept values change what is rebuilt from what: where that needs more after all, nothing is kept.
-        high = [walk.line.peak > top or walk.line.activations > activations for walk in walks]
+        pairs = zip(walks, tops, strict=True)
+        high = [walk.line.peak > top or walk.line.activations > activations for walk, top in pairs]
         return [before if too_high else walk for before, walk, too_high in zip(first, walks, high, strict=True)]
 
     def _walks(self, parts, images, labels, kept_gaps, known=None):
@@ -232,8 +245,8 @@ class Planner:
             x, source = walk.features, walk.program.features
         return walks
 
-    def _module_plan(self, index, part, walk, constant, scratch, aux_net, shape):
-        """aux_net: in words; None: the classifier is the head."""
+    def _module_plan(self, index, part, walk, constant, around, scratch, aux_net, shape):
+        """around: see `Stepping.bytes_around`. aux_net: in words; None: the classifier is the head."""
         line, last, of_head = walk.line, aux_net is None, _count(part.head)
         output = self.backbone.feature_shapes(shape[1:])[part.span.last]
         names = tuple(unit.name for unit in part.span.of(self.backbone.units))
@@ -248,12 +261,12 @@ class Planner:
             state_bytes=part.state_bytes,
             frozen_parameters=_frozen(part.body) + last * _frozen(part.head),
             trains=part.trains,
-            gradient_bytes=bytes_of({p for p in part.module.parameters() if p.requires_grad and part.trains}),
+            gradient_bytes=bytes_of(part.with_gradients),
             optimizer_bytes=part.optimizer_bytes,
             optimizer_scratch=scratch,
             kept_bytes=line.kept,
             activation_bytes=line.activations,
-            peak_bytes=constant + max(line.peak, line.end + scratch),
+            peak_bytes=constant + max(line.peak + around[0], line.end + around[1]),
             macs=line.macs,
             rebuild_share=line.rebuild_share,
             islands=tuple(island.what for island in walk.program.by_autograd),

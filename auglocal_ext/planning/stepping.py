@@ -2,13 +2,14 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..common.checks import whole_number
 from ..common.memory import LiveBytes, bytes_of, tensors_of
+from ..distributed.group import world
 
 __all__ = ["CLIPS", "Stepping"]
 
@@ -19,13 +20,17 @@ CLIPS = ("module", "global")
 @dataclass(frozen=True)
 class Stepping:
     """How optimizers step; for the fields see `auglocal_ext.train`. ValueError where one is out of its range, or they
-    do not go together."""
+    do not go together.
+
+    ranks: how many processes' gradients are averaged, those of the running process group.
+    """
 
     accumulate: int = 1
     clip_norm: float | None = None
     clip_value: float | None = None
     clip: str = "module"
     ema: float | None = None
+    ranks: int = field(default_factory=lambda: world().size)
 
     def __post_init__(self):
         whole_number(self.accumulate, "accumulate must be a whole number of batches, at least 1", 1)
@@ -58,6 +63,29 @@ class Stepping:
     def gradient_bytes(self, module):
         """Bytes of a module's gradients that are there all the time: none where they go with each batch."""
         return bytes_of({p for p in module.parameters() if p.requires_grad}) if self.accumulates else 0
+
+    def bytes_around(self, modules, scratch):
+        """Of each local module (bytes of others' gradients that are there while it runs, bytes that are there behind it
+        for a moment beside what its program leaves).
+
+        With several ranks a module's gradients wait in one tensor until they are averaged, behind the next module; that
+        one's own are moved into one tensor then, and the last module's are waited for at once. What is accumulated
+        lies in such tensors all the time.
+
+        Args:
+            modules: of each one the parameters that get gradients.
+            scratch: of each one, what its step needs for a moment.
+        """
+        if self.ranks == 1 or self.clips_globally:
+            return [(0, behind) for behind in scratch]
+        waiting = [0 if self.accumulates else bytes_of(parameters) for parameters in modules]
+        moved = [size if len(parameters) > 1 else 0 for size, parameters in zip(waiting, modules, strict=True)]
+        found = []
+        for index in range(len(modules)):
+            before = (waiting[index - 1], scratch[index - 1]) if index else (0, 0)
+            last = scratch[index] if index == len(modules) - 1 else 0
+            found.append((before[0], max(sum(before), moved[index], last)))
+        return found
 
     def average_bytes(self, model):
         """Bytes of the averaged model, and of how many it is the average."""

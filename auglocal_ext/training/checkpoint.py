@@ -11,16 +11,14 @@ import torch
 from ..common.checks import whole_number
 from ..common.files import check_writable, write_whole
 from ..common.messages import first_line
-from .loaders import set_epoch
+from ..distributed.agree import check_alike
+from ..distributed.group import world
+from .loaders import is_resumable, set_epoch
+from .ranks import of_all_ranks
 from .result import accuracy_of
 from .state import check_state, random_state, set_random_state
 
-__all__ = ["Checkpoints", "Resumed", "is_resumable"]
-
-
-def is_resumable(loader):
-    """Whether a loader can tell where it is within an epoch, and go on there."""
-    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+__all__ = ["Checkpoints", "Resumed"]
 
 
 @dataclass
@@ -43,7 +41,8 @@ class Resumed:
 
 class Checkpoints:
     """The files last.pt and best.pt of a folder; best: of the highest validation accuracy, of training where there is
-    no validation.
+    no validation. Of several ranks the first one writes them, and every rank reads them: beside what all have alike
+    they have each rank's random numbers, its loader's place and, within an epoch, what it has come to.
 
     Args:
         folder: made where there is none; what is in it already is gone on from.
@@ -58,7 +57,8 @@ class Checkpoints:
     def __init__(self, folder, loader, minutes):
         self.folder, self.loader, self.minutes = Path(folder), loader, minutes
         self.within_epochs = is_resumable(loader)
-        check_writable(self.folder / "last.pt", "checkpoint")
+        if world().first:
+            check_writable(self.folder / "last.pt", "checkpoint")
         self.saved = self._read() if (self.folder / "last.pt").exists() else None
         self._written, self._ended, self._checked = time.monotonic(), {}, False
 
@@ -68,7 +68,11 @@ class Checkpoints:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             whole_number(saved["epoch"], "epoch must be a whole number", 0)
             names = "trainer", "epoch", "history", "sums", "peak", "length", "loader"
-            return {"rates": saved.get("rates")} | {name: saved[name] for name in names}
+            found = {"rates": saved.get("rates")} | {name: saved[name] for name in names}
+            others = saved.get("others", [])
+            if 0 < world().rank <= len(others):  # of as many ranks, or it is refused with the trainer's state
+                _put_own(found, others[world().rank - 1])
+            return found
         except Exception as error:
             raise ValueError(
                 f"{path} is no checkpoint of a training, or is damaged ({first_line(error)}): remove it to train from "
@@ -78,6 +82,10 @@ class Checkpoints:
     def restore(self, trainer, epochs, rates):
         """Puts everything where the checkpoint left it; returns the Resumed, or None where there is none. rates: see
         `Run`."""
+        place = (
+            None if self.saved is None else (self.saved["epoch"], self.saved["sums"] and self.saved["sums"]["steps"])
+        )
+        check_alike({"a checkpoint (epoch, step)": place}, f"let every rank read the same {self.folder}")
         if self.saved is None:
             return None
         saved, self.saved = self.saved, None
@@ -132,13 +140,17 @@ class Checkpoints:
         }
         if sums and sums.over:
             state["trainer"]["random"], state["loader"] = self._ended["random"], self._ended["loader"]
+        if not world().alone:
+            _, *state["others"] = of_all_ranks(_own(state))
+        self._written = time.monotonic()
+        if not world().first:
+            return
         written = self._as_bytes(_plain(state))
         accuracies = [accuracy_of(entry) for entry in history]
         # Before last.pt: a kill between them costs nothing, as the epoch is done again.
         if sums is None and accuracies[-1] > max(accuracies[:-1], default=-1):
             write_whole(self.folder / "best.pt", lambda file: file.write(written))
         write_whole(self.folder / "last.pt", lambda file: file.write(written))
-        self._written = time.monotonic()
 
     def _as_bytes(self, state):
         """The checkpoint; the first one of a process is read back, so that none is written that cannot be."""
@@ -156,6 +168,17 @@ class Checkpoints:
                 ) from error
             self._checked = True
         return file.getbuffer()
+
+
+def _own(saved):
+    """What a rank has for itself of what it would save, in lists, so that it can be put into another's."""
+    trainer = saved["trainer"]
+    return [trainer["random"], trainer["stepper"]["gradients"], saved["sums"], saved["loader"]]
+
+
+def _put_own(saved, own):
+    trainer = saved["trainer"]
+    trainer["random"], trainer["stepper"]["gradients"], saved["sums"], saved["loader"] = own
 
 
 def _plain(value):

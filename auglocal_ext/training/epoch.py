@@ -9,7 +9,8 @@ import torch
 from ..common import checks
 from ..common.memory import LiveBytes
 from .batch import counted
-from .loaders import move, until
+from .loaders import move
+from .ranks import any_rank, in_step, totals
 
 __all__ = ["PeakMeter", "Sums", "train_epoch"]
 
@@ -75,8 +76,9 @@ class Sums:
         self.seen, self.steps = self.seen + len(labels), self.steps + 1
 
     def entry(self, epoch, peak):
-        """The history's entry of the epoch, from 1. Waits for the device."""
-        means = (self.losses / self.counted).tolist(), (self.trainer.module_hits / self.judged).tolist()
+        """The history's entry of the epoch, from 1, of all ranks together. Waits for the device."""
+        losses, counted, hits, judged, seen, seconds, peak = totals(self, peak)
+        means = (losses / counted).tolist(), (hits / judged).tolist()
         losses, hits = ([x if t else None for x, t in zip(mean, self.trained, strict=True)] for mean in means)
         return {
             "epoch": epoch,
@@ -87,8 +89,8 @@ class Sums:
             "val_loss": None,
             "val_accuracy": None,
             "val_top5_accuracy": None,
-            "images_per_second": self.seen / self.seconds,
-            "seconds": self.seconds,
+            "images_per_second": seen / seconds,
+            "seconds": seconds,
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "skipped_steps": self.skipped,
             "peak_bytes": peak,
@@ -103,12 +105,12 @@ def train_epoch(trainer, batches, title, sums, before_step, after_update, meter,
     after_step: StepResult -> whatever is to be done between two steps.
     """
     started = time.perf_counter() - sums.seconds
-    for batch in until(stop, batches):  # no enumerate(): it keeps its last value until the next is there
+    for batch in in_step(stop, batches):  # no enumerate(): it keeps its last value until the next is there
         checks.check_pair(batch, "the loader")
         checks.check_device(batch, trainer.device, "the loader's ")
         batch = images, labels = move(batch, trainer.device)  # no second name keeps the loader's own tensors
         trainer.check_images(images)
-        if len(images) == 1:
+        if any_rank(len(images) == 1):
             warnings.warn(
                 f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
                 f"another batch size",

@@ -3,6 +3,7 @@
 import torch
 
 from ..common.memory import format_bytes
+from ..distributed.group import world
 from ..planning.origin import fingerprint
 from ..planning.result import Plan
 
@@ -18,6 +19,11 @@ def check_plan(plan, model, alone):
             "plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, "
             "recompute, accumulate, clip_norm, clip_value, clip and ema: leave them out, or give them to "
             "auglocal_ext.plan"
+        )
+    if plan.origin.stepping.ranks != world().size:
+        raise ValueError(
+            f"the plan is for {plan.origin.stepping.ranks} ranks, given to one of {world().size}: call "
+            f"auglocal_ext.plan in the processes that train"
         )
     if plan.origin.model != fingerprint(model):
         raise ValueError(

@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from ..common import checks
 from ..common.messages import first_line
+from ..distributed.collectives import summed
 from .divergence import NotFinite
-from .loaders import length_of, move, no_bar, until
+from .loaders import StoppedBetweenSteps, length_of, move, no_bar, until
+from .ranks import any_rank
 
 __all__ = ["Evaluation", "Validation", "evaluate", "evaluated", "evaluation", "modes_of", "restore"]
 
@@ -141,6 +143,16 @@ class Validation:
         top5 = top5 if self.classes > 5 else None
         return Evaluation(self.loss.item() / self.images, top1, top5, self.images, confusion)
 
+    def sum_up(self):
+        """Adds what all ranks have counted, each on its own batches; they must know the classes beforehand."""
+        if self.confusion is None:
+            self.confusion = torch.zeros(self.classes**2, dtype=torch.int64, device=self.device)
+        self.raise_faults()
+        parts = [self.confusion, self.hits[None], self.loss[None], self.loss.new_tensor([self.images])]
+        total = summed(torch.cat([part.double() for part in parts]), "a validation").split([len(p) for p in parts])
+        self.confusion, self.hits = total[0].to(torch.int64), total[1][0].to(torch.int64)
+        self.loss, self.images = total[2][0], int(total[3])
+
     def raise_faults(self):
         """Raises for what is flagged. Waits for the device."""
         for index, fault in enumerate(self.faults.tolist()):
@@ -184,9 +196,10 @@ class Validation:
         )
 
 
-def evaluated(validation, loader, progress, stop):
-    """The Evaluation of a Validation's model on the loader; stop: an Event that ends it by a KeyboardInterrupt."""
-    modes = modes_of(validation.model)
+def evaluated(validation, loader, progress, stop, of_all_ranks=False):
+    """The Evaluation of a Validation's model on the loader; stop: an Event that ends it by a KeyboardInterrupt.
+    of_all_ranks: on the loaders of all ranks together, which are all ended where one is."""
+    stopped, modes = False, modes_of(validation.model)
     validation.model.eval()
     bar = tqdm(
         desc="test", total=length_of(loader), unit="batch", leave=False, disable=no_bar(progress), mininterval=0.5
@@ -196,9 +209,17 @@ def evaluated(validation, loader, progress, stop):
             checks.check_pair(batch, "the validation loader")
             validation.add(batch)
             bar.update()
+    except StoppedBetweenSteps:
+        if not of_all_ranks:
+            raise
+        stopped = True
     finally:
         bar.close()
         restore(modes)
+    if of_all_ranks:
+        if any_rank(stopped):
+            raise StoppedBetweenSteps
+        validation.sum_up()
     if not validation.images:
         raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
     return validation.evaluation()

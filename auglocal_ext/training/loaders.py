@@ -8,7 +8,17 @@ import torch
 
 from ..common import checks
 
-__all__ = ["StoppedBetweenSteps", "interrupt_sets", "length_of", "move", "no_bar", "peek", "set_epoch", "until"]
+__all__ = [
+    "StoppedBetweenSteps",
+    "interrupt_sets",
+    "is_resumable",
+    "length_of",
+    "move",
+    "no_bar",
+    "peek",
+    "set_epoch",
+    "until",
+]
 
 
 def peek(loader, name):
@@ -38,6 +48,11 @@ def length_of(loader):
         return len(loader)
     except Exception:
         return None
+
+
+def is_resumable(loader):
+    """Whether a loader can tell where it is within an epoch, and go on there."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def set_epoch(loader, epoch):

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from ..common import checks
 from ..common.device import usable_device
+from ..distributed.faults import telling
+from ..distributed.group import world
 from ..engine.tensors import layout_of
 from ..optim import constant, cosine, sgd
 from ..planning.plan import plan
@@ -23,7 +25,8 @@ from .checkpoint import Checkpoints
 from .divergence import REMEDY, NotFinite, TrainingDiverged
 from .evaluate import Validation, evaluated, modes_of, restore
 from .lines import first_lines
-from .loaders import move, peek, set_epoch
+from .loaders import is_resumable, move, peek, set_epoch
+from .ranks import check_loaders, check_nonfinite, draw_apart
 from .rates import check_schedule, rates_of
 from .result import TrainingInterrupted, TrainResult
 from .run import Run
@@ -32,6 +35,7 @@ from .trainer import LocalTrainer
 __all__ = ["train"]
 
 
+@telling()
 def train(
     model: nn.Module,
     loader: Iterable,
@@ -100,7 +104,7 @@ def train(
             functools.partial of one. If its first argument is called `named` or `named_parameters`, it is given a list
             of (name, parameter), as "layer1.0.conv1.weight", of aux nets "aux_nets.0. ...", and may make groups of
             them; see `auglocal_ext.optim.no_decay_on_norms`. Default: SGD, Nesterov momentum 0.9, weight decay 1e-4,
-            learning rate 0.1 x batch / 128, of the batches that are accumulated together.
+            learning rate 0.1 x batch / 128, of the batches that are accumulated together, on all ranks.
         criterion: the loss of every local module's head and of the classifier: None, the mean cross-entropy;
             torch.nn.CrossEntropyLoss, with label_smoothing, weight and ignore_index if you like; or a function or
             module of your own, (logits (N, classes), labels) -> scalar. That runs on tensors without data too, when a
@@ -146,10 +150,20 @@ def train(
             has a `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader has and those of
             `auglocal_ext.data`.
 
+    Where torch.distributed is initialised with several ranks, all of them call this with the same arguments and train
+    one model, data parallel; see `LocalTrainer`. Each goes through its own loader, of as many batches as the others': a
+    DataLoader with a DistributedSampler gives each its part. The learning rate's default counts the images of all
+    ranks. With a seed, loaders and weights are as of one process, and what is drawn afterwards, dropout for instance,
+    differs between ranks. Behind an epoch running statistics become rank 0's; each rank goes through its own
+    val_loader, the whole of the images or its part, and what they count is added up. The history is of all ranks, and
+    ends alike on each, as does the model. Rank 0 prints and writes checkpoints; each rank reads them, and goes on with
+    its own random numbers. `on_step` and `on_epoch` are called on every rank. A rank that fails ends all of them.
+
     Returns:
         TrainResult
 
     Raises:
+        distributed.faults.RankFailed: another rank stopped, or did not answer in the process group's time.
         ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`. What arguments and first
             batches tell is raised before any weight changes.
             A `schedule` that returns no finite number of at least 0 is told before the step that it is for.
@@ -159,15 +173,21 @@ def train(
         TrainingInterrupted: Ctrl-C; a KeyboardInterrupt with the result so far.
     """
     stepping = asdict(Stepping(accumulate, clip_norm, clip_value, clip, ema))
+    del stepping["ranks"]  # which is found out
     patience, max_seconds = _check_limits(patience, max_seconds)
     checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
+    check_nonfinite(nonfinite)
+    progress = progress and world().first
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
     if device is not None:
         model.to(usable_device(device))
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
+    arguments = {"epochs": epochs, "seed": seed, "patience": patience, "max_seconds": max_seconds}
+    arguments |= {"validation": val_loader is not None, "a checkpoint folder": checkpoint is not None}
+    check_loaders(loader, first, arguments | {"a loader with a state_dict": is_resumable(loader)})
     cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}
     cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
@@ -184,9 +204,10 @@ def train(
                 trainer = _cut_otherwise(trainer, images, depth, **cutting, **options)
             if progress:
                 tqdm.write(first_lines(trainer))
-            elif trainer.plan.comparison.warning:
-                warnings.warn(trainer.plan.comparison.warning, stacklevel=2)
+            elif trainer.plan.comparison.warning and world().first:
+                warnings.warn(trainer.plan.comparison.warning, stacklevel=3)
         del first, images, labels  # which would live through the whole training
+        draw_apart(seed)
         trainer.nonfinite, rates = nonfinite, rates_of(schedule, trainer, epochs)
         if checkpoint is not None:
             checkpoints = Checkpoints(checkpoint, loader, checkpoint_minutes)
@@ -253,7 +274,8 @@ def _check_limits(patience, max_seconds):
 def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optimizer, **options):
     """The LocalTrainer; under a budget that of the cut that is found for it. first: the first batch."""
     images, labels = first
-    together = options["accumulate"] * images.shape[:1].numel()  # of what is no batch at all 1: refused below
+    # Images; of what is no batch at all 1: refused below.
+    together = world().size * options["accumulate"] * images.shape[:1].numel()
     options["optimizer"] = optimizer or sgd(together)
     chosen = prefer != "arithmetic" or "auto" in (depth, options["auxiliary"], options["recompute"])
     if memory_budget is not None or chosen:
@@ -299,6 +321,6 @@ def _validation(trainer, val_loader, epochs, progress):
 
     def validate(model, epoch, stop):
         set_epoch(batches, epoch)
-        return evaluated(Validation(model, **options), batches, progress, stop)
+        return evaluated(Validation(model, **options), batches, progress, stop, of_all_ranks=not world().alone)
 
     return validate

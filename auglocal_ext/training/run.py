@@ -13,6 +13,7 @@ from .divergence import LossWatch, NotFinite, check_finite, check_learnt, names_
 from .epoch import PeakMeter, Sums, train_epoch
 from .lines import duration, epoch_line, memory_line
 from .loaders import StoppedBetweenSteps, interrupt_sets, length_of, no_bar, set_epoch
+from .ranks import any_rank, spread_buffers
 from .rates import ByFunction, BySchedulers
 from .result import TrainResult, accuracy_of
 from .trainer import LocalTrainer
@@ -98,10 +99,12 @@ class Run:
                     self._epoch()
         except StoppedBetweenSteps:
             self._save_within()
+            spread_buffers(self.trainer)
             raise
         except _OutOfTime:
             self._check_within()
             self._save_within()
+            spread_buffers(self.trainer)
             self.stopped = "max_seconds"
         if self.history and not self.stopped:
             check_learnt(self.history, self.trainer)
@@ -120,6 +123,7 @@ class Run:
                 self.meter, self.stop, lambda result: self._after_step(result, bar),
             )  # fmt: skip
         self._check_values()
+        spread_buffers(trainer)
         if self.checkpoints is not None:
             self.checkpoints.at_the_end(trainer)
         self.batches, self.length = self.loader, self.sums.steps
@@ -163,9 +167,9 @@ class Run:
             self._shown = now
         if self.on_step is not None:
             self.on_step(len(self.history) + 1, self.sums.steps, result)
-        if self.max_seconds is not None and time.monotonic() - self.started >= self.max_seconds:
+        if self.max_seconds is not None and any_rank(time.monotonic() - self.started >= self.max_seconds):
             raise _OutOfTime
-        if self.checkpoints is not None and self.checkpoints.due():
+        if self.checkpoints is not None and self.checkpoints.within_epochs and any_rank(self.checkpoints.due()):
             self._save_within()
 
     def _check_values(self):

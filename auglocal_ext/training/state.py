@@ -9,7 +9,7 @@ from torch import nn
 
 from ..rules.auxiliary import nets_of
 
-__all__ = ["check_state", "load_state", "random_state", "set_random_state", "state_of"]
+__all__ = ["alike", "check_state", "load_state", "random_state", "set_random_state", "state_of"]
 
 VERSION = 3
 
@@ -44,10 +44,11 @@ def check_state(trainer, state):
             f"the state is of version {state['version']}, this auglocal_ext reads version {VERSION}: go "
             f"on with the release that wrote it, or train from the beginning"
         )
+    made_of = {"ranks": 1} | state["made_of"]  # which a state of one process may be without
     for name, ours in _made_of(trainer).items():
-        if state["made_of"].get(name) != ours:
+        if made_of.get(name) != ours:
             raise ValueError(
-                f"the state was saved with {name} {state['made_of'].get(name)}, this trainer has {ours}: make the "
+                f"the state was saved with {name} {made_of.get(name)}, this trainer has {ours}: make the "
                 f"model and the trainer as they were then"
             )
     for name, module in (("model", trainer.model), ("aux_nets", trainer.aux_nets)):
@@ -94,6 +95,17 @@ def _made_of(trainer):
         "optimizer": type(trainer.optimizers[0]).__name__,
         **asdict(trainer.stepping),
     }
+
+
+def alike(trainer):
+    """What ranks that train one model must have alike: name -> plain value."""
+    groups = trainer.optimizers[0].param_groups
+    names = [name for name, value in groups[0].items() if isinstance(value, int | float | str | tuple)]
+    found = {**_made_of(trainer), "device": trainer.device.type}
+    found |= {f"the optimizer's {name}": [group.get(name) for group in groups] for name in names}
+    for kind, tensors in (("parameter", _both(trainer).named_parameters()), ("buffer", _both(trainer).named_buffers())):
+        found |= {f"{kind} {name}": (str(t.dtype), tuple(t.shape), t.requires_grad) for name, t in tensors}
+    return found
 
 
 def _check_fits(name, ours, theirs):

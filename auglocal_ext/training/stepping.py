@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
+from ..distributed.reduction import Reduction
 from ..optim import begin_momentum, make_optimizer
 from .divergence import UndoWhereNotFinite
 from .ema import ModelAverage
@@ -34,6 +35,10 @@ class Stepper:
     bounds hold, and steps. A module is stepped behind its last backward of the group; where the norm is that of all
     gradients, all are behind the last module's.
 
+    With several ranks a group's gradients are averaged over them before anything else, once a module and group: that
+    begins behind the module's last backward and is waited for behind the next module's, so that it takes its time while
+    that one computes. Until then the module's gradients stay, and its step waits.
+
     Args:
         settings: `planning.stepping.Stepping`.
         model: whose weights are averaged.
@@ -46,11 +51,13 @@ class Stepper:
     Attributes:
         count: batches in the group so far.
         average: `ModelAverage`, or None.
+        reduction: `Reduction` of several ranks, or None.
     """
 
     def __init__(self, settings, model, modules, optimizers, skipped, scaled=None):
         self.settings, self._model, self._modules, self._optimizers = settings, model, modules, optimizers
         self.average = None if settings.ema is None else ModelAverage(model, settings.ema)
+        self.reduction = None if settings.ranks == 1 else Reduction()
         self.count, self._skipped = 0, skipped
         self._spoilt = set()  # modules that are left out of the group's step
         self._undo = None
@@ -86,16 +93,44 @@ class Stepper:
             self._spoilt.add(index)
         self._undo = None
         last = index == len(self._modules) - 1
-        if self._ends_group and not self.settings.clips_globally:
-            self._step([index], self.count + 1)
-        elif self._ends_group and last:
-            self._step(range(len(self._modules)), self.count + 1)
-        if not self.settings.accumulates:
-            self._clear(index)
+        if self._ends_group:
+            self._end_module(index, last)
         if last:
             self.count += 1
             if self.count == self.settings.accumulate:
                 self._end_group()
+
+    def _end_module(self, index, last):
+        """Behind a module's last backward of a group: steps the modules whose gradients are ready now."""
+        if self.settings.clips_globally:
+            if self.reduction is not None:
+                self._reduce(index)
+            if last:
+                self._wait_for_all()
+                self._step(range(len(self._modules)), self.count + 1)
+        elif self.reduction is None:
+            self._step_alone(index)
+        else:  # the module before's first, so that its memory is free
+            self._step_reduced()
+            self._reduce(index)
+            if last:
+                self._step_reduced()
+
+    def _step_alone(self, index):
+        self._step([index], self.count + 1)
+        if not self.settings.accumulates:
+            self._clear(index)
+
+    def _step_reduced(self):
+        for index in self.reduction.wait():
+            self._step_alone(index)
+
+    def _reduce(self, index):
+        self.reduction.start(index, self._modules[index].parameters())
+
+    def _wait_for_all(self):
+        if self.reduction is not None:
+            list(self.reduction.wait())
 
     def flush(self):
         """Steps by what is accumulated of a group that is not whole."""
@@ -104,6 +139,9 @@ class Stepper:
         modules = range(len(self._modules))
         for index in modules:
             self._forget_frozen(index)
+            if self.reduction is not None:
+                self._reduce(index)
+        self._wait_for_all()
         for together in [modules] if self.settings.clips_globally else [[index] for index in modules]:
             self._step(together, self.count)
         self._end_group()
@@ -111,6 +149,9 @@ class Stepper:
     def drop(self, index=0):
         """Forgets the group, after what stopped its step in module `index`; returns how many modules have stepped."""
         stepped = index if self._ends_group and not self.settings.clips_globally else 0
+        if self.reduction is not None:
+            stepped = min([stepped, *self.reduction.pending])
+            self.reduction.drop()
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.count, self._spoilt, self._undo = 0, set(), None

@@ -16,6 +16,7 @@ from torch.nn.modules.utils import _pair
 from ..backbone.families import as_backbone
 from ..common import checks
 from ..common.memory import tensors_of
+from ..distributed.faults import telling
 from ..engine.criterion import as_criterion
 from ..optim import sgd
 from ..planning.result import Plan
@@ -28,6 +29,7 @@ from .batch import checked, raise_refused, right_answers
 from .errors import check_optimizers, check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
 from .planned import current_programs, plan_batch
+from .ranks import begin_alike, check_nonfinite
 from .state import load_state, state_of
 from .step_result import StepResult
 from .stepping import Stepper, optimizers_of, set_learning_rate_factor
@@ -53,6 +55,12 @@ class LocalTrainer:
     training mode. What is before the first parameter that trains runs forward only; so does a local module whose units
     are all frozen, and its loss reads NaN. What was replaced, or moved to another dtype or device, is refused before
     anything changes.
+
+    Where torch.distributed is initialised with several ranks, each makes a trainer of the same model and steps it by
+    its own batches, as many as the others. Weights are rank 0's from the start; gradients are averaged over the ranks,
+    those of a module in one message that is under way while the next module computes; running statistics are each
+    rank's own, and rank 0's are those to save. Where a rank fails the others raise `distributed.faults.RankFailed`, and
+    another trainer is to be made.
 
     Args:
         model: see `as_backbone`. It is trained on the device it is on.
@@ -87,6 +95,7 @@ class LocalTrainer:
             soft labels the class of the largest share is right; where the label is ignored no answer is.
     """
 
+    @telling()
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -157,6 +166,7 @@ class LocalTrainer:
         self._said: set[str] = set()  # what was warned of
         self._refused = torch.zeros(3, dtype=torch.bool, device=self.device)  # images, labels, soft labels
         self._values_are_at_hand = self.device.type == "cpu"  # elsewhere reading one waits for the device
+        begin_alike(self)
 
     def __getstate__(self):
         """For pickle and deepcopy: what is made of the model is made anew."""
@@ -171,6 +181,7 @@ class LocalTrainer:
     def _watched(self):
         return Watch({"": self.model, "aux_nets": self.aux_nets})
 
+    @telling()
     @torch.inference_mode(False)
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> StepResult:
         """One training step of every local module.
@@ -190,6 +201,7 @@ class LocalTrainer:
                 devices it is flagged, the step is taken with those values replaced by zeros, its losses read
                 NaN, and `check` raises.
         """
+        check_nonfinite(self.nonfinite)
         self._watch.check()
         check_optimizers(self.optimizers, self._made_optimizers)
         images, labels, refused = checked(self, images, labels)
@@ -222,6 +234,7 @@ class LocalTrainer:
             losses = torch.where(refused, torch.nan, losses)
         return StepResult(losses[-1], logits, losses, tuple(module.loss is not None for module in modules))
 
+    @telling()
     @torch.inference_mode(False)
     def flush(self) -> None:
         """Steps by what is accumulated of fewer than `accumulate` batches, if any, divided by how many there are."""

@@ -1,0 +1,88 @@
+"""The command line as torchrun starts it: two processes, one training."""
+
+import contextlib
+import json
+import os
+import time
+
+import pytest
+import torch
+from processes import begun
+from ranks import free_ports
+
+from auglocal_ext import models
+from auglocal_ext.cli.program import main
+from auglocal_ext.cli.ranks import device_of_rank
+
+SMALL = ["--data", "fake:60", "--batch-size", "8", "--depth", "2", "--modules", "2"]
+
+
+def launched(folder, rank, commands):
+    """What torchrun sets, then one command after the other; commands: (port, arguments)."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    done = []
+    for index, (port, arguments) in enumerate(commands):
+        os.environ["MASTER_PORT"] = str(port)
+        out = folder / f"{rank}.{index}.txt"
+        with out.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            began = time.monotonic()
+            status = main(arguments)
+        done.append((status, time.monotonic() - began))
+    (folder / f"{rank}.json").write_text(json.dumps(done))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Of each rank: of each command (status, seconds, what it printed)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    commands = [
+        ["train", *SMALL, "--epochs", "1", "--runs", str(folder / "runs"), "--name", "a", "--val-split", "0.2"],
+        ["resume", str(folder / "runs" / "a"), "--epochs", "2"],
+        ["train", *SMALL, "--runs", str(folder / "runs"), "--name", "a"],
+        ["train", *SMALL, "--runs", str(folder / "runs"), "--nonfinite", "skip"],
+    ]
+    commands = list(zip(free_ports(len(commands)), commands, strict=True))
+    processes = [begun(launched, folder, rank, commands) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        process.kill()
+    done = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    texts = [[(folder / f"{rank}.{index}.txt").read_text() for index in range(len(commands))] for rank in range(2)]
+    return folder, [[(*one, text) for one, text in zip(*pair, strict=True)] for pair in zip(done, texts, strict=True)]
+
+
+def test_one_training_and_one_run(both):
+    folder, (first, second) = both
+    assert [one[0] for one in first[:2]] == [one[0] for one in second[:2]] == [0, 0]
+    assert (
+        "1 epochs in batches of 8 by each of 2 ranks, 16 images in a step of the optimizer, sgd with lr 0.0125"
+        in (first[0][2])
+    )
+    assert "epoch 1/1  loss " in first[0][2] and "test accuracy" in first[0][2]
+    assert "going on behind epoch 1/2" in first[1][2] and "epoch 2/2" in first[1][2]
+    assert second[0][2] == second[1][2] == ""
+    assert [path.name for path in (folder / "runs").iterdir()] == ["a"]
+    history = json.loads((folder / "runs" / "a" / "history.json").read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    models.resnet20().load_state_dict(torch.load(folder / "runs" / "a" / "model.pt"))
+
+
+def test_what_rank_0_refuses_the_other_one_is_told(both):
+    _, (first, second) = both
+    assert first[2][0] == second[2][0] == 2 and max(first[2][1], second[2][1]) < 10
+    assert first[2][2].endswith("a exists already: choose another --name\n")
+    assert second[2][2].startswith("auglocal: error: rank 0 stopped: ValueError: ")
+    assert second[2][2].endswith("a exists already: choose another --name\n")
+
+
+def test_an_option_of_one_process_is_told_on_both(both):
+    for rank in both[1]:
+        status, _, text = rank[3]
+        assert status == 2 and "error: nonfinite='skip' is of one process" in text
+
+
+def test_a_rank_has_the_gpu_of_its_number(monkeypatch):
+    assert device_of_rank("cuda") == "cuda" and device_of_rank("cpu") == "cpu"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    assert [device_of_rank(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
