@@ -25,6 +25,7 @@ __all__ = [
     "is_plain_norm",
     "plain_batch_norm",
     "statistics",
+    "update_running_statistics",
 ]
 
 _ops = torch.ops.auglocal_ext
@@ -146,7 +147,7 @@ def keeps_shape(node, before, at):
             inputs = module.in_channels
         elif Mul.computes(node):
             made_from = [side for side in made_from if function_at(side, at) is not None]
-        elif not (is_plain_norm(module, nn.BatchNorm2d) or is_fixed_norm(module)) and function_at(node, at) is None:
+        elif not (_is_norm(module) or is_fixed_norm(module)) and function_at(node, at) is None:
             return False
         if len(made_from) != 1:
             return False
@@ -163,6 +164,10 @@ def is_plain_norm(bn, kind):
         and bn.num_batches_tracked is not None
         and _is_affine(bn)
     )
+
+
+def _is_norm(module):
+    return is_plain_norm(module, nn.BatchNorm2d) or is_plain_norm(module, nn.SyncBatchNorm)
 
 
 def is_fixed_norm(bn):
@@ -203,7 +208,7 @@ def affine(bn):
 def batch_statistics(bn, x):
     """(mean, variance) of the batch, by which the running ones are updated."""
     mean, var = _ops.batch_norm_statistics(x)
-    _update_running_statistics(bn, mean, var, x)
+    update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return mean, var
 
 
@@ -231,7 +236,7 @@ def _is_add(node):
 def _norm(bn, act, slope, x, residual=None):
     residual = None if residual is None else like(residual, x)
     y, mean, var = _ops.batch_norm_act(x, *affine(bn), residual, bn.eps, act, slope)
-    _update_running_statistics(bn, mean, var, x)
+    update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return y, mean, var
 
 
@@ -262,9 +267,10 @@ def _shared_backward(bn, over, grad, x, mean, var, _output=None):
     return dx, grad, *_ops.batch_norm_act_backward_out(*given)
 
 
-def _update_running_statistics(bn, mean, var, x):
+def update_running_statistics(bn, mean, var, count):
+    """By the mean and the biased variance of `count` values, a number or a tensor ()."""
     bn.num_batches_tracked += 1
-    dtype, count = bn.running_mean.dtype, x.numel() // x.shape[1]
+    dtype = bn.running_mean.dtype
     # momentum None: the cumulative average
     momentum = 1 / bn.num_batches_tracked.to(dtype) if bn.momentum is None else bn.momentum
     bn.running_mean.lerp_(mean.to(dtype), momentum)
