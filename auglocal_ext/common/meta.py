@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .messages import first_line
 
-__all__ = ["HOOKS", "METHODS", "as_meta_copy", "meta_copy", "replaced_methods"]
+__all__ = ["HOOKS", "METHODS", "as_meta_copy", "forward_of", "meta_copy", "replaced_methods"]
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -77,10 +77,13 @@ def _skip_hooks(module):
     """Lets calls of a module and of its parts go past all hooks, but those that make a weight."""
     for part in module.modules():
         if not part._forward_pre_hooks:
-            forward = part.forward
-            if type(part) is nn.SyncBatchNorm:  # whose own refuses tensors without data in a process group
-                forward = partial(nn.BatchNorm2d.forward, part)
-            vars(part)["_compiled_call_impl"] = forward  # what nn.Module.__call__ goes to, where there is one
+            vars(part)["_compiled_call_impl"] = forward_of(part)  # what nn.Module.__call__ goes to, where there is one
+
+
+def forward_of(module):
+    """What a module without data is to run: its forward; an nn.SyncBatchNorm, whose own takes nothing but tensors of a
+    GPU where there is a process group, what it runs where there is none."""
+    return partial(nn.BatchNorm2d.forward, module) if type(module) is nn.SyncBatchNorm else module.forward
 
 
 def replaced_methods(module):

@@ -110,7 +110,7 @@ def _gathered(row, group):
         return row.unsqueeze(0)
     rows = row.new_empty(ranks, len(row))
     if not row.is_meta:
-        distributed.all_gather_into_tensor(rows, row, group=group)
+        distributed.all_gather_into_tensor(rows.view(-1), row, group=group)
     return rows
 
 
