@@ -31,6 +31,18 @@ class Residual(nn.Module):
         return self.act(self.bn(self.conv(x)) + x)
 
 
+class OfTokens(nn.Module):
+    """A norm of tokens, whose channels are last."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        tokens = self.linear(x.flatten(2).transpose(1, 2))
+        return F.gelu(self.bn(tokens.transpose(1, 2))).unsqueeze(3)
+
+
 class Net(nn.Module):
     """A block between two convolutions, and a classifier with a norm of its own, or None."""
 
@@ -52,6 +64,7 @@ NETS = {
     "SiLU": (lambda: Net(nn.Sequential(NORM(4), nn.SiLU())), True),
     "max-pool": (lambda: Net(nn.Sequential(NORM(4, momentum=None), nn.ReLU(), nn.MaxPool2d(2))), True),
     "last": (lambda: Net(nn.Sequential(nn.Conv2d(4, 4, 1), NORM(4), nn.ReLU(), nn.Identity())), True),
+    "of tokens": (lambda: Net(OfTokens()), True),
     "of rows": (lambda: Net(nn.Tanh(), nn.BatchNorm1d), True),
     "SyncBatchNorm": (lambda: Net(nn.Sequential(Residual(SYNC, nn.ReLU()), SYNC(4), nn.SiLU()), SYNC), False),
 }
@@ -70,7 +83,7 @@ def batch():
 
 
 def nodes_of(net, sync_batch_norm):
-    body, out = trace(net.body, {Residual}, "body", "images", sync_batch_norm)
+    body, out = trace(net.body, {Residual, OfTokens}, "body", "images", sync_batch_norm)
     head, _ = trace(net.classifier, set(), "head", out, sync_batch_norm)
     return body, head, out
 
@@ -224,13 +237,17 @@ def test_alone_it_is_what_it_is_without_the_option(name):
 
 def test_what_the_option_stands_in_for():
     kinds = {}
-    for name in ("max-pool", "last", "of rows"):
+    for name in ("max-pool", "last", "of tokens", "of rows"):
         for option in (False, True):
             body, head, out = nodes_of(made(name)[0], option)
             nodes = join(body[:-1] if name == "last" else body, head, None)
             kinds[name, option] = [type(node) for node in nodes]
     assert PooledNorm in kinds["max-pool", False] and SyncNorm in kinds["max-pool", True]
-    assert SyncNorm in kinds["of rows", True] and Island in kinds["of rows", False]
+    assert (
+        SyncNorm in kinds["of tokens", True]
+        and SyncNorm in kinds["of rows", True]
+        and Island in kinds["of rows", False]
+    )
     for name, option in kinds:
         assert (SyncNorm in kinds[name, option]) == option
         assert not option or not {Norm, PooledNorm} & set(kinds[name, option])

@@ -24,6 +24,7 @@ __all__ = [
     "is_fixed_norm",
     "is_plain_norm",
     "plain_batch_norm",
+    "rebuilt",
     "statistics",
     "update_running_statistics",
 ]
@@ -56,6 +57,16 @@ class Norm(Node):
     def relu(self):
         return self.function == RELU
 
+    @property
+    def of_batch(self):
+        """The names of what is kept of the batch beside its values."""
+        return statistics(self)
+
+    @property
+    def gradients(self):
+        """A function as `_gradients`."""
+        return partial(_gradients, self.bn)
+
     @classmethod
     def match(cls, at):
         return chain_at(cls, at) if is_plain_norm(at.module(), nn.BatchNorm2d) else None
@@ -70,21 +81,21 @@ class Norm(Node):
         emit.step(self, "norm", partial(_norm, self.bn, *fused(self.function)), self.sources, [self.out, *of_batch])
         reads = [self.source, *of_batch, *self.sources[1:]]
         emit.derive(
-            self, "rebuild", partial(_rebuild, self.bn, *fused(self.function)), reads, [self.out], like=self.source
+            self, "rebuild", partial(rebuilt, self.bn, *fused(self.function)), reads, [self.out], like=self.source
         )
 
     def backward(self, emit):
-        reads = [emit.take(self.out), self.source, *statistics(self)]
+        reads = [emit.take(self.out), self.source, *self.of_batch]
         parameters, gives = emit.gradient_names(self.bn.weight, self.bn.bias), [emit.give(self.source)]
         if self.residual is not None and self.relu:
-            run, reads = partial(_residual_backward, self.bn, emit.owns(self.source)), [*reads, self.out]
+            run, reads = partial(_residual_backward, self.gradients, emit.owns(self.source)), [*reads, self.out]
             gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
         elif self.residual is not None and self.residual not in emit.constants:
-            run = partial(_shared_backward, self.bn, emit.owns(self.source))
+            run = partial(_shared_backward, self.gradients, emit.owns(self.source))
             reads += [self.out] if self.out == emit.features else []
             gives.append(emit.give(self.residual))
         else:
-            run = partial(_backward, self.bn, *fused(self.function))
+            run = partial(_backward, self.gradients, *fused(self.function))
             reads += [self.out] if self.out == emit.features else []
         emit.step(self, "norm backward", run, reads, [*gives, *parameters])
 
@@ -240,7 +251,8 @@ def _norm(bn, act, slope, x, residual=None):
     return y, mean, var
 
 
-def _rebuild(bn, act, slope, over, x, mean, var, residual=None):
+def rebuilt(bn, act, slope, over, x, mean, var, residual=None):
+    """The output by statistics that are there, written over one of the reads that `over` allows it of."""
     if residual is not None:
         residual = like(residual, x)
     out = next((read for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
@@ -249,22 +261,37 @@ def _rebuild(bn, act, slope, over, x, mean, var, residual=None):
     return out
 
 
-def _backward(bn, act, slope, grad, x, mean, var, _output=None):
+def _gradients(bn, act, slope, grad, x, of_batch, y, dx):
+    """(dx, the gradient behind the mask, dweight, dbias).
+
+    act, slope: see `fused`.
+    of_batch: begins with the mean and the variance.
+    y: None, or the output, whose sign is the mask of a ReLU behind a residual: grad is then masked in place.
+    dx: where to write, which may be grad or x.
+    """
+    given = grad, x, *affine(bn), *of_batch[:2], y, bn.eps, act, dx, None if y is None else grad, slope
+    return dx, grad, *_ops.batch_norm_act_backward_out(*given)
+
+
+# What these read behind the statistics is the output, where it is the features or tells a mask.
+
+
+def _backward(gradients, act, slope, grad, x, *of_batch):
     dx = like(grad, x)
-    return dx, *_ops.batch_norm_act_backward_out(dx, x, *affine(bn), mean, var, None, bn.eps, act, dx, None, slope)
+    dx, _, *parameters = gradients(act, slope, dx, x, of_batch, None, dx)
+    return dx, *parameters
 
 
-def _residual_backward(bn, over, grad, x, mean, var, y):
-    dresidual, dx = like(grad, x), x if over else torch.empty_like(x)
-    given = (dresidual, x, *affine(bn), mean, var, like(y, x), bn.eps, True, dx, dresidual)
-    return dx, dresidual, *_ops.batch_norm_act_backward_out(*given)
+def _residual_backward(gradients, over, grad, x, *of_batch):
+    dx, y = x if over else torch.empty_like(x), like(of_batch[-1], x)
+    return gradients(*fused(RELU), like(grad, x), x, of_batch, y, dx)
 
 
-def _shared_backward(bn, over, grad, x, mean, var, _output=None):
+def _shared_backward(gradients, over, grad, x, *of_batch):
     """Where the residual's gradient is the output's, which goes on to it."""
     grad, dx = like(grad, x), x if over else torch.empty_like(x)
-    given = (grad, x, *affine(bn), mean, var, None, bn.eps, False, dx, None)
-    return dx, grad, *_ops.batch_norm_act_backward_out(*given)
+    dx, _, *parameters = gradients(*fused(None), grad, x, of_batch, None, dx)
+    return dx, grad, *parameters
 
 
 def update_running_statistics(bn, mean, var, count):

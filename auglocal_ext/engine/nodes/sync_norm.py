@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tensors import like
 from .island import Island
-from .norm import Norm, affine, chain_at, fused, is_plain_norm, statistics, update_running_statistics
+from .norm import Norm, affine, chain_at, fused, is_plain_norm, rebuilt, statistics, update_running_statistics
 
 __all__ = ["SyncNorm", "check_all_are_synchronised", "combined"]
 
@@ -31,28 +31,22 @@ class SyncNorm(Norm):
         kinds = (nn.SyncBatchNorm, *((nn.BatchNorm2d, nn.BatchNorm1d) if at.sync_batch_norm else ()))
         return chain_at(cls, at) if any(is_plain_norm(at.module(), kind) for kind in kinds) else None
 
+    @property
+    def of_batch(self):
+        return [*statistics(self), f"{self.out}.count"]
+
+    @property
+    def gradients(self):
+        return partial(_gradients, self.bn)
+
     def forward(self, emit):
-        of_batch = statistics(self)
-        emit.step(self, "statistics", partial(_statistics, self.bn), [self.source], [*of_batch, f"{self.out}.count"])
-        run = partial(_apply, self.bn, *fused(self.function))
-        reads = [self.source, *of_batch, *self.sources[1:]]
+        emit.step(self, "statistics", partial(_statistics, self.bn), [self.source], self.of_batch)
+        run, reads = (
+            partial(_apply, self.bn, *fused(self.function)),
+            [self.source, *statistics(self), *self.sources[1:]],
+        )
         emit.step(self, "norm", partial(run, ()), reads, [self.out])
         emit.derive(self, "rebuild", run, reads, [self.out], like=self.source)
-
-    def backward(self, emit):
-        reads = [emit.take(self.out), self.source, *statistics(self), f"{self.out}.count"]
-        parameters, gives = emit.gradient_names(self.bn.weight, self.bn.bias), [emit.give(self.source)]
-        over, needs_y = emit.owns(self.source), self.residual is not None and self.relu
-        reads += [self.out] if needs_y or self.out == emit.features else []
-        if needs_y:
-            run = partial(_residual_backward, self.bn, over)
-            gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
-        elif self.residual is not None and self.residual not in emit.constants:
-            run = partial(_shared_backward, self.bn, over)
-            gives.append(emit.give(self.residual))
-        else:
-            run = partial(_backward, self.bn, *fused(self.function))
-        emit.step(self, "norm backward", run, reads, [*gives, *parameters])
 
     @classmethod
     def samples(cls):
@@ -141,13 +135,17 @@ def combined(rows):
 
 
 def _maps(x):
-    """x as the kernels take it: (N, C) and (N, C, L) as maps of one column."""
-    return x if x.dim() == 4 else x.contiguous().view(*x.shape[:2], x.shape[2:].numel(), 1)
+    """x as the kernels take it: (N, C) and (N, C, L) as maps."""
+    return x[(..., *[None] * (4 - x.dim()))]
+
+
+def _shaped(maps, x):
+    """Maps in the shape of the x that they were made of."""
+    return maps[(..., *[0] * (4 - x.dim()))]
 
 
 def _statistics(bn, x):
-    x = _maps(x)
-    own, count = _ops.batch_norm_statistics(x), x.numel() // x.shape[1]
+    own, count = _ops.batch_norm_statistics(_maps(x)), x.numel() // x.shape[1]
     mean, var = own[0].double(), own[1].double()
     rows = _gathered(torch.cat([mean, var * count, mean.new_full((1,), count)]), _group(bn))
     mean, var, count = combined(rows)
@@ -155,42 +153,18 @@ def _statistics(bn, x):
     return mean.to(own[0].dtype), var.to(own[1].dtype), count
 
 
-def _apply(bn, act, slope, over, x, mean, var, residual=None):
-    residual = None if residual is None else _maps(like(residual, x))
-    maps = _maps(x)
-    out = next((_maps(read) for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
-    out = torch.empty_like(maps) if out is None else out
-    _ops.batch_norm_act_apply_out(maps, *affine(bn), mean, var, residual, bn.eps, act, out, slope)
-    return out.view(x.shape)
+def _apply(bn, act, slope, over, x, mean, var, *residual):
+    return _shaped(rebuilt(bn, act, slope, over, _maps(x), mean, var, *map(_maps, residual)), x)
 
 
-def _backward(bn, act, slope, grad, x, mean, var, count, _output=None):
-    dx = like(grad, x)
-    return _passes(bn, act, slope, dx, x, mean, var, count, None, dx)
-
-
-def _residual_backward(bn, over, grad, x, mean, var, count, y):
-    dresidual, dx = like(grad, x), x if over else torch.empty_like(x)
-    dx, *parameters = _passes(bn, 1, 0.0, dresidual, x, mean, var, count, like(y, x), dx)
-    return dx, dresidual, *parameters
-
-
-def _shared_backward(bn, over, grad, x, mean, var, count, _output=None):
-    """Where the residual's gradient is the output's, which goes on to it."""
-    grad, dx = like(grad, x), x if over else torch.empty_like(x)
-    dx, *parameters = _passes(bn, 0, 0.0, grad, x, mean, var, count, None, dx)
-    return dx, grad, *parameters
-
-
-def _passes(bn, act, slope, grad, x, mean, var, count, y, dx):
-    """(dx, dweight, dbias); dx is written where it is given. With y, the output behind a residual and a ReLU, grad is
-    masked in place."""
-    grad, maps, norm, into = _maps(grad), _maps(x), (*affine(bn), mean, var), _maps(dx)
-    if y is not None:
-        y = _maps(y)
-    masked = None if y is None else grad
+def _gradients(bn, act, slope, grad, x, of_batch, y, dx):
+    """As Norm's, with both sums of all ranks between the two passes."""
+    mean, var, count, *_ = of_batch
+    maps, norm = _maps(x), (*affine(bn), mean, var)
+    grad, dx = (like(_maps(given), maps) for given in (grad, dx))
+    y, masked = (None, None) if y is None else (like(_maps(y), maps), grad)
     sums, *parameters = _ops.batch_norm_act_backward_sums(grad, maps, *norm, y, bn.eps, act, masked, slope)
     means = _summed(sums, _group(bn)).div_(count)
-    left = act if y is None else 0
-    _ops.batch_norm_act_backward_apply_out(grad, maps, *norm, means, bn.eps, left, into, slope)
-    return into.view(dx.shape), *parameters
+    left = act if masked is None else 0  # behind the mask there is no activation any more
+    _ops.batch_norm_act_backward_apply_out(grad, maps, *norm, means, bn.eps, left, dx, slope)
+    return _shaped(dx, x), _shaped(grad, x), *parameters
