@@ -25,6 +25,8 @@ OPS = (
     "batch_norm_act",
     "batch_norm_act_apply_out",
     "batch_norm_act_backward_out",
+    "batch_norm_act_backward_sums",
+    "batch_norm_act_backward_apply_out",
     "batch_norm_act_backward",
     "batch_norm_act_max_pool_apply",
     "batch_norm_act_max_pool_backward_out",

@@ -124,15 +124,21 @@ MUTANTS = {
         ACT, "    __syncthreads();\n    Affine<A> affine[kLanes<kOrder, V>];", "    Affine<A> affine[kLanes<kOrder, V>];",
     ),
     "backward: no barrier behind what dx needs": (
-        ACT, "    __syncthreads();\n\n    InputGrad<A> back", "\n    InputGrad<A> back",
+        ACT, "      __syncthreads();\n      input_grad_share", "      input_grad_share",
     ),
     "backward: the masked gradient is not kept": (ACT, "          if (kFromOutput) write<V>(args.masked + offset, loaded.grad);\n", ""),
     "backward: the activation's derivative at x": (
         ACT, "act.backward(get<A>(loaded.grad, i), normalize(x, affine[lane]))", "act.backward(get<A>(loaded.grad, i), x)",
     ),
     "backward: a ReLU's mask for every activation": (
-        ACT, "backward_of<Mask::activation>(at, args);", "backward_of<Mask::from_input>(at, args);",
+        ACT, "run(MaskConstant<Mask::activation>{});", "run(MaskConstant<Mask::from_input>{});",
     ),
+    "backward: every block writes the sums, before they are known": (ACT, "if (team.writes) {\n        args.dbias", "if (true) {\n        args.dbias"),
+    "backward, second pass: constants overwritten while they are read": (
+        ACT, "    __syncthreads();  // the last group's constants have been read\n    if (threadIdx.x < plan.group_channels && channel < plan.channels) {",
+        "    if (threadIdx.x < plan.group_channels && channel < plan.channels) {",
+    ),
+    "backward, second pass: no barrier behind the constants": (ACT, ".back;\n    }\n    __syncthreads();", ".back;\n    }"),
     # activations
     "silu: the derivative without its second term": (ACTIVATION, "return grad * s * (A(1) + z * (A(1) - s));", "return grad * s;"),
     "hardswish: a gradient from below the joint": (

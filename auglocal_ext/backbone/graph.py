@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..common.messages import first_line
-from ..common.meta import meta_copy
+from ..common.meta import forward_of, meta_copy
 from ..engine.as_real import RealLayouts
 from ..engine.calls import is_size
 from ..engine.node import is_as_its_class
@@ -128,7 +128,7 @@ class _ModelTracer(Tracer):
             return super().record(root)
         finally:  # no call is recorded any more
             for module in self.submodule_paths:
-                vars(module)["_compiled_call_impl"] = module.forward
+                vars(module)["_compiled_call_impl"] = forward_of(module)
 
     def _called(self, module, *args, **kwargs):
         path = self.submodule_paths[module]

@@ -59,6 +59,7 @@ _WORDS = [
     (r"\bmemory_budget='([^']*)'", r"--budget \1"),
     (r"\bmemory_budget\b", "--budget"),
     (r"\b(depth|form|auxiliary|recompute|prefer|modules|rule|clip)='([^']*)'", r"--\1 \2"),
+    (r"\bsync_batch_norm(=True)?", "--sync-bn"),
     (r"\bclip_norm(=?)", lambda found: "--clip-grad-norm" + " " * len(found[1])),
     (r"\baccumulate=(\d)", r"--accumulate \1"),
     (r"\bleave clip at\b", "leave --clip at"),

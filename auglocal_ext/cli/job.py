@@ -87,6 +87,7 @@ def train_as_told(options, model, source, **more):
         memory_budget=options.budget,
         prefer=options.prefer,
         recompute=options.recompute,
+        sync_batch_norm=options.sync_bn,
         optimizer=named_optimizer(
             options.optimizer,
             options.lr,

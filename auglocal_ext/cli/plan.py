@@ -29,6 +29,7 @@ def plan_command(options):
         prefer=options.prefer,
         units=options.units,
         recompute=options.recompute,
+        sync_batch_norm=options.sync_bn,
         **cutting,
         **stepping_of(options),
     )

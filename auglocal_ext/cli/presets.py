@@ -29,6 +29,7 @@ DEFAULTS = {
     "freeze_norms": False,
     "precision": "fp32",
     "recompute": False,
+    "sync_bn": False,
     "budget": None,
     "prefer": "arithmetic",
     "accumulate": 1,

@@ -20,7 +20,7 @@ _DATA = (
 )
 _CUT = (
     "model", "rule", "depth", "form", "auxiliary", "modules", "units", "freeze", "freeze_norms", "precision",
-    "recompute", "budget", "prefer",
+    "recompute", "sync_bn", "budget", "prefer",
 )  # fmt: skip
 _STEPPING = ("accumulate", "clip_grad_norm", "clip_grad_value", "clip", "model_ema", "model_ema_decay")
 
@@ -157,6 +157,7 @@ def add_cut(parser, *, depth=_DEPTH, preset=None):
     again = "run convolutions again in the backward instead of keeping theirs, of all units or of these; auto: of what "
     again += "units --budget asks for"
     add("--recompute", nargs="*", action=_Recompute, metavar="auto|NAME", help=again)
+    add("--sync-bn", action="store_true", help="BatchNorms go by the images of all processes together")
     add("--budget", type=size, metavar="SIZE", help="bytes a step may take, such as 6GB: cut where it fits at the "
         "least work")  # fmt: skip
     add(

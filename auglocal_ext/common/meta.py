@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .messages import first_line
 
-__all__ = ["HOOKS", "METHODS", "as_meta_copy", "meta_copy", "replaced_methods"]
+__all__ = ["HOOKS", "METHODS", "as_meta_copy", "forward_of", "meta_copy", "replaced_methods"]
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,7 +23,7 @@ def meta_copy(module):
 
     No hook runs when the copy is called, the process's global ones included: they are made for tensors with values. The
     exceptions are those by which torch.nn.utils makes a weight of other parameters (pruning, weight and spectral
-    norms): they are part of what the module computes.
+    norms): they are part of what the module computes. An nn.SyncBatchNorm of the copy sends nothing.
 
     Raises:
         ValueError: a part of the module cannot be copied so; names it.
@@ -42,6 +43,8 @@ def meta_copy(module):
     for part in module.modules():
         found = [vars(part)[hooks] for hooks in HOOKS if hooks in vars(part)]
         known |= {id(hooks): _kept_hooks(hooks) for hooks in found}
+        if getattr(part, "process_group", None) is not None:
+            known[id(part.process_group)] = part.process_group  # which cannot be copied
     try:
         with torch.inference_mode(False), torch.no_grad(), _TensorsToMeta():
             copied = copy.deepcopy(module, known)
@@ -74,7 +77,13 @@ def _skip_hooks(module):
     """Lets calls of a module and of its parts go past all hooks, but those that make a weight."""
     for part in module.modules():
         if not part._forward_pre_hooks:
-            vars(part)["_compiled_call_impl"] = part.forward  # what nn.Module.__call__ goes to, where there is one
+            vars(part)["_compiled_call_impl"] = forward_of(part)  # what nn.Module.__call__ goes to, where there is one
+
+
+def forward_of(module):
+    """What a module without data is to run: its forward; an nn.SyncBatchNorm, whose own takes nothing but tensors of a
+    GPU where there is a process group, what it runs where there is none."""
+    return partial(nn.BatchNorm2d.forward, module) if type(module) is nn.SyncBatchNorm else module.forward
 
 
 def replaced_methods(module):

@@ -110,6 +110,7 @@ class At:
     modules: path -> module, of the traced root.
     values: fx node -> the name of its value, of all that was computed before.
     out, part: of the Node to be made.
+    sync_batch_norm: whether BatchNorms of other kinds than nn.SyncBatchNorm are synchronised too.
     """
 
     node: torch.fx.Node
@@ -117,6 +118,7 @@ class At:
     values: dict
     out: str
     part: str
+    sync_batch_norm: bool = False
 
     def module(self, node=None):
         """The module that an fx node calls, this place's if none is given; None: it calls none."""
@@ -166,7 +168,7 @@ _FORWARDS = {
     for kind in (
         nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
         nn.Hardswish, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.MaxPool2d, nn.MultiheadAttention, nn.ReLU,
-        nn.ReLU6, nn.SiLU, nn.Unflatten
+        nn.ReLU6, nn.SiLU, nn.SyncBatchNorm, nn.Unflatten
     )
 }  # fmt: skip
 

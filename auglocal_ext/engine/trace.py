@@ -17,12 +17,13 @@ from .nodes.chunk import is_cut
 from .nodes.head import take_in_head
 from .nodes.loss import cross_entropy
 from .nodes.reshape import only_reshapes
+from .nodes.sync_norm import check_all_are_synchronised
 from .symbolic import Untraceable, symbolic_graph
 
 __all__ = ["Reader", "is_whole", "join", "trace"]
 
 
-def trace(module, inside, part, source="x"):
+def trace(module, inside, part, source="x", sync_batch_norm=False):
     """The nodes of one part of a network, in the order in which a step runs them.
 
     Args:
@@ -31,18 +32,23 @@ def trace(module, inside, part, source="x"):
             modules that nodes hold, do not run.
         part: its name, the beginning of its values' names.
         source: the name of its input.
+        sync_batch_norm: see `Reader`.
 
     Returns:
         (nodes, out): list of Node in the order of execution, and the name of the part's output.
     """
-    return Reader().trace(module, inside, part, source)
+    return Reader(sync_batch_norm).trace(module, inside, part, source)
 
 
 class Reader:
-    """Reads parts of networks, each once, for as long as their modules stay as they are."""
+    """Reads parts of networks, each once, for as long as their modules stay as they are.
 
-    def __init__(self):
-        self._known = {}
+    sync_batch_norm: whether every BatchNorm in training mode is synchronised, see `nodes.SyncNorm`, and not only those
+    that are nn.SyncBatchNorm. ValueError where one cannot be.
+    """
+
+    def __init__(self, sync_batch_norm=False):
+        self._known, self._sync_batch_norm = {}, sync_batch_norm
 
     def trace(self, module, inside, part, source="x"):
         """See `trace`."""
@@ -53,11 +59,13 @@ class Reader:
         """As `trace`, in the order in which the module's own forward runs them."""
         key = id(module), part, source
         if key not in self._known:
-            self._known[key] = module, *_read(module, inside, part, source)
+            self._known[key] = module, *_read(module, inside, part, source, self._sync_batch_norm)
+            if self._sync_batch_norm:
+                check_all_are_synchronised(self._known[key][1])
         return self._known[key][1:]
 
 
-def _read(module, inside, part, source):
+def _read(module, inside, part, source, sync_batch_norm):
     root = nn.Sequential(module)
     taken = {type(inner) for inner in module.modules() if is_whole(inner)}
     opened = {type(inner) for inner in module.modules() if only_reshapes(inner)}
@@ -74,7 +82,7 @@ def _read(module, inside, part, source):
         elif is_cut(fx_node):
             values[fx_node] = values[fx_node.args[0]]  # of which each reader takes a part
         elif fx_node not in done and not is_no_value(fx_node) and not At.is_attribute(fx_node):
-            at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part)
+            at = At(fx_node, modules, values, f"{part}/{fx_node.name}", part, sync_batch_norm)
             plain = not any(map(at.is_attribute, fx_node.all_input_nodes))
             kinds = (kind for kind in KINDS if plain or kind.holds_attributes)
             node, last = next(found for kind in kinds if (found := kind.match(at)))

@@ -66,20 +66,50 @@ def batch_norm_act_apply_out(x, weight, bias, mean, var, residual, eps, act, out
     out.copy_(_activated(x.to(weight.dtype), weight, bias, mean, var, residual, eps, act, negative_slope))
 
 
-def batch_norm_act_backward_out(grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope=0.01):
-    features, g = x.to(weight.dtype), grad.to(weight.dtype)
+def _behind_activation(grad, features, weight, bias, mean, var, y, eps, act, negative_slope):
+    g = grad.to(weight.dtype)
     if y is not None:
-        g = torch.where(y <= 0, 0, g)
-    elif act:
-        g = _activation_backward(g, _normalised(features, weight, bias, mean, var, eps), act, negative_slope)
-    centred, invstd = features - _per_channel(mean), (var + eps).rsqrt()
-    dbias, dot = g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3))
+        return torch.where(y <= 0, 0, g)
+    if not act:
+        return g
+    return _activation_backward(g, _normalised(features, weight, bias, mean, var, eps), act, negative_slope)
+
+
+def _sums(g, features, mean):
+    return g.sum((0, 2, 3)), (g * (features - _per_channel(mean))).sum((0, 2, 3))
+
+
+def _input_grad(g, features, weight, mean, var, eps, total, dot, count):
+    invstd = (var + eps).rsqrt()
+    centred = features - _per_channel(mean)
+    result = g - _per_channel(total / count) - centred * _per_channel(dot * invstd.square() / count)
+    return result * _per_channel(weight * invstd)
+
+
+def batch_norm_act_backward_out(grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope=0.01):
+    features = x.to(weight.dtype)
+    g = _behind_activation(grad, features, weight, bias, mean, var, y, eps, act, negative_slope)
+    dbias, dot = _sums(g, features, mean)
     count = max(x.numel() // max(x.shape[1], 1), 1)
-    result = g - _per_channel(dbias / count) - centred * _per_channel(dot * invstd.square() / count)
-    dx.copy_(result * _per_channel(weight * invstd))
+    dx.copy_(_input_grad(g, features, weight, mean, var, eps, dbias, dot, count))
     if dresidual is not None:
         dresidual.copy_(g)
-    return dot * invstd, dbias
+    return dot * (var + eps).rsqrt(), dbias
+
+
+def batch_norm_act_backward_sums(grad, x, weight, bias, mean, var, y, eps, act, masked, negative_slope=0.01):
+    features = x.to(weight.dtype)
+    g = _behind_activation(grad, features, weight, bias, mean, var, y, eps, act, negative_slope)
+    dbias, dot = _sums(g, features, mean)
+    if masked is not None:
+        masked.copy_(g)
+    return torch.stack([dbias, dot]).double(), dot * (var + eps).rsqrt(), dbias
+
+
+def batch_norm_act_backward_apply_out(grad, x, weight, bias, mean, var, means, eps, act, dx, negative_slope=0.01):
+    features = x.to(weight.dtype)
+    g = _behind_activation(grad, features, weight, bias, mean, var, None, eps, act, negative_slope)
+    dx.copy_(_input_grad(g, features, weight, mean, var, eps, *means.to(weight.dtype), 1))
 
 
 def batch_norm_act_max_pool_apply(

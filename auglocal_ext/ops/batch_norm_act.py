@@ -235,6 +235,20 @@ define(
     " -> (Tensor dweight, Tensor dbias)",
     _fallbacks.batch_norm_act_backward_out,
 )
+# The same in two, for a batch that lies on several devices. sums, (2, C): of the masked gradient g, and of
+# g * (x - mean). means: what the sums of all devices come to, divided by the number of values. Both are float64.
+# masked: where g goes, given with y; the second op is then given it as its gradient, and no activation.
+define(
+    "batch_norm_act_backward_sums(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var,"
+    " Tensor? y, float eps, int act, Tensor(a!)? masked, float negative_slope=0.01)"
+    " -> (Tensor sums, Tensor dweight, Tensor dbias)",
+    _fallbacks.batch_norm_act_backward_sums,
+)
+define(
+    "batch_norm_act_backward_apply_out(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var,"
+    " Tensor means, float eps, int act, Tensor(a!) dx, float negative_slope=0.01) -> ()",
+    _fallbacks.batch_norm_act_backward_apply_out,
+)
 
 
 @define_composite(
@@ -304,6 +318,17 @@ def _(grad, x, weight, bias, mean, var, y, eps, act, negative_slope=0.01):
 @torch.library.register_fake("auglocal_ext::batch_norm_act_backward_out")
 def _(grad, x, weight, bias, mean, var, y, eps, act, dx, dresidual, negative_slope=0.01):
     return torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_backward_sums")
+def _(grad, x, weight, bias, mean, var, y, eps, act, masked, negative_slope=0.01):
+    sums = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    return sums, torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.register_fake("auglocal_ext::batch_norm_act_backward_apply_out")
+def _(grad, x, weight, bias, mean, var, means, eps, act, dx, negative_slope=0.01):
+    return None
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,8 +14,8 @@ __all__ = ["Origin", "fingerprint"]
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, criterion, memory_format, soft_labels, stepping: what the plan was made with. model:
-    the `fingerprint` of its model."""
+    """rule, recompute, optimizer, criterion, memory_format, soft_labels, stepping, sync_batch_norm: what the plan was
+    made with. model: the `fingerprint` of its model."""
 
     rule: Rule
     recompute: bool | tuple[str, ...]
@@ -25,6 +25,7 @@ class Origin:
     soft_labels: bool
     model: tuple
     stepping: Stepping = Stepping()
+    sync_batch_norm: bool = False
 
 
 def fingerprint(model):

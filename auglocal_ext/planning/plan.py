@@ -40,6 +40,7 @@ def plan(
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: Callable | None = None,
+    sync_batch_norm: bool = False,
     accumulate: int = 1,
     clip_norm: float | None = None,
     clip_value: float | None = None,
@@ -57,6 +58,7 @@ def plan(
             budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
             and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
         criterion: the loss of every local module's head and of the classifier, see `auglocal_ext.train`.
+        sync_batch_norm: see `auglocal_ext.train`; a plan is of one rank's step.
         accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`; input_shape is of one of the batches
             that are accumulated.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
@@ -81,7 +83,7 @@ def plan(
     rules = rules_of(backbone, rule, depth, form, auxiliary, modules, **options)
     recompute = rules[0].recompute or (recompute if recompute == "auto" else as_recompute(recompute, backbone))
     clock = load(next(model.parameters()).device, precision) if prefer == "time" else None
-    made_with = criterion, clock, soft_labels, stepping
+    made_with = criterion, clock, soft_labels, stepping, sync_batch_norm
     planner = Planner(model, precision, optimizer, recompute, memory_format, backbone, *made_with)
     with planner.progress(f"planning batches of {shape[0]}"):
         if budget is None:

@@ -75,6 +75,7 @@ class Planner:
         clock: None, or what predicts times; see `calibration.load`.
         soft_labels: see `auglocal_ext.plan`.
         stepping: how optimizers step, see `Stepping`.
+        sync_batch_norm: see `auglocal_ext.train`.
 
     Attributes:
         criterion: without data; given_criterion: as it was given.
@@ -96,10 +97,11 @@ class Planner:
         clock=None,
         soft_labels=False,
         stepping=Stepping(),  # noqa: B008 - it cannot change
+        sync_batch_norm=False,
     ):
         check_precision(precision)
         self.given_criterion, self.clock, self.soft_labels = as_criterion(criterion), clock, soft_labels
-        self.stepping = stepping
+        self.stepping, self.sync_batch_norm = stepping, sync_batch_norm
         self.name, self.precision, self.recompute = name_of(model), precision, recompute
         self.factory, self.device = optimizer or sgd(128), next(model.parameters()).device
         self.fingerprint, self.memory_format = fingerprint(model), memory_format
@@ -110,7 +112,8 @@ class Planner:
         self.autocast = AUTOCAST[precision]
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer_bytes = OptimizerBytes(self.factory, self.dtype, self.device, names)
-        self.reader, self.steps, self.progress, self._heads, self._same = Reader(), WalkedSteps(), Progress(), {}, set()
+        self.reader, self.steps, self.progress = Reader(sync_batch_norm), WalkedSteps(), Progress()
+        self._heads, self._same = {}, set()
         self._at_once, self._bp = {}, {}  # what `at_once` has planned, and `_bp_macs` walked
         self.options = {
             "autocast": self.autocast,
@@ -190,7 +193,7 @@ class Planner:
             modules,
             batch_bytes,
             bp_macs,
-            Origin(*made_with, self.fingerprint, self.stepping),
+            Origin(*made_with, self.fingerprint, self.stepping, self.sync_batch_norm),
             stepping_bytes=stepping_bytes,
         )
 

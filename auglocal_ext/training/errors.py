@@ -17,8 +17,8 @@ def check_plan(plan, model, alone):
     if not alone:
         raise ValueError(
             "plan= tells depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, "
-            "recompute, accumulate, clip_norm, clip_value, clip and ema: leave them out, or give them to "
-            "auglocal_ext.plan"
+            "recompute, sync_batch_norm, accumulate, clip_norm, clip_value, clip and ema: leave them out, or give them "
+            "to auglocal_ext.plan"
         )
     if plan.origin.stepping.ranks != world().size:
         raise ValueError(

@@ -53,6 +53,7 @@ def train(
     recompute: bool | str | Iterable[str] = False,
     optimizer: Callable | None = None,
     criterion: Callable | None = None,
+    sync_batch_norm: bool = False,
     schedule: Callable | None = cosine,
     accumulate: int = 1,
     clip_norm: float | None = None,
@@ -111,6 +112,9 @@ def train(
             step is planned: it may read no values, and constant tensors belong into buffers, which are moved to the
             model's device. Where every label of a batch is ignored the loss is NaN and gradients are zero, as in
             torch. The validation's loss is the plain cross-entropy in any case.
+        sync_batch_norm: whether every BatchNorm goes by the images of all processes of torch.distributed's group
+            together, as those that are nn.SyncBatchNorm do in any case. A single process then trains as without but for
+            rounding, and needs a little more memory, which a plan counts.
         schedule: (epoch, epochs) -> what to multiply the learning rates by; epoch counts fractions where the
             loader's length is known. None: constant. Default: `auglocal_ext.optim.cosine`. Or optimizer -> one of
             torch.optim.lr_scheduler, a callable that needs one argument, called once per local module. It steps after
@@ -191,7 +195,7 @@ def train(
     cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}
     cutting |= {"memory_budget": memory_budget, "prefer": prefer}
     options = {"precision": precision, "recompute": recompute, "optimizer": optimizer, "criterion": criterion}
-    options |= stepping
+    options |= stepping | {"sync_batch_norm": sync_batch_norm}
     trainer = _make_trainer(model, first, depth, progress, **cutting, **options)
     validate = None if val_loader is None else _validation(trainer, val_loader, epochs, progress)
     modes, checkpoints, run = modes_of(model), None, None

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..common import checks
 from ..engine.tensors import layout_of
+from ..engine.trace import Reader
 from ..planning.comparison import compared
 from ..planning.module_nodes import programs
 from ..planning.planner import Planner, train_mode
@@ -83,6 +84,7 @@ def _planner(trainer, soft_labels):
         backbone=trainer._backbone,
         soft_labels=soft_labels,
         stepping=trainer.stepping,
+        sync_batch_norm=trainer.sync_batch_norm,
     )
 
 
@@ -115,6 +117,7 @@ def current_programs(trainer, modes=None):
             recompute=trainer.recompute,
             criterion=trainer.criterion,
             accumulate=trainer.stepping.accumulates,
+            trace=Reader(trainer.sync_batch_norm).trace,
         )
         trainer._programmed_modes = modes
         called = [island.call for program in trainer._programs for island in program.islands]

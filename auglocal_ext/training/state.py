@@ -44,12 +44,12 @@ def check_state(trainer, state):
             f"the state is of version {state['version']}, this auglocal_ext reads version {VERSION}: go "
             f"on with the release that wrote it, or train from the beginning"
         )
-    made_of = {"ranks": 1} | state["made_of"]  # which a state of one process may be without
+    theirs = {"ranks": 1, "sync_batch_norm": False} | state["made_of"]  # which older states do not tell
     for name, ours in _made_of(trainer).items():
-        if made_of.get(name) != ours:
+        if theirs.get(name) != ours:
             raise ValueError(
-                f"the state was saved with {name} {made_of.get(name)}, this trainer has {ours}: make the "
-                f"model and the trainer as they were then"
+                f"the state was saved with {name} {theirs.get(name)}, this trainer has {ours}: make the model and the "
+                f"trainer as they were then"
             )
     for name, module in (("model", trainer.model), ("aux_nets", trainer.aux_nets)):
         _check_fits(name, module.state_dict(), state[name])
@@ -92,6 +92,7 @@ def _made_of(trainer):
         "precision": trainer.precision,
         "recompute": trainer.recompute,
         "criterion": str(trainer.criterion),
+        "sync_batch_norm": trainer.sync_batch_norm,
         "optimizer": type(trainer.optimizers[0]).__name__,
         **asdict(trainer.stepping),
     }

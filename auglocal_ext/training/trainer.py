@@ -73,7 +73,7 @@ class LocalTrainer:
             it was made with are taken from it, and its step is run, without planning again.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; see `auglocal_ext.train`. Default:
             SGD with Nesterov momentum 0.9, weight decay 1e-4, and the learning rate for batches of 128, 0.1.
-        criterion: the loss of every local module's head and of the classifier; see `auglocal_ext.train`.
+        criterion, sync_batch_norm: see `auglocal_ext.train`.
         precision: "fp32", "bf16" or "fp16"; see `auglocal_ext.train`.
         recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
@@ -111,6 +111,7 @@ class LocalTrainer:
         borders: Iterable[int] | None = None,
         optimizer: Callable | None = None,
         criterion: Callable | None = None,
+        sync_batch_norm: bool = False,
         precision: str = "fp32",
         recompute: bool | Iterable[str] = False,
         accumulate: int = 1,
@@ -124,8 +125,8 @@ class LocalTrainer:
         if plan is not None:
             beside = (depth, rule, form, auxiliary, modules, borders, units, optimizer, criterion, precision, recompute)
             alone = beside == (4, "auglocal", None, "paper", None, None, None, None, None, "fp32", False)
-            check_plan(plan, model, alone and self.stepping == Stepping())
-            self.stepping = plan.origin.stepping
+            check_plan(plan, model, alone and self.stepping == Stepping() and not sync_batch_norm)
+            self.stepping, sync_batch_norm = plan.origin.stepping, plan.origin.sync_batch_norm
             rule, borders, precision = plan.origin.rule, plan.borders, plan.precision
             recompute, optimizer, criterion = plan.origin.recompute, plan.origin.optimizer, plan.origin.criterion
             image_size, units = image_size or plan.input_shape[2:], plan.units
@@ -140,6 +141,7 @@ class LocalTrainer:
         self.model, self.precision, self.plan = model, precision, plan
         self.units = tuple(unit.name for unit in backbone.units)
         self.recompute = rule.recompute or as_recompute(recompute, backbone)
+        self.sync_batch_norm = sync_batch_norm
         self._backbone, self._rule = backbone, rule
         self.device, self.dtype = first.device, first.dtype
         self._image_size = _pair(image_size or backbone.made_for)

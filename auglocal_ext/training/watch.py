@@ -22,6 +22,7 @@ _SETTINGS = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.BatchNorm2d: ("affine",),
+    nn.SyncBatchNorm: ("affine",),
 }
 
 _FOLLOWED = ("training", *_ANY)

@@ -65,17 +65,20 @@ class Channels {
 template <class A>
 class BackwardChannels : public Channels<A> {
  public:
-  BackwardChannels(const Layout& at, const Norm<A>& norm, A* dweight, A* dbias)
-      : Channels<A>(at.channels, norm), count_(double(at.count())), dweight_(dweight), dbias_(dbias),
+  // sums: null, or where the sums themselves go, those of g before those of g * (x - mean).
+  BackwardChannels(const Layout& at, const Norm<A>& norm, A* dweight, A* dbias, double* sums = nullptr)
+      : Channels<A>(at.channels, norm), count_(double(at.count())), dweight_(dweight), dbias_(dbias), sums_(sums),
         grad_mean_(at.channels), projection_(at.channels) {}
 
   void finish(int64_t c, double sum, double dot) {
-    const auto& norm = this->norm_;
-    const ChannelGrad<A> made = channel_grad(sum, dot, count_, double(norm.var[c]), this->scale_[c], norm.eps);
+    const ChannelGrad<A> made = keep(c, sum, dot, count_);
     dweight_[c] = made.dweight;
     dbias_[c] = made.dbias;
-    grad_mean_[c] = made.back.grad_mean;
-    projection_[c] = made.back.projection;
+    if (sums_) sums_[c] = sum, sums_[this->n_ + c] = dot;
+  }
+  // Instead, where the sums divided by their counts are known already: those of g before those of g * (x - mean).
+  void given(const double* means) {
+    for (int64_t c = 0; c < this->n_; ++c) keep(c, means[c], means[this->n_ + c], 1);
   }
   // Of all channels: the sums of several parts, each with one a channel, added in order.
   void finish(const std::vector<double>& sums, const std::vector<double>& dots) {
@@ -88,8 +91,17 @@ class BackwardChannels : public Channels<A> {
   InputGrads<A> input_grads() const { return {this->scale_.data(), grad_mean_.data(), projection_.data()}; }
 
  private:
+  ChannelGrad<A> keep(int64_t c, double sum, double dot, double count) {
+    const auto& norm = this->norm_;
+    const ChannelGrad<A> made = channel_grad(sum, dot, count, double(norm.var[c]), this->scale_[c], norm.eps);
+    grad_mean_[c] = made.back.grad_mean;
+    projection_[c] = made.back.projection;
+    return made;
+  }
+
   double count_;
   A *dweight_, *dbias_;
+  double* sums_;
   std::vector<A> grad_mean_, projection_;
 };
 

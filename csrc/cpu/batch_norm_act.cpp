@@ -176,47 +176,83 @@ void forward(const Layout& at, Act act, const ForwardArgs<T>& args) {
   apply<kResidual>(at, act, args);
 }
 
+// The backward's passes: what they make of the given gradient's sums, and of the gradient that the first leaves.
 template <bool kFromOutput, class Given, class T, class A = typename Compute<T>::type>
-void backward(const Layout& at, Given act, const BackwardArgs<T>& args) {
-  BackwardChannels<A> channels(at, args.norm, args.dweight, args.dbias);
-  const Affines<A> affines = channels.affines();
-  const InputGrads<A> back = channels.input_grads();
-  // With y, the first pass leaves the masked gradient, which so spares the second one y, and often is dresidual.
-  const std::conditional_t<kFromOutput, Activation<Act::none, A>, Given> left_act{act.slope};
-  const T* const left = kFromOutput ? args.masked : args.grad;
-  T* const dresidual = args.dresidual == args.masked ? nullptr : args.dresidual;
-  const auto at_offset = [](auto* from, int64_t i) { return from ? from + i : nullptr; };
-  if (at.inner > 1) {
-    over_channels(at, [&](int64_t c) {
-      double sum = 0, dot = 0;
-      for_each_block(at, c, From::start, [&](const Block& block) {
-        const int64_t i = block.begin;
-        block_grad_sums<kFromOutput>(act, args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i),
-                                     block, affines[c], &sum, &dot);
+class Backward {
+ public:
+  Backward(const Layout& at, Given act, const BackwardArgs<T>& args)
+      : at_(at), act_(act), left_act_{act.slope}, args_(args), left_(kFromOutput ? args.masked : args.grad),
+        dresidual_(args.dresidual == args.masked ? nullptr : args.dresidual),
+        channels_(at, args.norm, args.dweight, args.dbias, args.sums), affines_(channels_.affines()),
+        back_(channels_.input_grads()) {}
+
+  void both() {
+    if (at_.inner > 1)
+      // A channel's gradient is made right after its sums, while its values are in the cache.
+      return over_channels(at_, [&](int64_t c) {
+        channel_sums(c);
+        channel_input_grad(c);
       });
-      channels.finish(c, sum, dot);
-      for_each_block(at, c, From::end, [&](const Block& block) {
-        const int64_t i = block.begin;
-        block_input_grad<kFromOutput>(left_act, left + i, args.x + i, args.dx + i, at_offset(dresidual, i), block,
-                                      affines[c], back[c]);
-      });
-    });
-    return;
+    sums();
+    input_grad();
   }
-  const int64_t tasks = row_tasks(at);
-  std::vector<double> sums(tasks * at.channels), dots(tasks * at.channels);
-  over_row_tasks(at, From::start, [&](int64_t task, int64_t row, int64_t rows) {
-    const int64_t i = row * at.channels;
-    rows_grad_sums<kFromOutput>(act, args.grad + i, args.x + i, at_offset(args.y, i), at_offset(args.masked, i), rows,
-                                at.channels, affines, &sums[task * at.channels], &dots[task * at.channels]);
-  });
-  channels.finish(sums, dots);
-  over_row_tasks(at, From::end, [&](int64_t, int64_t row, int64_t rows) {
-    const int64_t i = row * at.channels;
-    rows_input_grad<kFromOutput>(left_act, left + i, args.x + i, args.dx + i, at_offset(dresidual, i), rows,
-                                 at.channels, affines, back);
-  });
-}
+  void sums() {
+    if (at_.inner > 1) return over_channels(at_, [&](int64_t c) { channel_sums(c); });
+    const int64_t tasks = row_tasks(at_), channels = at_.channels;
+    std::vector<double> sums(tasks * channels), dots(tasks * channels);
+    over_row_tasks(at_, From::start, [&](int64_t task, int64_t row, int64_t rows) {
+      const int64_t i = row * channels;
+      rows_grad_sums<kFromOutput>(act_, args_.grad + i, args_.x + i, at_offset(args_.y, i), at_offset(args_.masked, i),
+                                  rows, channels, affines_, &sums[task * channels], &dots[task * channels]);
+    });
+    channels_.finish(sums, dots);
+  }
+  void input_grad(const double* means) {
+    channels_.given(means);
+    if (at_.inner > 1) return over_channels(at_, [&](int64_t c) { channel_input_grad(c); });
+    input_grad();
+  }
+
+ private:
+  template <class Pointer>
+  static Pointer at_offset(Pointer from, int64_t i) {
+    return from ? from + i : nullptr;
+  }
+  void channel_sums(int64_t c) {
+    double sum = 0, dot = 0;
+    for_each_block(at_, c, From::start, [&](const Block& block) {
+      const int64_t i = block.begin;
+      block_grad_sums<kFromOutput>(act_, args_.grad + i, args_.x + i, at_offset(args_.y, i), at_offset(args_.masked, i),
+                                   block, affines_[c], &sum, &dot);
+    });
+    channels_.finish(c, sum, dot);
+  }
+  void channel_input_grad(int64_t c) {
+    for_each_block(at_, c, From::end, [&](const Block& block) {
+      const int64_t i = block.begin;
+      block_input_grad<kFromOutput>(left_act_, left_ + i, args_.x + i, args_.dx + i, at_offset(dresidual_, i), block,
+                                    affines_[c], back_[c]);
+    });
+  }
+  void input_grad() {  // of rows
+    over_row_tasks(at_, From::end, [&](int64_t, int64_t row, int64_t rows) {
+      const int64_t i = row * at_.channels;
+      rows_input_grad<kFromOutput>(left_act_, left_ + i, args_.x + i, args_.dx + i, at_offset(dresidual_, i), rows,
+                                   at_.channels, affines_, back_);
+    });
+  }
+
+  const Layout& at_;
+  const Given act_;
+  // With y, the first pass leaves the masked gradient, which so spares the second one y, and often is dresidual.
+  const std::conditional_t<kFromOutput, Activation<Act::none, A>, Given> left_act_;
+  const BackwardArgs<T>& args_;
+  const T* const left_;
+  T* const dresidual_;
+  BackwardChannels<A> channels_;
+  const Affines<A> affines_;
+  const InputGrads<A> back_;
+};
 
 struct Kernels : Cpu {
   using Cpu::Cpu;
@@ -237,10 +273,29 @@ struct Kernels : Cpu {
       args.residual ? auglocal::apply<true>(at, act, args) : auglocal::apply<false>(at, act, args);
     });
   }
-  template <class T, class A = typename Compute<T>::type>
+  template <class T>
   void backward(const Layout& at, const BackwardArgs<T>& args) const {
-    if (args.y) return auglocal::backward<true>(at, Activation<Act::relu, A>{}, args);
-    with_activation(args.act, args.slope, [&](auto act) { auglocal::backward<false>(at, act, args); });
+    with_passes(at, args, [](auto& passes) { passes.both(); });
+  }
+  template <class T>
+  void backward_sums(const Layout& at, const BackwardArgs<T>& args) const {
+    with_passes(at, args, [](auto& passes) { passes.sums(); });
+  }
+  template <class T>
+  void backward_apply(const Layout& at, const BackwardArgs<T>& args, const double* means) const {
+    with_passes(at, args, [means](auto& passes) { passes.input_grad(means); });
+  }
+  template <class T, class Run, class A = typename Compute<T>::type>
+  void with_passes(const Layout& at, const BackwardArgs<T>& args, const Run& run) const {
+    using Relu = Activation<Act::relu, A>;
+    if (args.y) {
+      Backward<true, Relu, T> passes(at, Relu{}, args);
+      return run(passes);
+    }
+    with_activation(args.act, args.slope, [&](auto act) {
+      Backward<false, decltype(act), T> passes(at, act, args);
+      run(passes);
+    });
   }
 };
 

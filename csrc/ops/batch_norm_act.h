@@ -1,5 +1,6 @@
 // batch_norm_act and its parts. Kernels brings
-//   statistics(at, x, mean, var), forward(at, args), apply(at, args), backward(at, args).
+//   statistics(at, x, mean, var), forward(at, args), apply(at, args),
+//   backward(at, args), and its two passes alone: backward_sums(at, args), backward_apply(at, args, means).
 #pragma once
 
 #include "op.h"
@@ -30,11 +31,17 @@ struct BackwardArgs {
   T *dx, *dresidual;      // may be grad, x or y themselves: each value is written by the thread that read it
   T* masked;              // where the masked gradient waits for the second pass: dresidual, or dx where dresidual is x
   A *dweight, *dbias;
+  // Where the sums over g and g * (x - mean) go, of all channels one after the other; null where nobody asks.
+  double* sums = nullptr;
 };
 
 inline void check_activation(const char* op, int64_t act, double negative_slope) {
   require(act >= 0 && act < kActs, op, ": act must be 0 to ", kActs - 1, ", given ", act);
   require(negative_slope >= 0, op, ": negative_slope must be at least 0, given ", negative_slope);
+}
+
+inline void check_mask(const char* op, const std::optional<Tensor>& y, int64_t act) {
+  require(!y || Act(act) == Act::relu, op, ": y, behind a residual, has the mask of a ReLU (act 1), given act ", act);
 }
 
 // ---- the ops -------------------------------------------------------------------------------------------
@@ -162,8 +169,7 @@ struct BatchNormActBackwardOut {
     if (y) check.dense_like_x("y", *y);
     if (dresidual) check.dense_like_x("dresidual", *dresidual);
     check_activation(kName, act, negative_slope);
-    require(!y || Act(act) == Act::relu, kName, ": y, behind a residual, has the mask of a ReLU (act 1), given act ",
-            act);
+    check_mask(kName, y, act);
     return check.at;
   }
 
@@ -183,6 +189,95 @@ struct BatchNormActBackwardOut {
                               into_dx, into_dresidual, masked, mutable_data<A>(dweight), mutable_data<A>(dbias)});
     });
     return {dweight, dbias};
+  }
+};
+
+// The first pass of the backward alone, and the second: a BatchNorm that is synchronised between devices adds up the sums
+// of all of them in between.
+struct BatchNormActBackwardSums {
+  static constexpr auto kName = "batch_norm_act_backward_sums";
+  Tensor grad, x;
+  NormTensors norm;
+  std::optional<Tensor> y;
+  double eps;
+  int64_t act;
+  std::optional<Tensor> masked;
+  double negative_slope;
+  auto arguments() {
+    return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, y, eps, act, masked, negative_slope);
+  }
+
+  Layout check() const {
+    const Check check(kName, x);
+    norm.check(check);
+    check.dense_like_x("x", x);
+    check.dense_like_x("grad", grad);
+    require(y.has_value() == masked.has_value(), kName, ": y and masked go together, given one of them");
+    if (y) check.dense_like_x("y", *y);
+    if (masked) check.dense_like_x("masked", *masked);
+    check_activation(kName, act, negative_slope);
+    check_mask(kName, y, act);
+    return check.at;
+  }
+
+  template <class Kernels>
+  std::tuple<Tensor, Tensor, Tensor> run() const {
+    const Layout at = check();
+    const Kernels kernels(x);
+    Tensor sums = torch::stable::empty({2, x.size(1)}, ScalarType::Double, std::nullopt, x.device()),
+           dweight = empty(norm.weight, norm.weight.sizes()), dbias = empty(norm.weight, norm.weight.sizes());
+    if (x.numel() == 0) return {zeroed(sums), zeroed(dweight), zeroed(dbias)};
+    with_type(kName, x, [&](auto value) {
+      using T = decltype(value);
+      using A = typename Compute<T>::type;
+      T* const into_masked = mutable_data<T>(masked);
+      kernels.backward_sums(at, BackwardArgs<T>{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad),
+                                                data<T>(x), data<T>(y), nullptr, into_masked, into_masked,
+                                                mutable_data<A>(dweight), mutable_data<A>(dbias),
+                                                mutable_data<double>(sums)});
+    });
+    return {sums, dweight, dbias};
+  }
+};
+
+struct BatchNormActBackwardApplyOut {
+  static constexpr auto kName = "batch_norm_act_backward_apply_out";
+  Tensor grad, x;
+  NormTensors norm;
+  Tensor means;
+  double eps;
+  int64_t act;
+  Tensor dx;
+  double negative_slope;
+  auto arguments() {
+    return std::tie(grad, x, norm.weight, norm.bias, norm.mean, norm.var, means, eps, act, dx, negative_slope);
+  }
+
+  Layout check() const {
+    const Check check(kName, x);
+    norm.check(check);
+    check.dense_like_x("x", x);
+    check.dense_like_x("grad", grad);
+    check.dense_like_x("dx", dx);
+    require(means.dim() == 2 && means.size(0) == 2 && means.size(1) == x.size(1) && means.is_contiguous() &&
+                means.scalar_type() == ScalarType::Double && means.device() == x.device(),
+            kName, ": means must be a contiguous (2, ", x.size(1), ") tensor of float64 on the device of x");
+    check_activation(kName, act, negative_slope);
+    return check.at;
+  }
+
+  template <class Kernels>
+  void run() const {
+    const Layout at = check();
+    const Kernels kernels(x);
+    if (x.numel() == 0) return;
+    with_type(kName, x, [&](auto value) {
+      using T = decltype(value);
+      using A = typename Compute<T>::type;
+      const BackwardArgs<T> args{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad), data<T>(x), nullptr,
+                                 mutable_data<T>(dx), nullptr, nullptr, nullptr, nullptr};
+      kernels.backward_apply(at, args, data<double>(means));
+    });
   }
 };
 
@@ -215,7 +310,7 @@ struct BatchNormActBackward {
 template <class Kernels, class Library>
 void implement_batch_norm_act(Library& library) {
   implement<Kernels, BatchNormStatistics, BatchNormAct, BatchNormActApplyOut, BatchNormActBackwardOut,
-            BatchNormActBackward>(library);
+            BatchNormActBackwardSums, BatchNormActBackwardApplyOut, BatchNormActBackward>(library);
 }
 
 }  // namespace auglocal

@@ -217,7 +217,7 @@ class Doubled(nn.BatchNorm2d):
         nn.BatchNorm2d(4, track_running_stats=False),
         nn.BatchNorm2d(4, affine=False).eval(),
         nn.InstanceNorm2d(4, affine=True),
-        nn.SyncBatchNorm(4),
+        nn.SyncBatchNorm(4, affine=False),
         Doubled(4),
     ],
     ids=repr,

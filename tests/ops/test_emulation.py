@@ -11,6 +11,7 @@ import torch
 from ops_helpers import LAYOUTS, make
 
 from auglocal_ext import ops
+from auglocal_ext.ops.batch_norm_act import ACTIVATIONS
 
 OPS = torch.ops.auglocal_ext
 
@@ -41,6 +42,15 @@ def everything(shape, dtype, layout, window=(3, 3, 2, 2, 1, 1), place=torch.clon
         over = x.clone(), None if mask is None else mask.clone()
         made = ops.batch_norm_act_backward(grad, over[0], *backward, over[1], act=act, dx=over[0], dresidual=over[1])
         assert all(torch.equal(t, values[name]) for name, t in zip(names, made, strict=True) if t is not None)
+        code = ACTIVATIONS.index(act) if isinstance(act, str) else int(act)
+        masked = None if mask is None else torch.full_like(x, torch.nan)
+        sums, *parameters = OPS.batch_norm_act_backward_sums(grad, x, *backward, mask, 1e-5, code, masked)
+        left, dx = (grad, code) if masked is None else (masked, 0), torch.full_like(x, torch.nan)
+        means = sums / (x.numel() // x.shape[1])
+        OPS.batch_norm_act_backward_apply_out(left[0], x, *backward, means, 1e-5, left[1], dx)
+        names = [f"{kind} in two passes: {name}" for name in ("sums", "dweight", "dbias", "dx")]
+        values |= dict(zip(names, (sums, *parameters, dx), strict=True))
+        assert masked is None or torch.equal(masked, values[f"{kind} dresidual"])
         if not isinstance(act, bool):
             continue  # the head has a ReLU or nothing
         values[f"{kind} pooled"] = OPS.batch_norm_act_mean_apply(x, weight, bias, mean, var, residual, 1e-5, act)

@@ -22,6 +22,7 @@ from .norm import Norm
 from .patch_merging import PatchMerging
 from .pooled_norm import PooledNorm
 from .reshape import Reshape
+from .sync_norm import SyncNorm
 from .window_attention import WindowAttention
 
 __all__ = [
@@ -48,11 +49,12 @@ __all__ = [
     "PatchMerging",
     "PooledNorm",
     "Reshape",
+    "SyncNorm",
     "WindowAttention",
 ]
 
 # What tracing looks for, in order of priority; the last one matches everything.
 KINDS = (
-    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, PooledNorm, Norm, FixedNorm, LayerNorm, Attention,
-    WindowAttention, Add, Mul, Dropout, Concat, Chunk, PatchMerging, Reshape, Index, Island,
+    Conv, Linear, Activation, MaxPool, AvgPool, GlobalPool, SyncNorm, PooledNorm, Norm, FixedNorm, LayerNorm,
+    Attention, WindowAttention, Add, Mul, Dropout, Concat, Chunk, PatchMerging, Reshape, Index, Island,
 )  # fmt: skip

@@ -113,8 +113,10 @@ def take_in_head(nodes, features, weight, criterion):
         if isinstance(before, Norm):
             break
     match tail:
+        # A Norm itself: the pooled norm's kernels know this device's statistics alone.
         case [Norm() as norm, GlobalPool() as pool, *between, Linear(linear=linear)] if (
-            (norm.function == RELU or (norm.function is None and norm.residual is None))
+            type(norm) is Norm
+            and (norm.function == RELU or (norm.function is None and norm.residual is None))
             and (middle := _behind_flatten(between, pool.keepdim)) is not None
             and (not middle or (len(middle) == 1 and is_plain_norm(_called(middle[0]), nn.BatchNorm1d)))
             and linear.weight.is_contiguous()

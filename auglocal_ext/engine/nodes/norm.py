@@ -24,7 +24,9 @@ __all__ = [
     "is_fixed_norm",
     "is_plain_norm",
     "plain_batch_norm",
+    "rebuilt",
     "statistics",
+    "update_running_statistics",
 ]
 
 _ops = torch.ops.auglocal_ext
@@ -55,6 +57,16 @@ class Norm(Node):
     def relu(self):
         return self.function == RELU
 
+    @property
+    def of_batch(self):
+        """The names of what is kept of the batch beside its values."""
+        return statistics(self)
+
+    @property
+    def gradients(self):
+        """A function as `_gradients`."""
+        return partial(_gradients, self.bn)
+
     @classmethod
     def match(cls, at):
         return chain_at(cls, at) if is_plain_norm(at.module(), nn.BatchNorm2d) else None
@@ -69,21 +81,21 @@ class Norm(Node):
         emit.step(self, "norm", partial(_norm, self.bn, *fused(self.function)), self.sources, [self.out, *of_batch])
         reads = [self.source, *of_batch, *self.sources[1:]]
         emit.derive(
-            self, "rebuild", partial(_rebuild, self.bn, *fused(self.function)), reads, [self.out], like=self.source
+            self, "rebuild", partial(rebuilt, self.bn, *fused(self.function)), reads, [self.out], like=self.source
         )
 
     def backward(self, emit):
-        reads = [emit.take(self.out), self.source, *statistics(self)]
+        reads = [emit.take(self.out), self.source, *self.of_batch]
         parameters, gives = emit.gradient_names(self.bn.weight, self.bn.bias), [emit.give(self.source)]
         if self.residual is not None and self.relu:
-            run, reads = partial(_residual_backward, self.bn, emit.owns(self.source)), [*reads, self.out]
+            run, reads = partial(_residual_backward, self.gradients, emit.owns(self.source)), [*reads, self.out]
             gives.append(emit.give(self.residual) if self.residual not in emit.constants else f"{self.out}.masked")
         elif self.residual is not None and self.residual not in emit.constants:
-            run = partial(_shared_backward, self.bn, emit.owns(self.source))
+            run = partial(_shared_backward, self.gradients, emit.owns(self.source))
             reads += [self.out] if self.out == emit.features else []
             gives.append(emit.give(self.residual))
         else:
-            run = partial(_backward, self.bn, *fused(self.function))
+            run = partial(_backward, self.gradients, *fused(self.function))
             reads += [self.out] if self.out == emit.features else []
         emit.step(self, "norm backward", run, reads, [*gives, *parameters])
 
@@ -146,7 +158,7 @@ def keeps_shape(node, before, at):
             inputs = module.in_channels
         elif Mul.computes(node):
             made_from = [side for side in made_from if function_at(side, at) is not None]
-        elif not (is_plain_norm(module, nn.BatchNorm2d) or is_fixed_norm(module)) and function_at(node, at) is None:
+        elif not (_is_norm(module) or is_fixed_norm(module)) and function_at(node, at) is None:
             return False
         if len(made_from) != 1:
             return False
@@ -163,6 +175,10 @@ def is_plain_norm(bn, kind):
         and bn.num_batches_tracked is not None
         and _is_affine(bn)
     )
+
+
+def _is_norm(module):
+    return is_plain_norm(module, nn.BatchNorm2d) or is_plain_norm(module, nn.SyncBatchNorm)
 
 
 def is_fixed_norm(bn):
@@ -203,7 +219,7 @@ def affine(bn):
 def batch_statistics(bn, x):
     """(mean, variance) of the batch, by which the running ones are updated."""
     mean, var = _ops.batch_norm_statistics(x)
-    _update_running_statistics(bn, mean, var, x)
+    update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return mean, var
 
 
@@ -231,11 +247,12 @@ def _is_add(node):
 def _norm(bn, act, slope, x, residual=None):
     residual = None if residual is None else like(residual, x)
     y, mean, var = _ops.batch_norm_act(x, *affine(bn), residual, bn.eps, act, slope)
-    _update_running_statistics(bn, mean, var, x)
+    update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return y, mean, var
 
 
-def _rebuild(bn, act, slope, over, x, mean, var, residual=None):
+def rebuilt(bn, act, slope, over, x, mean, var, residual=None):
+    """The output by statistics that are there, written over one of the reads that `over` allows it of."""
     if residual is not None:
         residual = like(residual, x)
     out = next((read for read, may in zip((x, mean, var, residual), over, strict=False) if may), None)
@@ -244,27 +261,43 @@ def _rebuild(bn, act, slope, over, x, mean, var, residual=None):
     return out
 
 
-def _backward(bn, act, slope, grad, x, mean, var, _output=None):
-    dx = like(grad, x)
-    return dx, *_ops.batch_norm_act_backward_out(dx, x, *affine(bn), mean, var, None, bn.eps, act, dx, None, slope)
+def _gradients(bn, act, slope, grad, x, of_batch, y, dx):
+    """(dx, the gradient behind the mask, dweight, dbias).
 
-
-def _residual_backward(bn, over, grad, x, mean, var, y):
-    dresidual, dx = like(grad, x), x if over else torch.empty_like(x)
-    given = (dresidual, x, *affine(bn), mean, var, like(y, x), bn.eps, True, dx, dresidual)
-    return dx, dresidual, *_ops.batch_norm_act_backward_out(*given)
-
-
-def _shared_backward(bn, over, grad, x, mean, var, _output=None):
-    """Where the residual's gradient is the output's, which goes on to it."""
-    grad, dx = like(grad, x), x if over else torch.empty_like(x)
-    given = (grad, x, *affine(bn), mean, var, None, bn.eps, False, dx, None)
+    act, slope: see `fused`.
+    of_batch: begins with the mean and the variance.
+    y: None, or the output, whose sign is the mask of a ReLU behind a residual: grad is then masked in place.
+    dx: where to write, which may be grad or x.
+    """
+    given = grad, x, *affine(bn), *of_batch[:2], y, bn.eps, act, dx, None if y is None else grad, slope
     return dx, grad, *_ops.batch_norm_act_backward_out(*given)
 
 
-def _update_running_statistics(bn, mean, var, x):
+# What these read behind the statistics is the output, where it is the features or tells a mask.
+
+
+def _backward(gradients, act, slope, grad, x, *of_batch):
+    dx = like(grad, x)
+    dx, _, *parameters = gradients(act, slope, dx, x, of_batch, None, dx)
+    return dx, *parameters
+
+
+def _residual_backward(gradients, over, grad, x, *of_batch):
+    dx, y = x if over else torch.empty_like(x), like(of_batch[-1], x)
+    return gradients(*fused(RELU), like(grad, x), x, of_batch, y, dx)
+
+
+def _shared_backward(gradients, over, grad, x, *of_batch):
+    """Where the residual's gradient is the output's, which goes on to it."""
+    grad, dx = like(grad, x), x if over else torch.empty_like(x)
+    dx, _, *parameters = gradients(*fused(None), grad, x, of_batch, None, dx)
+    return dx, grad, *parameters
+
+
+def update_running_statistics(bn, mean, var, count):
+    """By the mean and the biased variance of `count` values, a number or a tensor ()."""
     bn.num_batches_tracked += 1
-    dtype, count = bn.running_mean.dtype, x.numel() // x.shape[1]
+    dtype = bn.running_mean.dtype
     # momentum None: the cumulative average
     momentum = 1 / bn.num_batches_tracked.to(dtype) if bn.momentum is None else bn.momentum
     bn.running_mean.lerp_(mean.to(dtype), momentum)
