@@ -176,7 +176,7 @@ void forward(const Layout& at, Act act, const ForwardArgs<T>& args) {
   apply<kResidual>(at, act, args);
 }
 
-// The backward's passes: what they make of the given gradient's sums, and of the gradient that the first leaves.
+// The two passes of the backward over a map: both, or either alone.
 template <bool kFromOutput, class Given, class T, class A = typename Compute<T>::type>
 class Backward {
  public:

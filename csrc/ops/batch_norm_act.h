@@ -192,8 +192,8 @@ struct BatchNormActBackwardOut {
   }
 };
 
-// The first pass of the backward alone, and the second: a BatchNorm that is synchronised between devices adds up the sums
-// of all of them in between.
+// The first pass of the backward alone, and the second: where a batch lies on several devices, the sums of all of them
+// are added up in between.
 struct BatchNormActBackwardSums {
   static constexpr auto kName = "batch_norm_act_backward_sums";
   Tensor grad, x;
@@ -231,10 +231,10 @@ struct BatchNormActBackwardSums {
       using T = decltype(value);
       using A = typename Compute<T>::type;
       T* const into_masked = mutable_data<T>(masked);
-      kernels.backward_sums(at, BackwardArgs<T>{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad),
-                                                data<T>(x), data<T>(y), nullptr, into_masked, into_masked,
-                                                mutable_data<A>(dweight), mutable_data<A>(dbias),
-                                                mutable_data<double>(sums)});
+      kernels.backward_sums(
+          at, BackwardArgs<T>{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad), data<T>(x), data<T>(y),
+                              nullptr, into_masked, into_masked, mutable_data<A>(dweight), mutable_data<A>(dbias),
+                              mutable_data<double>(sums)});
     });
     return {sums, dweight, dbias};
   }
@@ -274,8 +274,8 @@ struct BatchNormActBackwardApplyOut {
     with_type(kName, x, [&](auto value) {
       using T = decltype(value);
       using A = typename Compute<T>::type;
-      const BackwardArgs<T> args{norm.data<A>(eps), Act(act), A(negative_slope), data<T>(grad), data<T>(x), nullptr,
-                                 mutable_data<T>(dx), nullptr, nullptr, nullptr, nullptr};
+      const BackwardArgs<T> args{norm.data<A>(eps),   Act(act), A(negative_slope), data<T>(grad), data<T>(x), nullptr,
+                                 mutable_data<T>(dx), nullptr,  nullptr,           nullptr,       nullptr};
       kernels.backward_apply(at, args, data<double>(means));
     });
   }

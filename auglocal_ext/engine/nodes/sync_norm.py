@@ -41,10 +41,8 @@ class SyncNorm(Norm):
 
     def forward(self, emit):
         emit.step(self, "statistics", partial(_statistics, self.bn), [self.source], self.of_batch)
-        run, reads = (
-            partial(_apply, self.bn, *fused(self.function)),
-            [self.source, *statistics(self), *self.sources[1:]],
-        )
+        run = partial(_apply, self.bn, *fused(self.function))
+        reads = [self.source, *statistics(self), *self.sources[1:]]
         emit.step(self, "norm", partial(run, ()), reads, [self.out])
         emit.derive(self, "rebuild", run, reads, [self.out], like=self.source)
 
