@@ -7,8 +7,8 @@ from typing import NamedTuple
 __all__ = ["Event", "Task", "run"]
 
 
-# Names a task: what is done, by which rank, for which batch; a number tells those apart that are alike in the rest. Plain
-# tuples, of which there are millions.
+# Names a task: what is done, by which rank, for which batch, and a number that tells apart what is alike in the rest. A
+# plain tuple, as there may be millions.
 Key = tuple[str, int, int, int]
 
 

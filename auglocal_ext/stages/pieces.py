@@ -1,4 +1,4 @@
-"""What a schedule is simulated from: the pieces of a network with their seconds and bytes, and the link between ranks."""
+"""What a schedule is simulated from: pieces of a network with their seconds and bytes, and the link between ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,16 +49,18 @@ class Costs:
     Attributes:
         modules: its local modules.
         units: its units under backpropagation, the classifier in the last one.
+        batch: bytes of images and labels.
     """
 
     images: int
     modules: tuple[Piece, ...]
     units: tuple[Piece, ...]
+    batch: int = 0
 
     def scaled(self, factor: float) -> "Costs":
         """On ranks that are slower by a factor, as those that share a processor's memory are."""
         modules, units = (tuple(piece.scaled(factor) for piece in pieces) for pieces in (self.modules, self.units))
-        return Costs(self.images, modules, units)
+        return replace(self, modules=modules, units=units)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from . import pipelines
 from .balance import balanced
 from .events import Event, run
-from .pieces import Costs, Link, Piece, total
+from .pieces import Costs, Link, total
 
 __all__ = ["FORMS", "Prediction", "predicted"]
 
@@ -81,7 +81,7 @@ def predicted(
             raise ValueError(f"{costs.images} images cannot be cut into {micro} micro-batches: give from 1 to as many")
         rounds = 2
         events = run(PIPELINES[form](groups, link, rounds, micro))
-        memory, lag = _pipeline_memory(groups, events, micro), 0
+        memory, lag = _pipeline_memory(groups, events, micro, costs.batch), 0
     else:
         micro, rounds = 1, stages + 2 * max_lag + 4
         events = run(pipelines.layer_parallel(groups, link, rounds, max_lag, form == "synchronous"))
@@ -101,10 +101,11 @@ def _data_parallel(costs, ranks, form, link):
     if ranks == 1 and not of_bp:
         high = max(piece.peak for piece in pieces)
     elif of_bp:  # all gradients are there at the end; before that, what is kept
-        high = total(pieces, "gradients") + _backprop_activations(pieces) / ranks
+        high = total(pieces, "gradients") + (_backprop_activations(pieces) + costs.batch) / ranks
     else:  # the gradients of the module before are still on their way
         before = [0, *(piece.gradients for piece in pieces)]
         high = max(p.activations / ranks + p.gradients + b for p, b in zip(pieces, before, strict=False))
+        high += costs.batch / ranks
     spans = (range(len(pieces)),) * ranks
     return _prediction(form, spans, costs.images, (round(state + high),) * ranks, 0, 1, events, 3)
 
@@ -134,18 +135,15 @@ def _layer_parallel_memory(groups, buffers):
     return tuple(total(g, "state") + max(p.peak for p in g) + buffers * (i + o) for i, o, g in ends)
 
 
-def _pipeline_memory(groups, events, micro):
-    """Of each rank: its units' state and gradients, what they keep of the micro-batches that are under way, and what
-    they need for a moment."""
-    held = _under_way(events, len(groups))
-    return tuple(
-        round(
-            total(group, "state")
-            + total(group, "gradients")
-            + (_backprop_activations(group) + (count - 1) * total(group, "kept")) / micro
-        )
-        for group, count in zip(groups, held, strict=True)
-    )
+def _pipeline_memory(groups, events, micro, batch):
+    """Of each rank: its units' state and gradients, what they keep of the micro-batches that are under way, with their
+    input, and what they need for a moment. The first one holds the whole batch."""
+    memory, inputs = [], [0, *(group[-1].output for group in groups)]
+    for group, given, count in zip(groups, inputs, _under_way(events, len(groups)), strict=False):
+        micro_batches = _backprop_activations(group) + (count - 1) * total(group, "kept") + count * given
+        memory.append(total(group, "state") + total(group, "gradients") + micro_batches / micro)
+    memory[0] += batch
+    return tuple(map(round, memory))
 
 
 def _backprop_activations(units):
@@ -158,8 +156,7 @@ def _backprop_activations(units):
 
 def _under_way(events, ranks):
     """Of each rank the most micro-batches at once that have begun and are not done."""
-    last: list[dict] = [{} for _ in range(ranks)]
-    begun: list[list] = [[] for _ in range(ranks)]
+    last, begun = [{} for _ in range(ranks)], [[] for _ in range(ranks)]
     for event in events:
         if event.what == "forward":
             begun[event.rank].append(event.start)
@@ -192,7 +189,7 @@ def _lag(events, last):
 
 
 def _begins(events, rank):
-    starts: dict[int, float] = {}
+    starts = {}
     for event in events:
         if event.rank == rank and event.what == "forward":
             starts[event.batch] = min(starts.get(event.batch, event.start), event.start)
