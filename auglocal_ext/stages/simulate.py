@@ -42,6 +42,11 @@ class Prediction:
     micro_batches: int
     events: list[Event] = field(repr=False)
 
+    def beginning(self, batches: int) -> list[Event]:
+        """Of the events those that begin until the last rank has finished so many batches."""
+        end = max(event.end for event in self.events if event.batch < batches * self.micro_batches)
+        return [event for event in self.events if event.start < end]
+
 
 def predicted(
     costs: Costs,
