@@ -37,8 +37,8 @@ def check_stages(options):
 
 
 def stages_of(planned, model, options):
-    """(lines of a table, path -> draws the schedules), predicted for 1, 2, 4, ... ranks up to --stages; ValueError where
-    there are fewer local modules."""
+    """(lines of a table, path -> draws the schedules), predicted for 1, 2, 4, ... ranks up to --stages; ValueError
+    where there are fewer local modules."""
     clock, told = _clock(options)
     costs = planned_costs(planned, model, clock, options.units)
     given = {name: getattr(options, name) for name in ("bandwidth", "latency") if getattr(options, name) is not None}
@@ -53,8 +53,8 @@ def stages_of(planned, model, options):
     lines = report.stages_table(rows)
     lines += report.wrapped(
         f"batches of {costs.images} images; pipelines cut one into four micro-batches for each rank, here into at most "
-        f"{micro}, and BatchNorm sees what a rank computes at once; links of {link.bandwidth / 1e9:g} GB/s and {link.latency * 1e6:g} µs; seconds by {told}. A share of a "
-        f"batch is taken to cost that share of its time."
+        f"{micro}, and BatchNorm sees what a rank computes at once; links of {link.bandwidth / 1e9:g} GB/s and "
+        f"{link.latency * 1e6:g} µs; seconds by {told}. A share of a batch is taken to cost that share of its time."
     )
     return lines, partial(_draw, planned, found[most], most)
 
@@ -94,4 +94,4 @@ def _draw(planned, found, ranks, path):
 
 
 def _told(way):
-    return f"{way.images_per_second:,.0f} images/s, then idle for {way.bubble:.0%} of the time"
+    return f"{way.images_per_second:,.0f} images/s in the long run, {way.bubble:.0%} of the time idle"

@@ -13,10 +13,11 @@ _KINDS = {
     "backward": ("#6baed6", "///", "backward"),
     "weight gradient": ("#bcbddc", "...", "weights' gradients"),
     "step": ("#525252", "", "optimizer's step"),
-    "send": ("#fdd0a2", "", "message to the next or previous rank"),
+    "send": ("#fdd0a2", "", "message to the next rank"),
+    "send back": ("#969696", "", "message to the rank before"),
     "all-reduce": ("#fdae6b", "xx", "average of gradients over the ranks"),
 }
-_BESIDE = ("send", "all-reduce")  # drawn in a narrow lane below what the rank computes
+_BELOW = {"send": 0.33, "all-reduce": 0.33, "send back": 0.43}  # drawn in a narrow lane so far below the rank's own
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _NUMBERED = 8  # ranks at most; of more there is no room
 
@@ -25,9 +26,9 @@ def gantt_picture(panels, path, title):
     """Draws ranks downward and time across, a row of panels for each way to train.
 
     Args:
-        panels: [(name, predicted, traced)]: lists of `stages.events.Event`, or whatever has rank, batch, what, start and
-            end in seconds, already cut to what is to be seen. traced: as it was measured, drawn beside on the same scale;
-            None for all: only what is predicted.
+        panels: [(name, predicted, traced)]: lists of `stages.events.Event`, or whatever has rank, batch, what, start
+            and end in seconds, already cut to what is to be seen. traced: as it was measured, drawn beside on the same
+            scale; None for all: only what is predicted.
         path: its suffix says which kind of picture it is to be.
         title: of the whole.
     """
@@ -46,7 +47,7 @@ def gantt_picture(panels, path, title):
                 axes.set_axis_off()
                 continue
             _draw(axes, events, scale, seen)
-            axes.set_title(f"{name}, {what}" if traced else name, loc="left", fontsize=9)
+            axes.set_title(f"{name}; {what}" if traced else name, loc="left", fontsize=9)
             axes.set(xlim=(0, longest / scale), xlabel=f"time, {unit}", ylim=(ranks - 0.45, -0.65))
         row[0].set_ylabel("rank")
         every = math.ceil(ranks / 16)
@@ -64,17 +65,17 @@ def _draw(axes, events, scale, seen):
         some = [event for event in events if event.what == kind and event.end > event.start]
         if not some:
             continue
-        beside = kind in _BESIDE
         width = statistics.median(event.end - event.start for event in some) / end
         bars = axes.barh(
-            [event.rank + 0.36 * beside for event in some],
+            [event.rank + _BELOW.get(kind, 0) for event in some],
             [(event.end - event.start) / scale for event in some],
             left=[event.start / scale for event in some],
-            height=0.12 if beside else 0.56,
+            height=0.08 if kind in _BELOW else 0.56,
             color=shade,
             hatch=hatch,
             edgecolor="#333333",
             linewidth=0.4 if width > 1 / 200 else 0,
+            snap=False,  # to whole pixels, which what is short has none of
         )
         seen.setdefault(kind, bars)
     if few:

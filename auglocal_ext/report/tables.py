@@ -69,7 +69,7 @@ def stages_table(rows):
     """Lines of [(ranks, what they do, Prediction)]; None: they cannot."""
     cells = [("ranks", "training", "images/s", "idle", "highest rank's memory")]
     for ranks, what, way in rows:
-        told = ("-", "-", "fewer pieces than ranks")
+        told = ("-", "-", "fewer units or images")
         if way is not None:
             told = _rate(way.images_per_second), f"{way.bubble:.1%}", format_bytes(max(way.memory))
         cells.append((str(ranks), what, *told))

@@ -10,7 +10,8 @@ from .pieces import total
 
 __all__ = ["backprop_data_parallel", "gpipe", "layer_parallel", "local_data_parallel", "one_f_one_b", "zero_bubble"]
 
-F, B, W, STEP, SEND, REDUCE = "forward", "backward", "weight gradient", "step", "send", "all-reduce"
+F, B, W, STEP = "forward", "backward", "weight gradient", "step"
+SEND, BACK, REDUCE = "send", "send back", "all-reduce"
 DOWN, UP = "down", "up"  # to the next rank, to the one before
 
 
@@ -142,11 +143,11 @@ def _pipeline(stages, link, batches, micro, order, split=False):
                 if what == F and rank:
                     after = [(SEND, rank - 1, number, 0)]
                 elif what == B and rank < last:
-                    after = [(SEND, rank + 1, number, 1)]
+                    after = [(BACK, rank + 1, number, 0)]
                 lanes[rank].append(Task((what, rank, number, 0), seconds[what] / micro, after))
                 if what == F and rank < last:
                     lanes[rank, DOWN].append(Task((SEND, rank, number, 0), down, [(F, rank, number, 0)]))
                 if what == B and rank:
-                    lanes[rank, UP].append(Task((SEND, rank, number, 1), up, [(B, rank, number, 0)]))
+                    lanes[rank, UP].append(Task((BACK, rank, number, 0), up, [(B, rank, number, 0)]))
             lanes[rank].append(Task((STEP, rank, (batch + 1) * micro - 1, 0), total(units, "step")))
     return lanes

@@ -11,7 +11,7 @@ from .pieces import Costs, Link, total
 
 __all__ = ["FORMS", "Prediction", "predicted"]
 
-WAITS = ("send", "all-reduce")  # what a rank does beside its computing
+WAITS = ("send", "send back", "all-reduce")  # what a rank does beside its computing
 MICRO_BATCHES = 4  # for each stage, where nobody says how many
 PIPELINES = {"gpipe": pipelines.gpipe, "1f1b": pipelines.one_f_one_b, "zero-bubble": pipelines.zero_bubble}
 # Local learning's, then backpropagation's.
