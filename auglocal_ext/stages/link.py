@@ -24,13 +24,13 @@ class Batch:
     """What a stage works on.
 
     Attributes:
-        features: its first module's input, (N, ...). None at the end of an epoch.
+        features: its first module's input, (N, ...).
         labels: (N,), or (N, classes).
         images: the step's, where a loss further on looks at them, else None.
         rate: the factor of the learning rates in this step.
     """
 
-    features: torch.Tensor | None
+    features: torch.Tensor | None  # None in a message that ends an epoch
     labels: torch.Tensor | None = None
     images: torch.Tensor | None = None
     rate: float = 1.0
@@ -69,7 +69,7 @@ class _Slot:
     def batch(self, has_images):
         count, rate = self.header.tolist()
         if not count:
-            return Batch(None, rate=rate)
+            return None
         labels, features, *images = (tensor[: int(count)] for tensor in self.tensors)
         # All modules of the stage look at these; the features are the first one's alone.
         return Batch(features, labels.clone(), images[0].clone() if has_images else None, rate)
@@ -115,6 +115,13 @@ class Sender:
             slot.work = dist.isend(slot.bytes, self._border + 1, group=_group(self._border))
         self._sent += 1
 
+    def end(self):
+        """Ends an epoch: a message without images for every buffer of the receiver's, which so waits for nothing more;
+        returns when it needs none of what was sent."""
+        for _ in range(self._count):
+            self.send(Batch(None))
+        self.drain()
+
     def drain(self):
         """Waits until the next stage needs none of what was sent."""
         self._wait(0)
@@ -151,7 +158,7 @@ class Receiver:
 
     def __init__(self, border, buffers, device):
         self._border, self._count, self._device = border, buffers, device
-        self._slots, self._taken, self._has_images = [], 0, False
+        self._slots, self._taken, self._has_images, self._posted = [], 0, False, False
 
     @property
     def bytes(self):
@@ -159,19 +166,41 @@ class Receiver:
         return sum(slot.bytes.nbytes for slot in self._slots)
 
     def receive(self):
-        """The next Batch, its features in a buffer that is the caller's until `release`."""
+        """The next Batch, its features in a buffer that is the caller's until `release`; None at an epoch's end."""
         if not self._slots:
             self._open()
-        slot = self._slots[self._taken % self._count]
-        with self._answering():
-            slot.work.wait()
-        return slot.batch(self._has_images)
+        if not self._posted:
+            for slot in self._in_order():
+                self._post(slot)
+            self._posted = True
+        batch = self._arrived(self._in_order()[0]).batch(self._has_images)
+        if batch is not None:
+            return batch
+        for slot in self._in_order():
+            self._arrived(slot)
+            self._acknowledge()
+        self._posted = False
+        return None
 
     def release(self):
         """Gives the buffer back in which the batch was."""
-        slot = self._slots[self._taken % self._count]
+        self._post(self._in_order()[0])
+        self._acknowledge()
+
+    def _in_order(self):
+        """The buffers from the next one on."""
+        at = self._taken % self._count
+        return self._slots[at:] + self._slots[:at]
+
+    def _arrived(self, slot):
+        if slot.work is not None:  # which may be waited for once
+            with self._answering():
+                slot.work.wait()
+            slot.work = None
+        return slot
+
+    def _acknowledge(self):
         self._taken += 1
-        self._post(slot)
         with self._answering():
             dist.send(torch.tensor([self._taken]), self._border, group=_group(self._border))
 
@@ -181,8 +210,6 @@ class Receiver:
             dist.recv_object_list(told, self._border, group=_group(self._border), device="cpu")
         specs, self._has_images = told
         self._slots = [_Slot(specs, self._device) for _ in range(self._count)]
-        for slot in self._slots:
-            self._post(slot)
 
     def _post(self, slot):
         with self._answering():

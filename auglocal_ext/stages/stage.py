@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from ..distributed.group import on_its_own
 from ..engine.tensors import dense
 from ..training.batch import counted, right_answers
 from ..training.errors import say_where_it_stopped
@@ -54,9 +55,10 @@ class Stage:
         for index, program in enumerate(self._programs):
             place = self.span[index]
             try:
-                features, logits, loss = step_module(
-                    program, self.stepper, index, inputs, labels, images, self._skip, f"local module {place}"
-                )
+                with on_its_own():  # of what other ranks are to know, the links tell them
+                    features, logits, loss = step_module(
+                        program, self.stepper, index, inputs, labels, images, self._skip, f"local module {place}"
+                    )
             except BaseException as error:
                 stepped = self.stepper.drop(index)
                 say_where_it_stopped(error, place, len(self.plan.modules), stepped, self.plan, self.device)

@@ -65,9 +65,8 @@ class StageTrainer:
 
     Args:
         model: see `LocalTrainer`; on every rank the same class and settings. The weights are rank 0's.
-        images: a batch, (N, channels, H, W), for the plan and the measurement of balance: the largest that will come. Every rank gives one
-            of the same shape.
-        labels: of the same batch.
+        images, labels: a batch for the plan and the measurement of balance, the largest that will come; see
+            `LocalTrainer.step`. Every rank gives one of the same shape.
         schedule: "decoupled": a rank goes on with the next batch as soon as it has it, up to max_lag batches ahead of
             the next rank. "synchronous": a batch begins when the last rank has finished the one before.
         max_lag: how many batches may be under way between two ranks, and how many buffers each of them has for that.
@@ -98,7 +97,7 @@ class StageTrainer:
     ) -> None:
         _check(schedule, max_lag, balance, options)
         with on_its_own():
-            trainer = LocalTrainer(model, **options)
+            trainer = LocalTrainer(model, **{"image_size": images.shape[2:], **options})
             images, labels = move((images, labels), trainer.device)
             trainer.plan_for(images, labels)
         _check_rule(trainer)
@@ -172,17 +171,14 @@ class StageTrainer:
                 self._run(self._first(batch))
             if not self.stage.seen:
                 raise ValueError("the loader gave no batch: an epoch needs at least one")
-            self._pass_on(Batch(None, rate=self._rate))
         else:
-            while (batch := self._receiver.receive()).features is not None:
+            while (batch := self._receiver.receive()) is not None:
                 seen_from = seen_from or time.monotonic()
                 self._run(batch, self._receiver.release)
-            self._receiver.release()
-            self._pass_on(batch)
         with on_its_own():
             self.stage.stepper.flush()
         if self._sender is not None:
-            self._sender.drain()
+            self._sender.end()
         return self._entry(began, seen_from or began)
 
     def _first(self, batch):
@@ -194,18 +190,15 @@ class StageTrainer:
 
     def _run(self, batch, release=None):
         synchronous = self.schedule == "synchronous"
-        with on_its_own():  # what other ranks are asked for here, links ask them for
-            out = self.stage.run(batch, None if synchronous else release)
+        out = self.stage.run(batch, None if synchronous else release)
         if self._sender is not None:
-            self._pass_on(Batch(out.features, out.labels, out.images if self._sends_images else None, out.rate))
-        if synchronous and release is not None:
-            release()
-
-    def _pass_on(self, batch):
-        if self._sender is not None:
-            self._sender.send(batch)
-            if self.schedule == "synchronous":
+            images = out.images if self._sends_images else None
+            self._sender.send(Batch(out.features, out.labels, images, out.rate))
+        if synchronous:
+            if self._sender is not None:
                 self._sender.drain()
+            if release is not None:
+                release()
 
     @telling()
     def gather(self) -> dict | None:
