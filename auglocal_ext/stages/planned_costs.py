@@ -32,17 +32,20 @@ def planned_costs(planned, model, clock, units=None):
     made_with = origin.memory_format, backbone, origin.criterion, clock, origin.soft_labels, origin.stepping
     planner = Planner(model, planned.precision, origin.optimizer, origin.recompute, *made_with)
     timed = planner.plan(cut(backbone, origin.rule, borders=planned.borders), shape, origin.rule)
-    modules = tuple(_module(module, timed.state_bytes, planner.autocast or planner.dtype) for module in timed.modules)
+    images, labels = planner.batch(shape)
+    of_number = (planner.autocast or images.dtype).itemsize
+    modules = tuple(_module(module, timed.state_bytes, of_number, labels.nbytes) for module in timed.modules)
     backprop = planner.at_once(shape, origin.recompute).modules[0]
     return Costs(shape[0], modules, tuple(_units(backprop, planner, shape)), timed.batch_bytes)
 
 
-def _module(module, state, dtype):
-    """The Piece of a ModulePlan. state: bytes of the whole plan's."""
+def _module(module, state, of_number, labels):
+    """The Piece of a ModulePlan. state: bytes of the whole plan's; of_number: of a number of the features; labels: of
+    the labels, which go with the features."""
     return Piece(
         **_seconds(module.timeline.moments),
         step=(module.nanoseconds - module.timeline.nanoseconds) / 1e9,
-        output=dtype.itemsize * math.prod(module.output_shape),
+        output=of_number * math.prod(module.output_shape) + labels,
         state=module.state_bytes + module.optimizer_bytes,
         gradients=module.gradient_bytes,
         kept=module.kept_bytes,
