@@ -7,7 +7,7 @@ import torch
 from .. import report
 from ..planning.calibration import calibration_file, load, machine
 from ..planning.roofline import Roofline, measured_roofline
-from ..stages.pieces import Link
+from ..stages.pieces import Link, total
 from ..stages.planned_costs import planned_costs
 from ..stages.simulate import PIPELINES, predicted
 from .options import default_device
@@ -45,16 +45,26 @@ def stages_of(planned, model, options):
     link = Link(**given)
     most = options.stages
     ways = {1: ONE} | {ranks: WAYS for ranks in (*_doubled(most), most)}
-    predict = partial(predicted, costs, link=link)
-    predict(most)  # whose refusal is the user's
-    found = {ranks: {form: _or_none(predict, ranks, form) for form in forms} for ranks, forms in ways.items()}
+    predicted(costs, most)  # where it refuses, so does this
+    found = {
+        ranks: {
+            form: predicted(costs, ranks, form, link=link) if ranks <= _most(costs, form) else None for form in forms
+        }
+        for ranks, forms in ways.items()
+    }
     rows = [(ranks, ways[ranks][form], way) for ranks, forms in found.items() for form, way in forms.items()]
-    micro = max((way.micro_batches for *_, way in rows if way is not None), default=1)
+    micro = max(way.micro_batches for *_, way in rows if way is not None)
+    slowest = max(range(len(costs.modules)), key=lambda index: costs.modules[index].seconds)
+    seconds = costs.modules[slowest].seconds
     lines = report.stages_table(rows)
     lines += report.wrapped(
         f"batches of {costs.images} images; pipelines cut one into four micro-batches for each rank, here into at most "
         f"{micro}, and BatchNorm sees what a rank computes at once; links of {link.bandwidth / 1e9:g} GB/s and "
         f"{link.latency * 1e6:g} µs; seconds by {told}. A share of a batch is taken to cost that share of its time."
+    )
+    lines += report.wrapped(
+        f"Layer parallel local learning reaches {costs.images / seconds:,.0f} images/s at most: local module {slowest} "
+        f"alone takes {seconds / total(costs.modules, 'seconds'):.0%} of a batch's time."
     )
     return lines, partial(_draw, planned, found[most], most)
 
@@ -63,12 +73,11 @@ def _doubled(most):
     return [2**power for power in range(1, most.bit_length()) if 2**power < most]
 
 
-def _or_none(predict, ranks, form):
-    """The Prediction; None where there are fewer units, or images, than ranks."""
-    try:
-        return predict(ranks, form)
-    except ValueError:
-        return None
+def _most(costs, form):
+    """The most ranks that a form of training can have."""
+    if "data parallel" in form:
+        return costs.images
+    return len(costs.units if form in PIPELINES else costs.modules)
 
 
 def _clock(options):

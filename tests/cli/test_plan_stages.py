@@ -37,6 +37,11 @@ def test_ranks_are_doubled_up_to_those_asked_for(capsys, panels, tmp_path):
     assert [(row[0], row[2]) for row in found] == [(1, ""), (1, "")] + [(n, way) for n in (2, 3) for way in WAYS]
     alone, *others = (float(row[3]) for row in found if row[1] == "local learning" and "data" not in row[2])
     assert alone < others[0] <= 2 * alone and others[0] <= others[1] <= 3 * alone
+    most, share = re.search(
+        r"reaches (\S+) images/s at most: local module 3 alone takes (\d+)%", out.replace("\n", " ")
+    ).groups()
+    assert float(most.replace(",", "")) >= 0.999 * others[1]
+    assert float(share) == pytest.approx(100 * alone / float(most.replace(",", "")), abs=1)
     assert found[0][4] == "0.0%" and "links of 25 GB/s and 5 µs; seconds by the speed that was given" in " ".join(
         out.split()
     )
