@@ -98,8 +98,7 @@ def _draw(planned, found, ranks, path):
         for form, way in found.items()
         if form in DRAWN and way is not None
     ]
-    numbers = "numbers: batches" + ", under backpropagation micro-batches" * any(form in PIPELINES for form in found)
-    report.gantt_picture(panels, path, f"{planned.title}\n{ranks} ranks from their first batch on; {numbers}")
+    report.gantt_picture(panels, path, f"{planned.title}\n{ranks} ranks from their first batch on")
 
 
 def _told(way):

@@ -19,7 +19,7 @@ _KINDS = {
 }
 _BELOW = {"send": 0.33, "all-reduce": 0.33, "send back": 0.43}  # drawn in a narrow lane so far below the rank's own
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-_NUMBERED = 8  # ranks at most; of more there is no room
+_NUMBERED = 6  # ranks at most; for more there is no room
 
 
 def gantt_picture(panels, path, title):
@@ -36,6 +36,7 @@ def gantt_picture(panels, path, title):
     traced = any(events is not None for *_, events in panels)
     ranks = 1 + max(event.rank for _, events, _ in panels for event in events)
     height = min(0.42 * ranks, 3.4) + 0.75
+    title += "; numbers: batches, or micro-batches" * (ranks <= _NUMBERED)
     figure = new_figure(title, (9.6 + 5 * traced, 1.1 + height * len(panels)))
     grid = figure.subplots(len(panels), 1 + traced, squeeze=False, sharex="row", sharey="row")
     seen = {}
@@ -47,6 +48,8 @@ def gantt_picture(panels, path, title):
                 axes.set_axis_off()
                 continue
             _draw(axes, events, scale, seen)
+            if ranks <= _NUMBERED:
+                _number(axes, events, scale, longest / 60)
             axes.set_title(f"{name}; {what}" if traced else name, loc="left", fontsize=9)
             axes.set(xlim=(0, longest / scale), xlabel=f"time, {unit}", ylim=(ranks - 0.45, -0.65))
         row[0].set_ylabel("rank")
@@ -60,7 +63,7 @@ def gantt_picture(panels, path, title):
 
 def _draw(axes, events, scale, seen):
     """Bars of one panel. seen: kind -> what stands for it in the legend."""
-    few, end = max(event.rank for event in events) < _NUMBERED, max(event.end for event in events)
+    end = max(event.end for event in events)
     for kind, (shade, hatch, _) in _KINDS.items():
         some = [event for event in events if event.what == kind and event.end > event.start]
         if not some:
@@ -78,8 +81,6 @@ def _draw(axes, events, scale, seen):
             snap=False,  # to whole pixels, which what is short has none of
         )
         seen.setdefault(kind, bars)
-    if few:
-        _number(axes, events, scale, end / 60)
 
 
 def _number(axes, events, scale, room):

@@ -61,7 +61,9 @@ def test_every_event_is_a_bar_where_and_when_it_was(drawn, tmp_path):
     }
     assert axes.get_xlabel() == "time, ms" and axes.get_ylabel() == "rank" and axes.get_title(loc="left") == "mine"
     assert list(axes.get_yticks()) == [0, 1] and axes.get_ylim()[0] > 1.4 > 0 > axes.get_ylim()[1]
-    assert drawn[0].get_suptitle() == "all" and (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn[0].get_suptitle() == "all; numbers: batches, or micro-batches" and (
+        tmp_path / "ranks.png"
+    ).read_bytes().startswith(b"\x89PNG")
     assert [(text.get_text(), text.xy[0], round(text.xy[1], 2)) for text in axes.texts] == [
         ("0", 0, -0.28),
         ("0", pytest.approx(36), 0.72),
@@ -112,6 +114,7 @@ def test_many_ranks_have_fewer_ticks_and_no_numbers(drawn, tmp_path):
     report.gantt_picture([("a", events, None)], tmp_path / "ranks.png", "all")
     (axes,) = drawn[0].axes
     assert list(axes.get_yticks()) == list(range(0, 64, 4)) and not axes.texts
+    assert drawn[0].get_suptitle() == "all"
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

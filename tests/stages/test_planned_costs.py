@@ -65,6 +65,22 @@ def test_seconds_are_the_clocks(costs, model):
     assert half.modules[0].seconds == pytest.approx(2 * only.seconds, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_budget": "2MB", "depth": "auto", "auxiliary": "auto", "recompute": "auto"},
+        {"modules": 2, "depth": 2, "recompute": True, "soft_labels": True},
+        {"modules": 2, "rule": "infopro", "precision": "bf16"},
+        {"rule": "checkpoint"},
+    ],
+)
+def test_one_rank_holds_what_was_planned(model, options):
+    planned = plan(model, SHAPE, **options)
+    costs = planned_costs(planned, model, CLOCK)
+    assert predicted(costs, 1).memory == (planned.peak_bytes,)
+    assert [piece.state for piece in costs.modules] == [m.state_bytes + m.optimizer_bytes for m in planned.modules]
+
+
 def test_units_by_name(model):
     units = ["conv1", "layer2"]
     found = planned_costs(plan(model, SHAPE, 2, modules=2, units=units), model, CLOCK, units)
