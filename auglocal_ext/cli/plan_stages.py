@@ -7,6 +7,7 @@ import torch
 from .. import report
 from ..planning.calibration import calibration_file, load, machine
 from ..planning.roofline import Roofline, measured_roofline
+from ..stages.balance import balanced
 from ..stages.pieces import Link, total
 from ..stages.planned_costs import planned_costs
 from ..stages.simulate import PIPELINES, predicted
@@ -45,7 +46,7 @@ def stages_of(planned, model, options):
     link = Link(**given)
     most = options.stages
     ways = {1: ONE} | {ranks: WAYS for ranks in (*_doubled(most), most)}
-    predicted(costs, most)  # where it refuses, so does this
+    balanced([0.0] * len(costs.modules), most)  # where it refuses, so does this
     found = {
         ranks: {
             form: predicted(costs, ranks, form, link=link) if ranks <= _most(costs, form) else None for form in forms
