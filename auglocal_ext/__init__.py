@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .planning.plan import plan
     from .planning.result import Plan
     from .rules.rule import Rule
+    from .stages.train import train_stages
     from .training.divergence import TrainingDiverged
     from .training.evaluate import Evaluation, evaluate, evaluation
     from .training.isolation import assert_isolated
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "rules",
     "train",
+    "train_stages",
 ]
 
 _HOMES = {
@@ -57,6 +59,7 @@ _HOMES = {
     "evaluation": ".training.evaluate",
     "plan": ".planning.plan",
     "train": ".training.loop",
+    "train_stages": ".stages.train",
 }
 
 

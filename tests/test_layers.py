@@ -16,6 +16,7 @@ LAYERS = [
     {"rules"},
     {"planning"},
     {"training"},
+    {"stages"},
     {"analysis"},
     {"cli"},
     {"__init__", "__main__"},

@@ -7,7 +7,7 @@ import argparse
 import math
 import re
 
-__all__ = ["Parser", "default_device", "device", "number", "seed", "size", "whole"]
+__all__ = ["Parser", "default_device", "device", "duration", "number", "rate", "seed", "size", "whole"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +80,28 @@ def size(text):
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"must be a size such as '6GB', '500 MB' or '4GiB', given {text!r}") from None
     return text
+
+
+def rate(text):
+    """A number a second: 25GB/s, 60T, 1e9."""
+    return _scaled(text, {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}, r"b?(?:/s)?", "a rate such as 25GB/s or 60T")
+
+
+def duration(text):
+    """Seconds, of 5us, 2 ms or 1s."""
+    return _scaled(text, {"n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3, "": 1}, "s", "a time such as 5us or 2ms")
+
+
+def _scaled(text, prefixes, unit, expected):
+    """A number above 0 with a prefix and a unit, which is a pattern."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zµ]?)" + unit + r"\s*", text.lower())
+    try:
+        value = float(found[1]) * prefixes[found[2]]
+    except (TypeError, ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be {expected}, given {text!r}")
+    return value
 
 
 def device(text):

@@ -3,6 +3,7 @@
 from .. import report
 from ..planning.plan import plan
 from .checks import check_cut, check_image_size
+from .plan_stages import check_stages, stages_of
 from .training_options import stepping_of
 
 __all__ = ["plan_command"]
@@ -11,6 +12,7 @@ __all__ = ["plan_command"]
 def plan_command(options):
     if options.front and options.budget is None:
         raise ValueError("--front draws the search under a budget: give --budget too, for instance --budget 6GB")
+    check_stages(options)
     for path, option in ((options.picture, "--picture"), (options.front, "--front")):
         if path:
             report.check_picture(path, option)
@@ -33,8 +35,13 @@ def plan_command(options):
         **cutting,
         **stepping_of(options),
     )
+    lines, picture = [], planned.save_picture
+    if options.stages is not None:
+        lines, picture = stages_of(planned, model, options)
     print(planned.brief() if options.brief else planned)
-    for path, save in ((options.picture, planned.save_picture), (options.front, planned.save_front)):
+    if lines:
+        print("", *lines, sep="\n")
+    for path, save in ((options.picture, picture), (options.front, planned.save_front)):
         if path:
             save(path)
             print(f"saved {path}")

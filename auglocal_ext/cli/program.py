@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from .errors import run
 from .names import FREE, PRECISIONS
-from .options import Parser, device, whole
+from .options import Parser, device, duration, rate, whole
 from .training_options import add_cut, add_run
 
 __all__ = ["main", "parser_of_all"]
@@ -156,8 +156,18 @@ def _add_plan(commands):
     add("--batch-size", "-b", type=whole(1), default=128, help="images in a step (default: %(default)s)")
     add("--num-classes", type=whole(1), default=10, help="outputs of the model (default: %(default)s)")
     add("--brief", action="store_true", help="in a few lines")
-    add("--picture", type=Path, metavar="FILE", help="draw live memory over the step, as PNG, PDF or SVG")
+    picture = "draw live memory over the step, as PNG, PDF or SVG; with --stages what each rank does when"
+    add("--picture", type=Path, metavar="FILE", help=picture)
     add("--front", type=Path, metavar="FILE", help="with --budget: draw memory against arithmetic for every K")
+    stages = "predict trainings by up to so many ranks: local learning, and pipelines of backpropagation"
+    add("--stages", type=whole(2, 256), metavar="N", help=stages)
+    bandwidth = "with --stages: bytes a second from one rank to another, such as 25GB/s (the default)"
+    add("--bandwidth", type=rate, metavar="RATE", help=bandwidth)
+    latency = "with --stages: what a message takes at least, such as 5us (the default)"
+    add("--latency", type=duration, metavar="TIME", help=latency)
+    speed = "with --stages: of a rank, its multiply-accumulates and its memory's bytes a second, such as 60T 2TB/s "
+    speed += "(default: as this machine's)"
+    add("--speed", type=rate, nargs=2, metavar=("MACS", "RATE"), help=speed)
     planning.set_defaults(**add_cut(planning))
 
 

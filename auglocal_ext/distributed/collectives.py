@@ -9,7 +9,7 @@ from .agree import exchange
 from .faults import answering
 from .group import session, timeout, world
 
-__all__ = ["TRAINING", "broadcast", "gathered", "highest", "own_group", "summed"]
+__all__ = ["TRAINING", "broadcast", "gathered", "gathered_on_first", "highest", "own_group", "summed"]
 
 TRAINING = "training"  # the name of the group that a training's collectives go through, gradients included
 
@@ -69,4 +69,14 @@ def gathered(value, what: str) -> list:
     values = [None] * world().size
     with answering(what):
         dist.all_gather_object(values, value, group=own_group(TRAINING))
+    return values
+
+
+def gathered_on_first(value, what: str) -> list | None:
+    """Every rank's value, anything that pickles, in the order of the ranks, on rank 0; None on the others."""
+    if world().alone:
+        return [value]
+    values = [None] * world().size if world().first else None
+    with answering(what):
+        dist.gather_object(value, values, group=own_group(TRAINING))
     return values

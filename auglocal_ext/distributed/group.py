@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["World", "close", "joined", "launched", "local_rank", "session", "timeout", "world"]
+__all__ = ["World", "close", "joined", "launched", "local_rank", "on_its_own", "session", "timeout", "world"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,25 @@ class Session:
 
 
 _session: Session | None = None
+_on_its_own = False
 
 
 def world() -> World:
-    """This process's place among the ranks; alone where torch.distributed is not initialised."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """This process's place among the ranks; alone where torch.distributed is not initialised, and `on_its_own`."""
+    if _on_its_own or not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size())
+
+
+@contextlib.contextmanager
+def on_its_own() -> Iterator[None]:
+    """Within, this process is alone: what works on one rank's part of a model asks no other rank. Also a decorator."""
+    global _on_its_own
+    before, _on_its_own = _on_its_own, True
+    try:
+        yield
+    finally:
+        _on_its_own = before
 
 
 def session() -> Session:

@@ -4,7 +4,7 @@ import textwrap
 
 from ..common.memory import format_bytes
 
-__all__ = ["WIDTH", "brief_table", "cost_lines", "plan_table", "wrapped"]
+__all__ = ["WIDTH", "brief_table", "cost_lines", "plan_table", "stages_table", "wrapped"]
 
 
 WIDTH = 100  # columns, of all but the whole table
@@ -63,6 +63,22 @@ def brief_table(plan):
     header = ("module", "units", "output", "parameters (+aux)", "peak", "MACs / BP")
     rows = [(*_place(module), *rest(module)) for module in plan.modules]
     return _ruled([header, *rows, ("total", "", "", *rest(plan))], left=3)
+
+
+def stages_table(rows):
+    """Lines of [(ranks, what they do, Prediction)]; None: they cannot."""
+    cells = [("ranks", "training", "images/s", "idle", "highest rank's memory")]
+    for ranks, what, way in rows:
+        told = ("-", "-", "fewer units or images")
+        if way is not None:
+            told = _rate(way.images_per_second), f"{way.bubble:.1%}", format_bytes(max(way.memory))
+        cells.append((str(ranks), what, *told))
+    lines = _aligned(cells, left=2)
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _rate(images):
+    return f"{images:,.0f}" if images >= 1000 else f"{images:.4g}"
 
 
 def _place(module):

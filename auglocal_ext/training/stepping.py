@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.autograd.profiler import record_function
 
 from ..distributed.reduction import Reduction
 from ..optim import begin_momentum, make_optimizer
 from .divergence import UndoWhereNotFinite
 from .ema import ModelAverage
 
-__all__ = ["Stepper", "optimizers_of", "set_learning_rate_factor"]
+__all__ = ["Stepper", "optimizers_of", "set_learning_rate_factor", "step_module"]
 
 
 def optimizers_of(factory, model, aux_nets, modules):
@@ -24,6 +25,25 @@ def set_learning_rate_factor(optimizers, factor):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def step_module(program, stepper, index, inputs, labels, images, skip, name):
+    """One local module's part of a step: forward, backward, and its optimizer's step where that is due.
+
+    Args:
+        program: its Program; for inputs, labels and images see `Program.run`.
+        index: its number among the stepper's modules.
+        skip: whether it is left out of the step where its loss or a gradient is not finite.
+        name: what a profiler calls it.
+
+    Returns:
+        (features, logits, loss); see `Program.run`.
+    """
+    stepper.before(index, skip=skip)
+    with record_function(name):
+        features, logits, loss = program.run(inputs, labels, images, stepper.scale(index))
+        stepper.after(index, loss)
+    return features, logits, loss
 
 
 class Stepper:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.autograd.profiler import record_function
 from torch.nn.modules.utils import _pair
 
 from ..backbone.families import as_backbone
@@ -32,7 +31,7 @@ from .planned import current_programs, plan_batch
 from .ranks import begin_alike, check_nonfinite
 from .state import load_state, state_of
 from .step_result import StepResult
-from .stepping import Stepper, optimizers_of, set_learning_rate_factor
+from .stepping import Stepper, optimizers_of, set_learning_rate_factor, step_module
 from .watch import Watch
 
 __all__ = ["LocalTrainer", "StepResult"]
@@ -218,11 +217,9 @@ class LocalTrainer:
         for index, module in enumerate(modules):
             logits = None  # the module before's
             try:
-                self.stepper.before(index, skip=self.nonfinite == "skip")
                 # The list hands its only tensor over: no name here keeps a module's input longer than the module does.
-                with record_function(f"local module {index}"):
-                    features, logits, loss = module.run(inputs, labels, images, self.stepper.scale(index))
-                    self.stepper.after(index, loss)
+                skip, name = self.nonfinite == "skip", f"local module {index}"
+                features, logits, loss = step_module(module, self.stepper, index, inputs, labels, images, skip, name)
             except BaseException as error:
                 stepped = self.stepper.drop(index)
                 say_where_it_stopped(error, index, len(modules), stepped, self.plan, self.device)

@@ -1,0 +1,135 @@
+"""What a simulation needs of the machines that are there: seconds of local modules, how much ranks slow each other
+down, and the speed of the link between two of them."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..common.stopwatch import Stopwatch
+from ..distributed.collectives import gathered, own_group
+from ..distributed.faults import answering
+from ..distributed.group import on_its_own, world
+from ..optim import make_optimizer
+from ..planning.roofline import measured_roofline
+from .costs import measured_seconds
+from .pieces import Costs, Link, total
+from .planned_costs import planned_costs
+
+__all__ = ["calibrated", "measured_costs", "measured_link", "measured_slowdown"]
+
+ROUNDS = 3
+MESSAGE = 2**25  # bytes: takes much longer than an empty one
+
+
+def calibrated(trainer, images, labels, units=None) -> tuple[Costs, Link]:
+    """What `simulate.predicted` takes, measured on the ranks that are there, which all call this: rank 0's seconds when
+    it is alone, longer by what the ranks slow each other down when all compute; and the link of ranks 0 and 1.
+
+    Args:
+        trainer: a LocalTrainer of the whole model on every rank, made `on_its_own`, its plan made. It stays as it is.
+        images, labels: a batch.
+        units: as the trainer was given them.
+    """
+    costs = gathered(measured_costs(trainer, images, labels, units) if world().first else None, "seconds of modules")[0]
+    slowdown = measured_slowdown(lambda: measured_seconds(trainer, images, labels, 1))
+    return costs.scaled(slowdown), measured_link()
+
+
+@on_its_own()
+def measured_costs(trainer, images, labels, units=None) -> Costs:
+    """Costs of a LocalTrainer's modules, their seconds measured in this process alone; for arguments see `calibrated`.
+    How they are shared out to forward and backward, and those of units under backpropagation, are by `Roofline`."""
+    planned = planned_costs(trainer.plan, trainer.model, measured_roofline(trainer.device, trainer.precision), units)
+    took = measured_seconds(trainer, images, labels, ROUNDS)
+    modules = []
+    for piece, seconds, module in zip(planned.modules, took, trainer.local_modules, strict=True):
+        step = _optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
+        modules.append(replace(piece.scaled(seconds / (piece.forward + piece.backward)), step=step))
+    factor = sum(took) / (total(planned.modules, "forward") + total(planned.modules, "backward"))
+    return replace(planned, modules=tuple(modules), units=planned.scaled(factor).units)
+
+
+def _optimizer_seconds(factory, module, device):
+    """Of a step of copies of what trains in a module."""
+    copies = [nn.Parameter(p.detach().clone()) for p in module.parameters() if p.requires_grad]
+    if not copies:
+        return 0.0
+    optimizer = make_optimizer(factory, [(str(index), copy) for index, copy in enumerate(copies)])
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    optimizer.step()  # which makes its state
+    clock = Stopwatch(device)
+    for _ in range(ROUNDS):
+        optimizer.step()
+        clock.lap()
+    return statistics.median(clock.laps()) / 1e9
+
+
+def measured_slowdown(run: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """How much longer the ranks take when all work than when one does: they may share a processor's memory, power or
+    cores. Every rank must call it; 1.0 at least.
+
+    Args:
+        run: what takes the time, the same on every rank; it waits for its device.
+    """
+    place, alone = world(), 0.0
+    run()  # warms up
+    for rank in range(place.size):
+        gathered(None, "its turn to be measured")
+        if rank == place.rank:
+            alone = _seconds(run, rounds)
+    gathered(None, "its turn to be measured")
+    together = _seconds(run, rounds)
+    run()  # so that none that is done early leaves the others alone
+    ones, all_at_once = zip(*gathered((alone, together), "the seconds of every rank"), strict=True)
+    return max(1.0, sum(all_at_once) / sum(ones))
+
+
+def _seconds(run, rounds):
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+
+
+def measured_link(size: int = MESSAGE, rounds: int = ROUNDS, device: str | torch.device = "cpu") -> Link:
+    """The Link between ranks 0 and 1, by messages that go there and back. Every rank must call it; alone it is one that
+    takes no time.
+
+    Args:
+        size: bytes of a large message.
+        device: of the messages.
+    """
+    place = world()
+    if place.alone:
+        return Link(float("inf"), 0.0)
+    own_group("link", [0, 1])
+    took = None
+    if place.rank < 2:
+        small, large = (torch.zeros(count, dtype=torch.uint8, device=device) for count in (1, size))
+        took = [_there_and_back(message, place.rank, rounds) / 2 for message in (small, large)]
+    latency, whole = gathered(took, "the seconds of a message")[0]
+    # Where both take as long, by a machine that is busy otherwise, it is latency only in part.
+    return Link(size / max(whole - latency, whole / 2), latency)
+
+
+def _there_and_back(message, rank, rounds):
+    def run():
+        with answering("a message that measures the link"):
+            for sends in (rank == 0, rank == 1):
+                if sends:
+                    dist.send(message, 1 - rank, group=own_group("link"))
+                else:
+                    dist.recv(message, 1 - rank, group=own_group("link"))
+            if message.device.type == "cuda":
+                torch.cuda.synchronize(message.device)
+
+    run()
+    return _seconds(run, rounds)

@@ -1,0 +1,154 @@
+"""`train_stages`: a whole training by several ranks, each with a part of the model."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..common import checks
+from ..distributed.agree import check_alike
+from ..distributed.collectives import gathered
+from ..distributed.faults import telling
+from ..distributed.group import world
+from ..optim import constant, cosine, sgd
+from ..planning.result import Plan
+from ..training.loaders import length_of, peek, set_epoch
+from ..training.rates import ByFunction, check_schedule, rates_of
+from ..training.state import random_state, set_random_state
+from .checkpoint import newest
+from .trainer import StageTrainer
+
+__all__ = ["StagesResult", "train_stages"]
+
+
+@dataclass(frozen=True)
+class StagesResult:
+    """What `train_stages` returns, on every rank the same.
+
+    Attributes:
+        history: one dict per epoch: epoch, and what `StagesEpoch` has.
+        plan: of the whole model. spans: the range of local modules of each rank. rank_bytes: see `StageTrainer`.
+    """
+
+    history: list
+    plan: Plan
+    spans: list
+    rank_bytes: list
+
+
+@telling()
+def train_stages(
+    model: nn.Module,
+    loader: Iterable | None,
+    depth: int = 4,
+    *,
+    epochs: int = 10,
+    schedule: Callable | None = cosine,
+    stage_schedule: str = "decoupled",
+    max_lag: int = 2,
+    balance: str = "time",
+    optimizer: Callable | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    on_epoch: Callable | None = None,
+    checkpoint: str | Path | None = None,
+    **options,
+) -> StagesResult:
+    """Trains a model by layer parallel local learning, in every process that torchrun has started::
+
+        torch.distributed.init_process_group("gloo")  # or "cpu:gloo,cuda:nccl"
+        result = auglocal_ext.train_stages(model, loader, modules=8, auxiliary="light")
+
+    Afterwards the model is whole on rank 0, and can be saved there; on the others it has its own part alone, the rest
+    of it without data, on the meta device.
+
+    Args:
+        model, depth, epochs, optimizer, seed, on_epoch: see `auglocal_ext.train`. Every rank gives the same model.
+        loader: of rank 0, its first batch the largest; those of other ranks are not looked at, and may be None.
+        schedule: (epoch, epochs) -> factor of the learning rates; see `auglocal_ext.train`.
+        stage_schedule, max_lag, balance: see `StageTrainer`.
+        progress: on rank 0 a line for the plan and one for every epoch.
+        checkpoint: a folder that all ranks see. It is written after every epoch; a training that has one there goes on
+            from it, by any number of ranks, as one that was never stopped: on a CPU to the bit.
+        options: LocalTrainer's others: rule, modules, auxiliary, precision, criterion, ...
+
+    Raises:
+        ValueError, TypeError, RankFailed: see `StageTrainer`.
+    """
+    epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
+    schedule = schedule or constant
+    check_schedule(schedule)
+    if seed is not None:
+        torch.manual_seed(checks.check_seed(seed))
+    place = world()
+    first, batches = _first(loader, place)
+    check_alike({"epochs": epochs, "checkpoint": str(checkpoint)}, "give every rank the same")
+    trainer = StageTrainer(
+        model,
+        *first,
+        depth=depth,
+        schedule=stage_schedule,
+        max_lag=max_lag,
+        balance=balance,
+        optimizer=optimizer or sgd(len(first[0])),
+        **options,
+    )
+    del first
+    rates = rates_of(schedule, trainer, epochs)
+    if not isinstance(rates, ByFunction):
+        raise ValueError(
+            "schedule must be a function (epoch, epochs) -> factor with several stages, given a scheduler's"
+        )
+    length, history = length_of(loader), []
+    if checkpoint is not None and gathered(newest(checkpoint) is not None, "the checkpoint's place")[0]:
+        saved = trainer.load(checkpoint)
+        history, batches = saved["history"], loader
+        if place.first:  # whose loader draws
+            set_random_state(saved["random"], trainer.device)
+    if progress and place.first:
+        tqdm.write(_plan_line(trainer))
+    for epoch in range(len(history), epochs):
+        if place.first:
+            set_epoch(loader, epoch)
+        entry = trainer.epoch(batches, partial(_set_rates, rates, epoch, length))
+        batches = loader
+        history.append({"epoch": epoch + 1, **asdict(entry)})
+        if progress and place.first:
+            tqdm.write(_epoch_line(history[-1], epochs))
+        if checkpoint is not None:
+            trainer.save(checkpoint, history=history, random=random_state(trainer.device))
+        if on_epoch is not None:
+            on_epoch(history[-1])
+    rank_bytes, whole = trainer.rank_bytes, trainer.gather()
+    if whole is not None:
+        model.load_state_dict(whole, assign=True)
+        model.to(trainer.device)
+    return StagesResult(history, trainer.plan, trainer.spans, rank_bytes)
+
+
+def _first(loader, place):
+    """The first batch, of other ranks than 0 one of its shape; and rank 0's batches."""
+    first, batches = peek(loader, "the loader") if place.first else (None, None)
+    told = [(tensor.shape, tensor.dtype) for tensor in first] if place.first else None
+    told = gathered(told, "the first batch's shape")[0]
+    return first or tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in told), batches
+
+
+def _set_rates(rates, epoch, length, step):
+    rates.before_step(epoch, step, length)
+
+
+def _plan_line(trainer):
+    parts = [f"rank {rank}: local modules {span.start} to {span.stop - 1}" for rank, span in enumerate(trainer.spans)]
+    return f"{trainer.plan.title}\n{trainer.schedule}; {'; '.join(parts)}"
+
+
+def _epoch_line(entry, epochs):
+    return (
+        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}  "
+        f"{entry['images_per_second']:.0f} images/s"
+    )
