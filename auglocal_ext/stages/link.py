@@ -44,10 +44,10 @@ class _Slot:
     """The memory of one message: a header, and the tensors of a batch behind one another, each from a multiple of 8
     bytes on.
 
-    specs: of each tensor its shape, strides and dtype.
+    number: of the slot, alike on both sides. specs: of each tensor its shape, strides and dtype.
     """
 
-    def __init__(self, specs, device):
+    def __init__(self, number, specs, device):
         sizes = [math.prod(shape) * dtype.itemsize for shape, _, dtype in specs]
         begins, end = [], HEADER * torch.float64.itemsize
         for size in sizes:
@@ -58,7 +58,7 @@ class _Slot:
         self.tensors = []
         for (shape, strides, dtype), begin, size in zip(specs, begins, sizes, strict=True):
             self.tensors.append(self.bytes[begin : begin + size].view(dtype).as_strided(shape, strides))
-        self.work = None
+        self.number, self.work = number, None
 
     def put(self, batch):
         count = 0 if batch.features is None else len(batch.features)
@@ -112,7 +112,7 @@ class Sender:
             if slot.work is not None:
                 slot.work.wait()
             slot.put(batch)
-            slot.work = dist.isend(slot.bytes, self._border + 1, group=_group(self._border))
+            slot.work = dist.isend(slot.bytes, self._border + 1, group=_group(self._border), tag=slot.number)
         self._sent += 1
 
     def end(self):
@@ -139,7 +139,7 @@ class Sender:
             dist.send_object_list(
                 [self._specs, batch.images is not None], self._border + 1, group=_group(self._border), device="cpu"
             )
-        self._slots = [_Slot(self._specs, self._device) for _ in range(self._count)]
+        self._slots = [_Slot(number, self._specs, self._device) for number in range(self._count)]
 
     def _check(self, batch):
         for tensor, (shape, _, dtype) in zip(batch.tensors, self._specs, strict=False):
@@ -209,11 +209,12 @@ class Receiver:
         with self._answering():
             dist.recv_object_list(told, self._border, group=_group(self._border), device="cpu")
         specs, self._has_images = told
-        self._slots = [_Slot(specs, self._device) for _ in range(self._count)]
+        self._slots = [_Slot(number, specs, self._device) for number in range(self._count)]
 
     def _post(self, slot):
         with self._answering():
-            slot.work = dist.irecv(slot.bytes, self._border, group=_group(self._border))
+            # By its tag a message finds its buffer: gloo does not fill receives in the order in which they were posted.
+            slot.work = dist.irecv(slot.bytes, self._border, group=_group(self._border), tag=slot.number)
 
     def _answering(self):
         return answering(f"what rank {self._border} sends of its local modules")

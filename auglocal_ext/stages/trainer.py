@@ -112,6 +112,7 @@ class StageTrainer:
         self.spans = balanced(self.costs, place.size)
         for border in range(place.size - 1):  # every rank takes part in the making of every group
             own_group(f"border {border}", [border, border + 1])
+        assert trainer.plan is not None  # it was planned
         self.plan, self.schedule = trainer.plan, schedule
         self.model, self.aux_nets = model, trainer.aux_nets
         self._rate, self._place = 1.0, place
@@ -165,7 +166,7 @@ class StageTrainer:
         self.stage.clear()
         began, seen_from = time.monotonic(), None
         if self._place.first:
-            for step, batch in enumerate(loader):
+            for step, batch in enumerate(loader or ()):
                 if before_step is not None:
                     before_step(step)
                 self._run(self._first(batch))

@@ -1,0 +1,232 @@
+"""What several processes gain: layer parallel local learning beside one process, and beside a GPipe of backpropagation.
+
+    python python/bench_stages.py [--ranks 2] [--modules 8] [--micro-batches 8] [--json FILE]
+
+ResNet-32 on random images of CIFAR's size, one CPU thread a process: images per second of local learning by one
+process, and by several, decoupled and synchronous; of plain backpropagation by one process on this engine and in eager
+PyTorch; and of a real GPipe of it, torch.distributed.pipelining's, on as many processes, whose stages are balanced
+alike. In turn, all of it several times; medians.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from argparse import RawDescriptionHelpFormatter
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+import auglocal_ext
+from auglocal_ext.backbone.families import as_backbone
+from auglocal_ext.cli import errors
+from auglocal_ext.cli.options import Parser, whole
+from auglocal_ext.common.files import check_writable, write_json
+from auglocal_ext.models import resnet32
+from auglocal_ext.stages.balance import balanced
+from auglocal_ext.stages.trainer import StageTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from records import machine
+
+WARM_UP = 2  # steps that are not counted
+
+
+def batch_of(size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return images.to(memory_format=torch.channels_last), torch.arange(size) % 10
+
+
+def cut(modules):
+    return {"modules": modules, "auxiliary": "light"}
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+def local_by_one(settings):
+    trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
+    return _steps(lambda: trainer.step(*batch_of(settings.batch_size)), settings)
+
+
+def bp_by_one(settings):
+    trainer = auglocal_ext.LocalTrainer(resnet32(), rule="bp")
+    return _steps(lambda: trainer.step(*batch_of(settings.batch_size)), settings)
+
+
+def eager_by_one(settings):
+    model = resnet32().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def step():
+        images, labels = batch_of(settings.batch_size)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _steps(step, settings)
+
+
+def _steps(step, settings):
+    for _ in range(WARM_UP):
+        step()
+    began = time.perf_counter()
+    for _ in range(settings.steps):
+        step()
+    return settings.steps * settings.batch_size / (time.perf_counter() - began)
+
+
+# ---- several ---------------------------------------------------------------------------------------------------------
+
+
+def decoupled(settings):
+    return _by_stages(settings, "decoupled")
+
+
+def synchronous(settings):
+    return _by_stages(settings, "synchronous")
+
+
+def _by_stages(settings, schedule):
+    """Images per second between the first and the last step that the last rank ends."""
+    batch = batch_of(settings.batch_size)
+    trainer = StageTrainer(resnet32(), *batch, schedule=schedule, **cut(settings.modules))
+    trainer.epoch([batch] * WARM_UP)
+    return trainer.epoch([batch] * settings.steps).images_per_second
+
+
+class Part(nn.Module):
+    """Units of a network that follow on one another, the last with the classifier."""
+
+    def __init__(self, backbone, units):
+        super().__init__()
+        parts = [backbone.units[index].module for index in units]
+        last = units.stop == len(backbone.units)
+        self.parts = nn.Sequential(*parts, *([backbone.classifier] if last else []))
+
+    def forward(self, x):
+        return self.parts(x).contiguous()  # torch.distributed.pipelining sends nothing else
+
+
+def gpipe(settings):
+    """Backpropagation by ScheduleGPipe; BatchNorm sees micro-batches, as GPipe has it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = resnet32()
+    backbone, told = as_backbone(model), [None]
+    if rank == 0:
+        told = [_seconds_of_units(backbone, settings.batch_size // settings.micro_batches)]
+        model.zero_grad(set_to_none=True)
+    dist.broadcast_object_list(told)
+    part = Part(backbone, balanced(told[0], ranks)[rank]).to(memory_format=torch.channels_last)
+    images, labels = batch_of(settings.batch_size)
+    stage = PipelineStage(part, rank, ranks, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, settings.micro_batches, loss_fn=F.cross_entropy)
+    optimizer = torch.optim.SGD(part.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def step():
+        optimizer.zero_grad()
+        given = (images,) if rank == 0 else ()
+        schedule.step(*given, **({"target": labels, "losses": []} if rank == ranks - 1 else {}))
+        optimizer.step()
+
+    return _steps(step, settings)
+
+
+def _seconds_of_units(backbone, size):
+    """Of forward and backward of each unit, the last with the classifier, in eager PyTorch."""
+    x, seconds = batch_of(size)[0], []
+    for index in range(len(backbone.units)):
+        part = Part(backbone, range(index, index + 1))
+        took = []
+        for _ in range(4):
+            given = x.detach().requires_grad_()
+            began = time.perf_counter()
+            out = part(given)
+            out.sum().backward()
+            took.append(time.perf_counter() - began)
+        seconds.append(statistics.median(took[1:]))
+        x = out.detach()
+    return seconds
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+ALONE = {
+    "local learning, one process": local_by_one,
+    "BP on this engine, one process": bp_by_one,
+    "eager BP, one process": eager_by_one,
+}
+TOGETHER = {"local learning, decoupled": decoupled, "local learning, synchronous": synchronous, "GPipe of BP": gpipe}
+
+
+def _process(rank, ranks, folder, work, settings):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
+    found = work(settings)
+    if rank == ranks - 1:
+        Path(folder, "found").write_text(repr(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def throughput(work, ranks, settings):
+    """Images per second of `work` by so many new processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_process, (ranks, folder, work, settings), nprocs=ranks)
+        return float(Path(folder, "found").read_text())
+
+
+def bench(settings):
+    """Measures and prints; returns the exit status."""
+    if settings.json:
+        check_writable(settings.json, "--json")
+    torch.set_num_threads(1)
+    rows = {name: [] for name in (*ALONE, *TOGETHER)}
+    for _ in range(settings.rounds):
+        for name, work in {**ALONE, **TOGETHER}.items():
+            rows[name].append(throughput(work, settings.ranks if name in TOGETHER else 1, settings))
+    medians = {name: statistics.median(found) for name, found in rows.items()}
+    base = medians["local learning, one process"]
+    asked = {name: getattr(settings, name) for name in ("ranks", "modules", "batch_size", "micro_batches", "steps")}
+    about = {**asked, **machine("cpu")}
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for name, found in medians.items():
+        processes = settings.ranks if name in TOGETHER else 1
+        print(f"{name:<32} {processes} processes  {found:7.1f} images/s  {found / base:5.2f} x")
+    if settings.json:
+        write_json(settings.json, {**about, "images_per_second": medians, "rounds": rows})
+    return 0
+
+
+def parse(arguments=None):
+    """The options of `bench`."""
+    parser = Parser("bench_stages", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ranks", type=whole(2), default=2, help="processes (default: %(default)s)")
+    add("--modules", type=whole(2), default=8, help="local modules, with light nets (default: %(default)s)")
+    add("--batch-size", type=whole(2), default=128, help="(default: %(default)s)")
+    add("--micro-batches", type=whole(1), default=8, help="of GPipe (default: %(default)s)")
+    add("--steps", type=whole(1), default=12, help="in a measurement (default: %(default)s)")
+    add("--rounds", type=whole(1), default=3, help="measurements of each, in turn (default: %(default)s)")
+    add("--json", type=Path, help="also write the figures here")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Runs the program; returns the exit status."""
+    settings = parse(arguments)
+    return errors.run("bench_stages", lambda: bench(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
