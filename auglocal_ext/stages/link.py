@@ -159,6 +159,7 @@ class Receiver:
     def __init__(self, border, buffers, device):
         self._border, self._count, self._device = border, buffers, device
         self._slots, self._taken, self._has_images, self._posted = [], 0, False, False
+        self._told: list = []  # acknowledgements under way, with their memory
 
     @property
     def bytes(self):
@@ -179,7 +180,10 @@ class Receiver:
         for slot in self._in_order():
             self._arrived(slot)
             self._acknowledge()
-        self._posted = False
+        for _, work in self._told:
+            with self._answering():
+                work.wait()
+        self._told, self._posted = [], False
         return None
 
     def release(self):
@@ -200,9 +204,12 @@ class Receiver:
         return slot
 
     def _acknowledge(self):
+        """Under way until the rank before asks for it, which this one does not wait for."""
         self._taken += 1
+        told = torch.tensor([self._taken])
+        self._told = [one for one in self._told if not one[1].is_completed()]
         with self._answering():
-            dist.send(torch.tensor([self._taken]), self._border, group=_group(self._border))
+            self._told.append((told, dist.isend(told, self._border, group=_group(self._border))))
 
     def _open(self):
         told = [None, None]

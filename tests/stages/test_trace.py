@@ -19,7 +19,7 @@ def two():
     losses = []
     for notes in (True, False):
         torch.manual_seed(0)
-        trainer = StageTrainer(models.CifarResNet(1), *batch, modules=3, depth=2)
+        trainer = StageTrainer(models.CifarResNet(1), *batch, modules=3, depth=2, balance="arithmetic")
         if notes:
             with tracing(trainer) as events:
                 losses.append(trainer.epoch([(torch.ones(8, 3, 16, 16), batch[1])] * BATCHES).module_losses)
