@@ -3,11 +3,13 @@
     python python/bench_stages.py [--ranks 2] [--modules 8] [--micro-batches 8] [--json FILE]
 
 ResNet-32 on random images of CIFAR's size, one CPU thread a process: images per second of local learning by one
-process, and by several, decoupled and synchronous; of plain backpropagation by one process on this engine and in eager
-PyTorch; and of a real GPipe of it, torch.distributed.pipelining's, on as many processes, whose stages are balanced
-alike. In turn, all of it several times; medians.
+process, and by several, layer parallel (decoupled and synchronous) and data parallel; of plain backpropagation by one
+process on this engine and in eager PyTorch; and of a real GPipe of it, torch.distributed.pipelining's, on as many
+processes, whose stages are balanced alike. In turn, all of it several times; medians. *predicted*: by the simulator,
+from modules, links and slowdown measured in the same run.
 """
 
+import json
 import statistics
 import sys
 import tempfile
@@ -28,8 +30,11 @@ from auglocal_ext.backbone.families import as_backbone
 from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, whole
 from auglocal_ext.common.files import check_writable, write_json
+from auglocal_ext.distributed.group import on_its_own
 from auglocal_ext.models import resnet32
 from auglocal_ext.stages.balance import balanced
+from auglocal_ext.stages.calibration import calibrated, measured_costs
+from auglocal_ext.stages.simulate import predicted
 from auglocal_ext.stages.trainer import StageTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,20 +58,23 @@ def cut(modules):
 
 def local_by_one(settings):
     trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
-    return _steps(lambda: trainer.step(*batch_of(settings.batch_size)), settings)
+    batch = batch_of(settings.batch_size)
+    return _steps(lambda: trainer.step(*batch), settings)
 
 
 def bp_by_one(settings):
     trainer = auglocal_ext.LocalTrainer(resnet32(), rule="bp")
-    return _steps(lambda: trainer.step(*batch_of(settings.batch_size)), settings)
+    batch = batch_of(settings.batch_size)
+    return _steps(lambda: trainer.step(*batch), settings)
 
 
 def eager_by_one(settings):
     model = resnet32().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
+    images, labels = batch_of(settings.batch_size)
+
     def step():
-        images, labels = batch_of(settings.batch_size)
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -100,6 +108,14 @@ def _by_stages(settings, schedule):
     trainer = StageTrainer(resnet32(), *batch, schedule=schedule, **cut(settings.modules))
     trainer.epoch([batch] * WARM_UP)
     return trainer.epoch([batch] * settings.steps).images_per_second
+
+
+def data_parallel(settings):
+    """Each process has its share of the batch."""
+    ranks = dist.get_world_size()
+    trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
+    share = batch_of(settings.batch_size // ranks)
+    return _steps(lambda: trainer.step(*share), settings)
 
 
 class Part(nn.Module):
@@ -157,6 +173,23 @@ def _seconds_of_units(backbone, size):
     return seconds
 
 
+# ---- the simulator ---------------------------------------------------------------------------------------------------
+
+
+def predictions(settings):
+    """Of the ways of local learning by as many processes as there are, images per second, by name."""
+    batch, ranks = batch_of(settings.batch_size), dist.get_world_size()
+    with on_its_own():
+        trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
+        trainer.plan_for(*batch)
+    if ranks == 1:
+        costs = measured_costs(trainer, *batch)
+        return {name: predicted(costs, 1).images_per_second for name in ALONE if name in FORMS}
+    costs, link = calibrated(trainer, *batch)
+    named = {name: form for name, form in FORMS.items() if name in TOGETHER}
+    return {name: predicted(costs, ranks, form, link=link).images_per_second for name, form in named.items()}
+
+
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 ALONE = {
@@ -164,7 +197,18 @@ ALONE = {
     "BP on this engine, one process": bp_by_one,
     "eager BP, one process": eager_by_one,
 }
-TOGETHER = {"local learning, decoupled": decoupled, "local learning, synchronous": synchronous, "GPipe of BP": gpipe}
+TOGETHER = {
+    "local learning, decoupled": decoupled,
+    "local learning, synchronous": synchronous,
+    "local learning, data parallel": data_parallel,
+    "GPipe of BP": gpipe,
+}
+FORMS = {  # of those that are predicted, as the simulator calls them
+    "local learning, one process": "decoupled",
+    "local learning, decoupled": "decoupled",
+    "local learning, synchronous": "synchronous",
+    "local learning, data parallel": "local data parallel",
+}
 
 
 def _process(rank, ranks, folder, work, settings):
@@ -174,16 +218,16 @@ def _process(rank, ranks, folder, work, settings):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
     found = work(settings)
     if rank == ranks - 1:
-        Path(folder, "found").write_text(repr(found))
+        Path(folder, "found").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def throughput(work, ranks, settings):
-    """Images per second of `work` by so many new processes."""
+def by_processes(work, ranks, settings):
+    """What `work` finds in so many new processes."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_process, (ranks, folder, work, settings), nprocs=ranks)
-        return float(Path(folder, "found").read_text())
+        return json.loads(Path(folder, "found").read_text())
 
 
 def bench(settings):
@@ -191,20 +235,32 @@ def bench(settings):
     if settings.json:
         check_writable(settings.json, "--json")
     torch.set_num_threads(1)
-    rows = {name: [] for name in (*ALONE, *TOGETHER)}
+    rounds = {name: [] for name in (*ALONE, *TOGETHER)}
+    foretold = {name: [] for name in FORMS}
     for _ in range(settings.rounds):
         for name, work in {**ALONE, **TOGETHER}.items():
-            rows[name].append(throughput(work, settings.ranks if name in TOGETHER else 1, settings))
-    medians = {name: statistics.median(found) for name, found in rows.items()}
-    base = medians["local learning, one process"]
+            rounds[name].append(by_processes(work, settings.ranks if name in TOGETHER else 1, settings))
+        for ranks in (1, settings.ranks):
+            for name, rate in by_processes(predictions, ranks, settings).items():
+                foretold[name].append(rate)
+    rows = {}
+    for name, found in rounds.items():
+        rows[name] = {"processes": settings.ranks if name in TOGETHER else 1, "rounds": found}
+        rows[name] |= {"images_per_second": statistics.median(found)}
+        if name in FORMS:
+            rows[name]["predicted"] = statistics.median(foretold[name])
     asked = {name: getattr(settings, name) for name in ("ranks", "modules", "batch_size", "micro_batches", "steps")}
     about = {**asked, **machine("cpu")}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    for name, found in medians.items():
-        processes = settings.ranks if name in TOGETHER else 1
-        print(f"{name:<32} {processes} processes  {found:7.1f} images/s  {found / base:5.2f} x")
+    base = rows["local learning, one process"]["images_per_second"]
+    for name, row in rows.items():
+        rate, line = row["images_per_second"], f"{name:<30} {row['processes']} x 1 thread"
+        line += f"  {rate:7.1f} images/s  {rate / base:4.2f} x"
+        if "predicted" in row:
+            line += f"  predicted {row['predicted']:7.1f} ({row['predicted'] / rate - 1:+.0%})"
+        print(line)
     if settings.json:
-        write_json(settings.json, {**about, "images_per_second": medians, "rounds": rows})
+        write_json(settings.json, {**about, "rows": rows})
     return 0
 
 
