@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -186,8 +187,15 @@ def predictions(settings):
         costs = measured_costs(trainer, *batch)
         return {name: predicted(costs, 1).images_per_second for name in ALONE if name in FORMS}
     costs, link = calibrated(trainer, *batch)
-    named = {name: form for name, form in FORMS.items() if name in TOGETHER}
-    return {name: predicted(costs, ranks, form, link=link).images_per_second for name, form in named.items()}
+    # A share of a batch takes more than its share of the time: what a rank of data parallel takes is measured.
+    share, _ = calibrated(trainer, *batch_of(settings.batch_size // ranks))
+    shares = replace(share.scaled(ranks), images=settings.batch_size)
+    found = {}
+    for name, form in FORMS.items():
+        if name in TOGETHER:
+            given = shares if form == "local data parallel" else costs
+            found[name] = predicted(given, ranks, form, link=link).images_per_second
+    return found
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
