@@ -58,7 +58,7 @@ SIDES = {
     "swin_v2_t": 64,
     "vit_b_32": 64,
     "inception_v3": 107,
-    "maxvit_t": 128,
+    "maxvit_t": 64,
 }
 # With which they take images that small: Inception without heads of its own, MaxViT with windows of 4 x 4 instead of 7.
 MAXVIT = {"stem_channels": 64, "block_channels": [64, 128, 256, 512], "block_layers": [2, 2, 5, 2], "head_dim": 32}
@@ -82,7 +82,7 @@ def made(name):
     """A new model of CLASSES, for images of SIDES."""
     models = import_torchvision("training torchvision's models").models
     if name == "maxvit_t":
-        sizes = {"input_size": (SIDES[name],) * 2, "partition_size": 4, "stochastic_depth_prob": 0.2}
+        sizes = {"input_size": (SIDES[name],) * 2, "partition_size": 2, "stochastic_depth_prob": 0.2}
         return models.MaxVit(num_classes=CLASSES, **sizes, **MAXVIT)
     options = FOR_SMALL_IMAGES.get(name)
     if options is None:
