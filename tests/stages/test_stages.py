@@ -107,13 +107,13 @@ def test_a_rank_holds_its_own_modules_alone(of_two_ranks):
 
 
 def sent_at(max_lag):
-    """When rank 0 has sent each of its messages, in seconds from the first, while rank 1 takes half a second for its
+    """When rank 0 has sent each of its messages, in seconds from the first, while rank 1 takes two seconds for its
     first batch."""
     trainer = StageTrainer(model(), *batches()[0], max_lag=max_lag, balance="arithmetic", **CUT)
     release, send, times = link.Receiver.release, link.Sender.send, []
 
     def late(receiver):
-        time.sleep(0 if times else 0.5)
+        time.sleep(0 if times else 2)
         times.append(None)
         release(receiver)
 
@@ -130,7 +130,7 @@ def sent_at(max_lag):
 def test_a_rank_goes_ahead_by_max_lag_batches_and_no_more(tmp_path):
     times = together(sent_at, tmp_path / "lag", 2, seconds=30)[0]
     assert len(times) == 6  # four batches, and the end for each of the buffers
-    assert times[1] < 0.4 < times[2], times
+    assert times[1] < 1.8 < times[2], times
 
 
 # ---- whole trainings, and checkpoints --------------------------------------------------------------------------------
