@@ -213,7 +213,8 @@ def test_a_plan_tells_the_trainer_how_to_step(cutting):
     given = [(images.float(), labels) for images, labels in batches(2, 8)]
     assert measured_peak(trainer, given) == planned.peak_bytes and trainer.plan is planned
     with pytest.raises(
-        ValueError, match="precision, recompute, sync_batch_norm, accumulate, clip_norm, clip_value, clip and ema: leave"
+        ValueError,
+        match="precision, recompute, sync_batch_norm, accumulate, clip_norm, clip_value, clip and ema: leave",
     ):
         LocalTrainer(model, plan=planned, accumulate=2)
 
