@@ -46,7 +46,7 @@ CUTS = {  # rule -> LocalTrainer's arguments
     "dgl": {"rule": "dgl", "modules": 6, "optimizer": SGD},
     "bp": {"rule": "bp", "optimizer": SGD},
 }
-# Of a weight, data parallel, after twenty steps in float64; of one step it is 1e-14. Backpropagation multiplies rounding.
+# Of a weight, data parallel, after twenty steps in float64. Backpropagation multiplies rounding, 1e-15 in the first.
 BOUNDS = {"auglocal": 1e-9, "dgl": 1e-9, "bp": 1e-3}
 KILL_SECONDS, TIMEOUT = 30, 20
 
