@@ -10,7 +10,7 @@ from ...common.torchvision import import_torchvision
 from ..node import Node, is_torchvisions
 from ..tensors import dense, like
 from .activation import Function
-from .norm import affine, chain_at, fused, is_fixed_norm, plain_batch_norm
+from .norm import ResidualSample, affine, chain_at, fused, is_fixed_norm, plain_batch_norm
 
 __all__ = ["FixedNorm"]
 
@@ -85,25 +85,14 @@ class FixedNorm(Node):
             _fixed(nn.BatchNorm2d(4)),
             *(nn.Sequential(_fixed(nn.BatchNorm2d(4)), act, nn.Conv2d(4, 4, 1)) for act in acts),
             nn.Sequential(nn.Conv2d(4, 4, 1), _fixed(nn.BatchNorm2d(4)), nn.GELU("tanh"), nn.MaxPool2d(2)),
-            _Residual(nn.BatchNorm2d(4), nn.ReLU()),
-            nn.Sequential(_Residual(nn.BatchNorm2d(4), nn.Identity()), nn.Conv2d(4, 4, 1)),
+            ResidualSample(_fixed(nn.BatchNorm2d(4)), nn.ReLU()),
+            nn.Sequential(ResidualSample(_fixed(nn.BatchNorm2d(4)), nn.Identity()), nn.Conv2d(4, 4, 1)),
         ]
         try:
             frozen = import_torchvision("a norm that is never trained").ops.FrozenBatchNorm2d
         except ImportError:
             return tuple(samples)
-        return *samples, nn.Sequential(_fixed(frozen(4)), nn.ReLU()), _Residual(frozen(4), nn.ReLU())
-
-
-class _Residual(nn.Module):
-    """A block with a shortcut, for `samples`."""
-
-    def __init__(self, bn, act):
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), _fixed(bn), act
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)) + x)
+        return *samples, nn.Sequential(_fixed(frozen(4)), nn.ReLU()), ResidualSample(_fixed(frozen(4)), nn.ReLU())
 
 
 def _fixed(bn):

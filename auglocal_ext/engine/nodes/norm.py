@@ -17,6 +17,7 @@ from .mul import Mul
 
 __all__ = [
     "Norm",
+    "ResidualSample",
     "affine",
     "batch_statistics",
     "chain_at",
@@ -107,17 +108,17 @@ class Norm(Node):
             nn.Sequential(nn.BatchNorm2d(4, eps=0.1), nn.ReLU(inplace=True), nn.BatchNorm2d(4)),
             *(nn.Sequential(nn.BatchNorm2d(4), act) for act in (nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.GELU("tanh"))),
             nn.Sequential(nn.BatchNorm2d(4), nn.ReLU6(), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 1)),
-            _Residual(nn.ReLU()),
-            nn.Sequential(_Residual(nn.Identity()), nn.Conv2d(4, 4, 1)),
+            ResidualSample(nn.BatchNorm2d(4), nn.ReLU()),
+            nn.Sequential(ResidualSample(nn.BatchNorm2d(4), nn.Identity()), nn.Conv2d(4, 4, 1)),
         )
 
 
-class _Residual(nn.Module):
-    """A block with a shortcut, for `samples`."""
+class ResidualSample(nn.Module):
+    """A block with a shortcut around a norm of 4 channels, for `samples`."""
 
-    def __init__(self, act):
+    def __init__(self, bn, act):
         super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), act
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), bn, act
 
     def forward(self, x):
         return self.act(self.bn(self.conv(x)) + x)

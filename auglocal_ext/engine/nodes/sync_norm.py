@@ -9,7 +9,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tensors import like
 from .island import Island
-from .norm import Norm, affine, chain_at, fused, is_plain_norm, rebuilt, statistics, update_running_statistics
+from .norm import (
+    Norm,
+    ResidualSample,
+    affine,
+    chain_at,
+    fused,
+    is_plain_norm,
+    rebuilt,
+    statistics,
+    update_running_statistics,
+)
 
 __all__ = ["SyncNorm", "check_all_are_synchronised", "combined"]
 
@@ -54,20 +64,9 @@ class SyncNorm(Norm):
             nn.Sequential(nn.Conv2d(4, 4, 1), norm(4, momentum=None), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Sequential(norm(4, eps=0.1), act, norm(4)) for act in acts),
             nn.Sequential(nn.Flatten(2), norm(4), nn.LeakyReLU(0.2), nn.Unflatten(2, (7, 6))),
-            _Residual(nn.ReLU()),
-            nn.Sequential(_Residual(nn.Identity()), nn.Conv2d(4, 4, 1)),
+            ResidualSample(norm(4), nn.ReLU()),
+            nn.Sequential(ResidualSample(norm(4), nn.Identity()), nn.Conv2d(4, 4, 1)),
         )
-
-
-class _Residual(nn.Module):
-    """A block with a shortcut, for `samples`."""
-
-    def __init__(self, act):
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.SyncBatchNorm(4), act
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)) + x)
 
 
 def check_all_are_synchronised(nodes):
