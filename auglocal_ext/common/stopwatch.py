@@ -1,10 +1,11 @@
 """The time that code takes, lap by lap."""
 
+import statistics
 import time
 
 import torch
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "median_seconds"]
 
 
 class Stopwatch:
@@ -34,3 +35,13 @@ class Stopwatch:
             torch.cuda.synchronize()
             return [round(1e6 * start.elapsed_time(end)) for start, end in pairs]
         return [end - start for start, end in pairs]
+
+
+def median_seconds(device, run, repeats):
+    """Of `run`, which is called once before to warm up, then `repeats` times."""
+    run()
+    clock = Stopwatch(device)
+    for _ in range(repeats):
+        run()
+        clock.lap()
+    return statistics.median(clock.laps()) / 1e9

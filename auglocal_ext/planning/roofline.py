@@ -1,6 +1,5 @@
 """A clock for a machine that is not calibrated, or not there: by its speed in arithmetic and in memory alone."""
 
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 
 from ..common.checks import AUTOCAST
 from ..common.memory import bytes_of
-from ..common.stopwatch import Stopwatch
+from ..common.stopwatch import median_seconds
 
 __all__ = ["Roofline", "measured_roofline"]
 
@@ -56,14 +55,6 @@ def measured_roofline(device, precision):
     x = torch.ones(images, 128, 28, 28, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     large = torch.ones(numbers, device=device)
     out, macs = torch.empty_like(large), x.numel() * conv.weight[0].numel()
-    seconds = _seconds(device, lambda: conv(x)), _seconds(device, lambda: torch.mul(large, 2.0, out=out))
+    runs = (lambda: conv(x)), (lambda: torch.mul(large, 2.0, out=out))
+    seconds = [max(median_seconds(device, run, REPEATS), 1e-9) for run in runs]
     return Roofline(macs / seconds[0], 2 * large.nbytes / seconds[1])
-
-
-def _seconds(device, run):
-    run()
-    clock = Stopwatch(device)
-    for _ in range(REPEATS):
-        run()
-        clock.lap()
-    return max(statistics.median(clock.laps()), 1) / 1e9

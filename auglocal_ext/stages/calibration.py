@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..common.stopwatch import Stopwatch
+from ..common.stopwatch import median_seconds
 from ..distributed.collectives import gathered, own_group
 from ..distributed.faults import answering
 from ..distributed.group import on_its_own, world
@@ -62,12 +62,7 @@ def _optimizer_seconds(factory, module, device):
     optimizer = make_optimizer(factory, [(str(index), copy) for index, copy in enumerate(copies)])
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
-    optimizer.step()  # which makes its state
-    clock = Stopwatch(device)
-    for _ in range(ROUNDS):
-        optimizer.step()
-        clock.lap()
-    return statistics.median(clock.laps()) / 1e9
+    return median_seconds(device, optimizer.step, ROUNDS)  # after a step that makes its state
 
 
 def measured_slowdown(run: Callable[[], object], rounds: int = ROUNDS) -> float:
