@@ -1,5 +1,6 @@
 """What a local module costs a rank: measured seconds, arithmetic or bytes."""
 
+import statistics
 import time
 
 import torch
@@ -41,7 +42,7 @@ def measured_seconds(trainer, images, labels, rounds=ROUNDS):
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return [sorted(seconds[1:])[len(seconds[1:]) // 2] for seconds in took]
+    return [statistics.median(seconds[1:]) for seconds in took]
 
 
 def _now(device):

@@ -25,10 +25,9 @@ class Stage:
 
     def __init__(self, trainer, span):
         self.span, self.plan, self.device = span, trainer.plan, trainer.device
-        self.modules, self.optimizers = (
-            [given[i] for i in span] for given in (trainer.local_modules, trainer.optimizers)
-        )
-        self._programs = [current_programs(trainer)[i] for i in span]
+        self.modules = trainer.local_modules[span.start : span.stop]
+        self.optimizers = trainer.optimizers[span.start : span.stop]
+        self._programs = current_programs(trainer)[span.start : span.stop]
         self._ignored, self._skip = trainer.criterion.ignore_index, trainer.nonfinite == "skip"
         settings = replace(trainer.stepping, ranks=1)
         scaled = trainer.device if trainer.precision == "fp16" else None

@@ -244,9 +244,11 @@ def _check(schedule, max_lag, balance, options):
     whole_number(max_lag, "max_lag must be a whole number of batches, at least 1", 1)
     if balance not in COSTS:
         raise ValueError(f"balance must be one of {', '.join(COSTS)}, given {balance!r}")
-    for name, value in (("clip", "global"), ("ema", options.get("ema"))):
-        if options.get(name) is not None and options.get(name) == value:
-            raise ValueError(f"{name}={value!r} needs all modules in one process, given several stages: leave it out")
+    for name, needs_all in (("clip", options.get("clip") == "global"), ("ema", options.get("ema") is not None)):
+        if needs_all:
+            raise ValueError(
+                f"{name}={options[name]!r} needs all modules in one process, given several stages: leave it out"
+            )
 
 
 def _check_rule(trainer):
