@@ -9,19 +9,15 @@ processes, whose stages are balanced alike. In turn, all of it several times; me
 from modules, links and slowdown measured in the same run.
 """
 
-import json
 import statistics
 import sys
-import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -40,6 +36,7 @@ from auglocal_ext.stages.trainer import StageTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
+from spawned import Failed, by_ranks
 
 WARM_UP = 2  # steps that are not counted
 
@@ -219,23 +216,13 @@ FORMS = {  # of those that are predicted, as the simulator calls them
 }
 
 
-def _process(rank, ranks, folder, work, settings):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=300))
-    found = work(settings)
-    if rank == ranks - 1:
-        Path(folder, "found").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def by_processes(work, ranks, settings):
-    """What `work` finds in so many new processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (ranks, folder, work, settings), nprocs=ranks)
-        return json.loads(Path(folder, "found").read_text())
+    """What `work` finds on the last of so many new processes; RuntimeError where one of them fails."""
+    found, _ = by_ranks(work, ranks, settings)
+    for rank, one in enumerate(found):
+        if one is None or isinstance(one, Failed):
+            raise RuntimeError(f"{work.__name__}: rank {rank} of {ranks} failed: {one or 'it was killed'}")
+    return found[-1]
 
 
 def bench(settings):

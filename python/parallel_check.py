@@ -9,14 +9,11 @@ rank is killed in the third step of the second epoch: how long the others take t
 training goes on from its checkpoint, with one rank less too.
 """
 
-import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from argparse import RawDescriptionHelpFormatter
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -24,20 +21,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 import auglocal_ext
 from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, whole
 from auglocal_ext.common.files import check_writable, write_json
 from auglocal_ext.data import images_in_memory, mean_and_std
-from auglocal_ext.distributed.group import on_its_own
 from auglocal_ext.models import resnet32
 from auglocal_ext.stages.stage import Stage
 from auglocal_ext.stages.trainer import StageTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
+from spawned import by_ranks
 
 # A tenth of the usual rate: at that, twenty steps of backpropagation blow rounding up to 0.4.
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -71,32 +67,31 @@ def model():
     return resnet32().double()
 
 
-def by_one(given, cut):
+def by_one(settings, rule, file):
+    """Trains in one process, and saves the weights."""
     trained = model()
-    with on_its_own():
-        trainer = auglocal_ext.LocalTrainer(trained, **cut)
-        for images, labels in given:
-            trainer.step(images, labels)
-    return trained.state_dict()
+    trainer = auglocal_ext.LocalTrainer(trained, **CUTS[rule])
+    for images, labels in batches(settings):
+        trainer.step(images, labels)
+    torch.save(trained.state_dict(), file)
 
 
-def data_parallel(settings, rule):
+def data_parallel(settings, rule, file):
     rank, ranks, trained = dist.get_rank(), dist.get_world_size(), model()
     trainer = auglocal_ext.LocalTrainer(trained, sync_batch_norm=True, **CUTS[rule])
-    given = batches(settings)
-    for images, labels in given:
+    for images, labels in batches(settings):
         share = len(images) // ranks
         part = slice(rank * share, (rank + 1) * share)
         trainer.step(images[part].contiguous(memory_format=torch.channels_last), labels[part])
-    return _largest(trained.state_dict(), by_one(given, CUTS[rule])) if rank == 0 else None
+    return _largest(trained.state_dict(), torch.load(file)) if rank == 0 else None
 
 
-def layer_parallel(settings, rule, schedule):
+def layer_parallel(settings, rule, file, schedule):
     given = batches(settings)
     trainer = StageTrainer(model(), *given[0], schedule=schedule, balance="arithmetic", **CUTS[rule])
     trainer.epoch(given)
     whole_model = trainer.gather()
-    return None if whole_model is None else _largest(whole_model, by_one(given, CUTS[rule]))
+    return None if whole_model is None else _largest(whole_model, torch.load(file))
 
 
 def _largest(ours, theirs):
@@ -133,80 +128,65 @@ def killed(settings, folder, dies):
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, ranks, folder, work, arguments):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT))
-    try:
-        found = work(*arguments)
-    except Exception as error:
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+class Notes:
+    """What was found: a line each is printed, and a row kept."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, ok, line, **row):
+        self.rows.append({**row, "ok": ok})
+        print(f"{'ok  ' if ok else 'FAIL'} {line}", flush=True)
 
 
-def by_ranks(work, ranks, *arguments):
-    """(what each rank found, or None of one that was killed; seconds)."""
+def check_trainings(settings, ranks, weights, notes):
+    """Of every rule and form; weights: rule -> the file of one process."""
+    forms = [("data parallel", rule, BOUNDS[rule], (data_parallel,)) for rule in CUTS]
+    for rule in ("auglocal", "dgl"):
+        forms += [(form, rule, 0.0, (layer_parallel, form)) for form in ("synchronous", "decoupled")]
+    for form, rule, bound, (work, *more) in forms:
+        (largest, *_), _ = by_ranks(work, ranks, settings, rule, weights[rule], *more, seconds=TIMEOUT)
+        ok = isinstance(largest, float) and largest <= bound
+        line = f"{rule}, {form}, {ranks} ranks: weights differ by {largest}, at most {bound}"
+        notes.add(ok, line, rule=rule, form=form, ranks=ranks, difference=largest)
+
+
+def check_a_kill(settings, ranks, notes):
     with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        context = multiprocessing.get_context("spawn")
-        processes = [
-            context.Process(target=_rank, args=(rank, ranks, folder, work, arguments)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        ended = {}
-        while len(ended) < ranks:
-            for rank, process in enumerate(processes):
-                if rank not in ended and not process.is_alive():
-                    ended[rank] = time.monotonic()
-            time.sleep(0.05)
-        files = [Path(folder, f"{rank}.json") for rank in range(ranks)]
-        found = [json.loads(file.read_text()) if file.exists() else None for file in files]
-        return found, max(ended.values()) - min(ended.values()), time.monotonic() - began
+
+        def train(count, name, dies=False):
+            return by_ranks(killed, count, settings, f"{folder}/{name}", dies, seconds=TIMEOUT)
+
+        straight = train(ranks, "straight")[0][0]
+        found, lag = train(ranks, "killed", True)
+        told = [one for one in found if one is not None]
+        ok = lag < KILL_SECONDS and len(told) == ranks - 1 and all("RankFailed" in str(one) for one in told)
+        line = f"one of {ranks} ranks is killed: the others ended within {lag:.1f} s: {told[0]}"
+        notes.add(ok, line, ranks=ranks, lag=lag)
+        for fewer in (ranks, ranks - 1):
+            shutil.copytree(Path(folder, "killed"), Path(folder, f"killed-{fewer}"))
+            again = train(fewer, f"killed-{fewer}")[0][0]
+            ok = isinstance(straight, list) and again == straight
+            line = f"gone on from by {fewer} ranks: losses {again}, never stopped {straight}"
+            notes.add(ok, line, ranks=ranks, gone_on_by=fewer)
 
 
 def check(settings):
     """Runs all, prints a line for each; returns the exit status."""
     if settings.json:
         check_writable(settings.json, "--json")
-    rows, good = [], True
-
-    def note(ok, line, **row):
-        nonlocal good
-        good &= ok
-        rows.append({**row, "ok": ok})
-        print(f"{'ok  ' if ok else 'FAIL'} {line}", flush=True)
-
-    for ranks in settings.ranks:
-        for rule in CUTS:
-            (largest, *_), _, seconds = by_ranks(data_parallel, ranks, settings, rule)
-            line = f"{rule}, data parallel, {ranks} ranks: weights differ by {largest}; {seconds:.0f} s"
-            ok = isinstance(largest, float) and largest <= BOUNDS[rule]
-            note(ok, line, rule=rule, form="data parallel", ranks=ranks, difference=largest)
-        for rule in ("auglocal", "dgl"):
-            for schedule in ("synchronous", "decoupled"):
-                (largest, *_), _, seconds = by_ranks(layer_parallel, ranks, settings, rule, schedule)
-                line = f"{rule}, {schedule} stages, {ranks} ranks: weights differ by {largest}; {seconds:.0f} s"
-                note(largest == 0.0, line, rule=rule, form=schedule, ranks=ranks, difference=largest)
-        with tempfile.TemporaryDirectory() as folder:
-            straight = by_ranks(killed, ranks, settings, f"{folder}/straight", False)[0][0]
-            found, lag, _ = by_ranks(killed, ranks, settings, f"{folder}/killed", True)
-            told = [one for one in found if one is not None]
-            ok = lag < KILL_SECONDS and len(told) == ranks - 1 and all("RankFailed" in str(one) for one in told)
-            note(
-                ok, f"a rank of {ranks} is killed: the others ended within {lag:.1f} s: {told[0]}", ranks=ranks, lag=lag
-            )
-            for fewer in (ranks, ranks - 1):
-                saved = Path(folder, f"killed-{fewer}")
-                shutil.copytree(Path(folder, "killed"), saved)
-                again = by_ranks(killed, fewer, settings, str(saved), False)[0][0]
-                ok = again == straight
-                note(ok, f"gone on from by {fewer} ranks: losses {again}, never stopped {straight}", ranks=fewer)
-    about = {"steps": settings.steps, "batch_size": settings.batch_size, **machine("cpu")}
+    notes = Notes()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {rule: f"{folder}/{rule}.pt" for rule in CUTS}
+        for rule, file in weights.items():
+            by_ranks(by_one, 1, settings, rule, file)
+        for ranks in settings.ranks:
+            check_trainings(settings, ranks, weights, notes)
+            check_a_kill(settings, ranks, notes)
     if settings.json:
-        write_json(settings.json, {**about, "rows": rows})
-    return 0 if good else 1
+        about = {"steps": settings.steps, "batch_size": settings.batch_size, **machine("cpu")}
+        write_json(settings.json, {**about, "rows": notes.rows})
+    return 0 if all(row["ok"] for row in notes.rows) else 1
 
 
 def main(arguments=None):
