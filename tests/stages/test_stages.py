@@ -190,7 +190,7 @@ def test_one_rank_goes_on_from_the_checkpoint_of_two(tmp_path):
 def faults(what):
     options = dict(CUT)
     if what == "modules":
-        options["modules"] = 1 + torch.distributed.get_rank() * 0
+        options["modules"] = 1
     if what == "depth" and torch.distributed.get_rank():
         options["depth"] = 3
     loader = batches()
@@ -200,7 +200,6 @@ def faults(what):
     if what == "killed" and torch.distributed.get_rank():
         os._exit(1)
     if what == "raises" and torch.distributed.get_rank():
-        trainer.stage.modules[0].register_forward_hook(lambda *_: None)
         trainer.stage._programs[0] = None
     trainer.epoch(loader)
 
