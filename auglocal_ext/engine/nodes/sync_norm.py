@@ -101,7 +101,9 @@ def _gathered(row, group):
         return row.unsqueeze(0)
     rows = row.new_empty(ranks, len(row))
     if not row.is_meta:
-        distributed.all_gather_into_tensor(rows.view(-1), row, group=group)
+        # Newer releases of torch warn of the older name.
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(rows.view(-1), row, group=group)
     return rows
 
 
