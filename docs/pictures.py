@@ -42,7 +42,7 @@ def arrow(axes, start, end, style="-|>", color=DARK, dashed=False, bend=0.0):
 def local_modules(path):
     figure, axes = plt.subplots(figsize=(9.6, 4.0), dpi=160)
     starts = [1.2, 4.6, 8.0]
-    names = [("unit 1", "unit 2"), ("unit 3", "unit 4"), ("unit 5", "unit 6")]
+    names = [("unit 0", "unit 1"), ("unit 2", "unit 3"), ("unit 4", "unit 5")]
     axes.text(0.0, 0.45, "images", ha="left", va="center", fontsize=10)
     arrow(axes, (0.8, 0.45), (starts[0], 0.45))
     for index, (x, units) in enumerate(zip(starts, names, strict=True)):
@@ -52,7 +52,7 @@ def local_modules(path):
                 (x - 0.16, -0.28), 2.72, 3.42, boxstyle="round,pad=0,rounding_size=0.15", fc=PALE, ec="none", zorder=-1
             )
         )
-        axes.text(x + 1.2, -0.62, f"local module {index + 1}", ha="center", va="center", fontsize=10)
+        axes.text(x + 1.2, -0.62, f"local module {index}", ha="center", va="center", fontsize=10)
         box(axes, x, 0.1, 1.1, 0.7, units[0], UNIT)
         box(axes, x + 1.3, 0.1, 1.1, 0.7, units[1], UNIT)
         arrow(axes, (x + 1.1, 0.45), (x + 1.3, 0.45))

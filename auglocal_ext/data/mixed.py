@@ -19,7 +19,8 @@ class Mixed:
     drawn from torch's own generator, whose state a training keeps, so that one that was stopped goes on alike.
 
     Args:
-        loader: of (images, labels), labels (N,), int64; its place is kept and gone on from.
+        loader: of (images, labels), labels (N,), int64: one of `auglocal_ext.data`, or another with `set_epoch`,
+            `state_dict` and `load_state_dict`, by which its place is kept and gone on from.
         classes: how many there are.
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from, 0: not to be done.
 

@@ -65,8 +65,8 @@ class LocalTrainer:
         model: see `as_backbone`. It is trained on the device it is on.
         rule: one of `auglocal_ext.rules.RULES` by name, or a Rule of your own; see `auglocal_ext.Rule`.
         depth, form, auxiliary: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
-        modules, borders: where the model is cut, if not where the rule says; see `auglocal_ext.rules.cut`. For a cut
-            that fits a memory budget pass plan.
+        modules, borders: where the model is cut, if not where the rule says; see
+            `auglocal_ext.rules.cutting.cut`. For a cut that fits a memory budget pass plan.
         units: names, to say what the units are; see `as_backbone`.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut and all else that
             it was made with are taken from it, and its step is run, without planning again.
