@@ -1,12 +1,11 @@
 """MixUp and CutMix: batches whose images are mixed, and their labels with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..common.checks import at_least_0
 from ..common.torchvision import import_torchvision
-from .resumable import Resumable
 
 __all__ = ["Mixed"]
 
@@ -19,8 +18,8 @@ class Mixed:
     drawn from torch's own generator, whose state a training keeps, so that one that was stopped goes on alike.
 
     Args:
-        loader: of (images, labels), labels (N,), int64: one of `auglocal_ext.data`, or another with `set_epoch`,
-            `state_dict` and `load_state_dict`, by which its place is kept and gone on from.
+        loader: an iterable of (images, labels), labels (N,), int64, a DataLoader for instance. What else it has, such
+            as `set_epoch`, a `sampler`, or the `state_dict` that its place is kept by, this one has too.
         classes: how many there are.
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from, 0: not to be done.
 
@@ -29,7 +28,7 @@ class Mixed:
         ImportError: there is no torchvision.
     """
 
-    def __init__(self, loader: Resumable, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+    def __init__(self, loader: Iterable, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         v2 = import_torchvision("MixUp and CutMix").transforms.v2
         given = (v2.MixUp, at_least_0(mixup, "mixup")), (v2.CutMix, at_least_0(cutmix, "cutmix"))
         made = [kind(alpha=alpha, num_classes=classes) for kind, alpha in given if alpha]
@@ -38,19 +37,12 @@ class Mixed:
         self.loader, self._mix = loader, made[0] if len(made) == 1 else v2.RandomChoice(made)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.loader)  # type: ignore[arg-type] # of one that has a length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return map(self._mix, self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """See `Resumable.set_epoch`."""
-        self.loader.set_epoch(epoch)
-
-    def state_dict(self) -> dict:
-        """The loader's."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """The loader's."""
-        self.loader.load_state_dict(state)
+    def __getattr__(self, name: str):
+        if name.startswith("_") or name == "loader":  # which is not there yet where one is copied
+            raise AttributeError(f"Mixed has no attribute {name!r}")
+        return getattr(self.loader, name)

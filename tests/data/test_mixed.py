@@ -1,8 +1,10 @@
 """Batches that are mixed: what they are made of, and trainings that go on with them."""
 
+import copy
+
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, default_collate
 
 from auglocal_ext import models, train
 from auglocal_ext.data import DeviceLoader, Mixed, mean_and_std
@@ -44,6 +46,25 @@ def test_of_both_one_is_taken_for_each_batch():
     for (images, _), (mixed, _) in zip(loader(160), Mixed(given, CLASSES, 1, 1), strict=True):
         found.add(bool(((mixed == images) | (mixed == images.roll(1, 0))).all()))
     assert found == {True, False} and len(Mixed(given, CLASSES, 1)) == len(given) == 10
+
+
+class ByEpoch(RandomSampler):
+    epochs = ()
+
+    def set_epoch(self, epoch):
+        self.epochs = (*self.epochs, epoch)
+
+
+def test_any_loader_is_taken_with_what_it_has():
+    data = TensorDataset(torch.randn(20, 3, 8, 8), torch.arange(20) % CLASSES)
+    sampler = ByEpoch(data)
+    mixed = Mixed(DataLoader(data, 8, sampler=sampler), CLASSES, mixup=1)
+    history = train(models.CifarResNet(1), mixed, modules=2, epochs=2, progress=False).history
+    assert [entry["epoch"] for entry in history] == [1, 2] and sampler.epochs[-1] == 1
+    assert not hasattr(mixed, "state_dict") and mixed.batch_size == 8 and copy.copy(mixed).sampler is sampler
+    assert Mixed(loader(), CLASSES, mixup=1).state_dict()["batch_size"] == 16
+    with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'worth'"):
+        mixed.worth  # noqa: B018
 
 
 @pytest.mark.parametrize(
