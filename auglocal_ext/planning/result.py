@@ -45,8 +45,9 @@ class ModulePlan:
 
     def by_autograd(self):
         """What runs by autograd, as a sentence."""
-        share = self.timeline.kept_by_autograd / max(self.kept_bytes, 1)
-        return f"module {self.index} runs by autograd, {share:.0%} of what it keeps: {_some(self.islands)}"
+        kept = self.timeline.kept_by_autograd
+        what = f"{kept / self.kept_bytes:.0%} of what it keeps" if kept else "which keeps nothing for it"
+        return f"module {self.index} runs by autograd, {what}: {_some(self.islands)}"
 
 
 @dataclass(frozen=True)

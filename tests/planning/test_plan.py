@@ -186,3 +186,14 @@ def test_the_brief_table_is_narrow(torchvision):
     second = f"{planned.modules[1].parameters:,} (+{planned.modules[1].aux_parameters:,})"
     assert second in lines[2] and "features.2 " in lines[2] and "64x112x112" in lines[2]
     assert "\n".join(lines).endswith(str(planned.comparison))
+
+
+def test_of_an_island_that_keeps_nothing_the_plan_says_so():
+    model = models.CifarResNet(1)
+    model.fc = torch.nn.Sequential(
+        torch.nn.Unflatten(1, (64, 1, 1)), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(256, 10)
+    )
+    planned = plan(model, (2, 3, 16, 16), modules=2, auxiliary="light")
+    assert planned.modules[-1].timeline.kept_by_autograd == 0
+    line = "module 1 runs by autograd, which keeps nothing for it: 3 (AdaptiveAvgPool2d)"
+    assert line in str(planned).splitlines()
