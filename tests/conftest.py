@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[LEFT_OUT] = set()
+    gc.disable()  # until all tests are collected, which makes objects that stay and nothing else
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,11 @@ def choose_measured(items):
 
 
 def pytest_collection_finish(session):
+    gc.enable()
+    start_to_build_the_emulation(session)
+
+
+def start_to_build_the_emulation(session):
     """The emulation is built while other tests run; of several processes, one builds it and the others wait."""
     wanted = any("emulator" in item.fixturenames or item.get_closest_marker("emulated") for item in session.items)
     if wanted and not session.config.option.collectonly and "AUGLOCAL_EMULATION" not in os.environ:

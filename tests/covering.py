@@ -19,7 +19,9 @@ def covering(table, together):
             where.setdefault(combination, []).append(number)
     missing = Counter({number: len(of_case) for number, of_case in enumerate(combinations)})
     while where:
-        number = max(missing, key=lambda n: (missing[n], -sum(seen[item] for item in table[n].items())))
+        most = max(missing.values())
+        best = (number for number, count in missing.items() if count == most)
+        number = min(best, key=lambda n: sum(seen[item] for item in table[n].items()))
         taken.append(number)
         seen.update(table[number].items())
         for combination in combinations[number] & where.keys():

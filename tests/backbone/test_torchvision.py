@@ -44,6 +44,8 @@ SMALL = {
 FOR_SMALL_IMAGES = {"inception_v3": {"aux_logits": False}, "vit_b_32": {"image_size": 64}}
 # Their steps in float64 take long; narrow models of their classes take theirs (test_a_step_of_narrow_transformers).
 SMALL_IN_FLOAT32 = {"maxvit_t", "vit_b_32"}
+# Their classifiers have a hundred million weights, which take a step most of its time: by default they are narrow.
+LARGE_CLASSIFIERS = {"alexnet", "vgg11_bn"}
 # Where the paper's net, dense convolutions 7,392 channels wide, takes 8 GB by itself, and as much for its gradients.
 LIGHT_NETS = {"regnet_y_128gf"}
 SIDES = {"inception_v3": 299, "vit_h_14": 224}  # of those that were not made for images of 224
@@ -160,10 +162,21 @@ def test_a_step_of_each(torchvision, name, long):
         pytest.skip("--long runs all; by default the smallest of each family run")
     torch.manual_seed(0)
     model = build(torchvision, name, **({} if long else FOR_SMALL_IMAGES.get(name, {})))
+    if not long and name in LARGE_CLASSIFIERS:
+        with_a_narrow_classifier(model)
     if long or name not in SMALL_IN_FLOAT32:
         model = model.double()
     auxiliary = "light" if name in LIGHT_NETS else "paper"
     check_a_step(model, expected_side(name, long), depth=2, auxiliary=auxiliary)
+
+
+def with_a_narrow_classifier(model, width=32):
+    """Hidden layers of so many features, in place."""
+    linear = [index for index, module in enumerate(model.classifier) if isinstance(module, nn.Linear)]
+    for index in linear:
+        given, made = model.classifier[index].in_features, model.classifier[index].out_features
+        given, made = given if index == linear[0] else width, made if index == linear[-1] else width
+        model.classifier[index] = nn.Linear(given, made)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL_IN_FLOAT32))
