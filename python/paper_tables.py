@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -333,6 +333,11 @@ class Run:
         cut = f" K={self.modules}" if self.modules else ""
         cut += f", {self.auxiliary}," if self.auxiliary else ""
         return f"{self.model} {self.dataset} {_method(self.rule, self.depth)}{cut} seed {self.seed}"
+
+    @classmethod
+    def of(cls, settings):
+        """That which makes a record of these settings."""
+        return cls(**{field.name: settings.get(field.name) for field in fields(cls)})
 
     @property
     def slug(self):
