@@ -8,7 +8,7 @@ runs this program by itself after every row. Beside FILE are study_analysis.json
 study_models/, backpropagation's models of seeds 0 and 1; and the pictures study_cka.png, study_cka_maps.png and
 study_probes.png.
 
-CKA is of every unit with every unit of backpropagation's model of seed 0, on all test images in batches of 250, see
+CKA is of every unit with every unit of backpropagation's model of seed 0, on all test images in batches of 125, see
 `auglocal_ext.analysis.cka`. Backpropagation of seed 1 is the ceiling: what another beginning alone changes. Probes are
 trained on 10,000 training images, see `auglocal_ext.analysis.probe`. The kept models are in half precision, which moves
 no entry of CKA by more than 0.0001, measured on that of seed 0.
@@ -47,7 +47,7 @@ from auglocal_ext.common.files import check_writable, write_whole
 from auglocal_ext.report import check_picture, cka_maps_picture, probe_picture, similarity_picture
 
 FIELDS = {"settings", "machine", "local_modules", "reference", "units", "cka", "probes"}
-IMAGES, BATCH = 10_000, 250
+IMAGES, BATCH = 10_000, 125
 KEPT_SEEDS = (0, 1)  # of backpropagation: the reference and the ceiling
 SAME = 0.005  # within which the accuracy of a model is that of its record, whatever the machine's rounding
 
@@ -91,7 +91,7 @@ def analyse_missing(file, source, folder, device="cpu"):
         try:
             line = analyse(one, folder / f"{slug}.pt", images, file, device)
         except ValueError as error:
-            print(f"LEFT OUT: {errors.in_words_of_options(error)}", flush=True)
+            print(f"LEFT OUT: {error}", flush=True)
             refused += 1
             continue
         records.append(analysis_file(file), line)
