@@ -372,10 +372,14 @@ def wanted_runs(options):
 
 
 class Runner:
-    """Runs trainings within the minutes; a line for each. models: a folder for their weights, or None."""
+    """Runs trainings within the minutes; a line for each.
 
-    def __init__(self, device, results, files, minutes, models=None):
-        self.device, self.results, self.files, self.models = device, results, files, models
+    models: a folder for their weights, or None.
+    then: () -> how much of it failed, called before the first training, for what was stopped, and after each.
+    """
+
+    def __init__(self, device, results, files, minutes, models=None, then=lambda: 0):
+        self.device, self.results, self.files, self.models, self.then = device, results, files, models, then
         self.machine = records.machine(device)["device"]
         self.until = time.perf_counter() + 60 * minutes
 
@@ -391,15 +395,17 @@ class Runner:
         ]
 
     def run_missing(self, runs):
-        """Runs those without a record; returns how many failed or diverged."""
+        """Runs those without a record; returns how many failed or diverged, or what is done after them did."""
         missing = [run for run in runs if not self.finished(**asdict(run))]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them there already", flush=True)
-        failed = 0
+        failed = self.then()
         for index, run in enumerate(missing, 1):
             print(f"[{index}/{len(missing)}] {run}: ", end="", flush=True)
             outcome, output = self._run(run)
             print(outcome, output, sep="\n" if output else "", flush=True)
             failed += outcome.startswith(("FAILED", "DIVERGED"))
+            if self.finished(**asdict(run)):
+                failed += self.then()
         return failed
 
     def _run(self, run):

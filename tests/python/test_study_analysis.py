@@ -1,4 +1,4 @@
-"""The analysis of the study's models: what is analysed, what a line has, what is kept, and what is made of the lines."""
+"""The analysis of the study's models: what is analysed, what a line has, what is kept, what is made of the lines."""
 
 import importlib
 import json
@@ -45,8 +45,8 @@ def line(similarity, probes=(0.2, 0.4, 0.5, 0.7), count=1, **more):
 
 @pytest.fixture(scope="module")
 def analysed(program, tmp_path_factory):
-    """(the study's file, the folder of models, the models by seed, what was printed): BP of two seeds, and a model whose
-    record is another's."""
+    """(the study's file, the folder of models, the models by seed, the exit status): backpropagation of three seeds, the
+    last one with the record of another model."""
     place = tmp_path_factory.mktemp("study")
     file, folder, images = place / "study.jsonl", place / "models", data.load(SOURCE, 20)
     folder.mkdir()
