@@ -7,20 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from study_lines import record
 
 
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
     return importlib.import_module("study")
-
-
-def record(rule, accuracy, count=1, seed=0, **more):
-    settings = {"dataset": "cifar10", "data": "imagefolder:x", "model": "resnet32", "rule": rule, "depth": None}
-    settings |= {"modules": None, "epochs": 10, "batch_size": 128, "precision": "bf16", "seed": seed, **more}
-    settings["train_images"] = 50_000
-    made = {"settings": settings, "machine": {"device": "one"}, "local_modules": count, "macs_per_bp": 1.0}
-    return made | {"accuracy": {"last": accuracy, "best": accuracy}, "seconds": 1, "peak_bytes": 10**7 // count}
 
 
 def test_the_queue_has_every_row_once_before_any_second_seed(study):

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from study_lines import UNITS, line, record
 
 from auglocal_ext import analysis, data, evaluate, models
 
 SOURCE = "fake:120"
-UNITS = ["stem", "layer1.0", "layer2.0", "layer3.0"]
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +22,14 @@ def program():
         yield importlib.import_module("study_analysis")
 
 
-def settings(rule="bp", seed=0, depth=None, modules=None, **more):
-    made = {"dataset": "cifar10", "data": SOURCE, "model": "resnet32", "rule": rule, "depth": depth}
-    made |= {"modules": modules, "epochs": 10, "batch_size": 128, "precision": "fp32", "seed": seed, **more}
-    return made | {"train_images": 50_000, "test_images": 10_000}
-
-
-def record(accuracy, count=1, **more):
-    made = {"settings": settings(**more), "machine": {"device": "one"}, "local_modules": count, "macs_per_bp": 1.0}
-    return made | {"accuracy": {"last": accuracy, "best": accuracy}, "seconds": 1, "peak_bytes": 1}
-
-
 def write(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def line(similarity, probes=(0.2, 0.4, 0.5, 0.7), count=1, **more):
-    matrix = [[value if row == column else 0.0 for column in range(4)] for row, value in enumerate(similarity)]
-    made = {"settings": settings(**more), "machine": {"device": "one"}, "local_modules": count}
-    return made | {"reference": "bp_seed0.pt", "units": UNITS, "cka": matrix, "probes": list(probes)}
-
-
 @pytest.fixture(scope="module")
 def analysed(program, tmp_path_factory):
-    """(the study's file, the folder of models, the models by seed, the exit status): backpropagation of three seeds, the
-    last one with the record of another model."""
+    """(the study's file, the folder of models, the models by seed, the exit status). Backpropagation of three seeds, of
+    which the last has another model's record."""
     place = tmp_path_factory.mktemp("study")
     file, folder, images = place / "study.jsonl", place / "models", data.load(SOURCE, 20)
     folder.mkdir()
@@ -55,9 +38,9 @@ def analysed(program, tmp_path_factory):
         torch.manual_seed(seed)
         by_seed[seed] = models.CifarResNet(1, 10)
         accuracy = evaluate(by_seed[seed], images.test)
-        made.append(record(accuracy if seed < 2 else accuracy + 0.1, seed=seed))
+        made.append(record("bp", accuracy if seed < 2 else accuracy + 0.1, seed=seed, precision="fp32"))
         torch.save(by_seed[seed].state_dict(), folder / f"{program.Run.of(made[-1]['settings']).slug}.pt")
-    write(file, [*made, record(0.5, rule="dgl")])
+    write(file, [*made, record("dgl", 0.5)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "BATCH", 10)
         patch.setattr(program, "IMAGES", 60)
@@ -103,7 +86,7 @@ def test_what_is_analysed_is_not_analysed_again(program, analysed, capsys, monke
 
 
 def test_without_a_reference_a_row_waits(program, tmp_path, capsys):
-    file, made = tmp_path / "study.jsonl", record(0.0, rule="dgl")
+    file, made = tmp_path / "study.jsonl", record("dgl", 0.0, precision="fp32")
     torch.manual_seed(0)
     model = models.CifarResNet(1, 10)
     made["accuracy"]["last"] = evaluate(model, data.load(SOURCE, 20).test)
@@ -116,9 +99,9 @@ def test_without_a_reference_a_row_waits(program, tmp_path, capsys):
 
 def test_the_table_and_the_pictures(program, tmp_path, capsys):
     file = tmp_path / "study.jsonl"
-    lines = [line([1, 1, 1, 1]), line([0.5, 0.6, 0.7, 0.8], (0.3, 0.4, 0.45, 0.5), 16, rule="dgl")]
-    lines += [line([0.9, 0.8, 0.7, 0.6], seed=1), line([0.7, 0.8, 0.9, 1.0], seed=2)]
-    lines += [line([0.4] * 4, count=4, rule="auglocal", depth=4, modules=4, auxiliary="light")]
+    lines = [line("bp", [1, 1, 1, 1]), line("dgl", [0.5, 0.6, 0.7, 0.8], (0.3, 0.4, 0.45, 0.5), 16)]
+    lines += [line("bp", [0.9, 0.8, 0.7, 0.6], seed=1), line("bp", [0.7, 0.8, 0.9, 1.0], seed=2)]
+    lines += [line("auglocal", [0.4] * 4, count=4, depth=4, modules=4, auxiliary="light")]
     write(program.analysis_file(file), lines)
     assert program.main([str(file)]) == 0
     printed = capsys.readouterr().out
@@ -135,7 +118,7 @@ def test_the_table_and_the_pictures(program, tmp_path, capsys):
 
 def test_the_reference_alone_has_probes_to_draw(program, tmp_path):
     file = tmp_path / "study.jsonl"
-    assert program.draw([line([1, 1, 1, 1])], file) == [program.pictures(file)[2]]
+    assert program.draw([line("bp", [1, 1, 1, 1])], file) == [program.pictures(file)[2]]
     assert [path.name for path in tmp_path.iterdir()] == ["study_probes.png"]
 
 
@@ -149,6 +132,6 @@ def test_mistakes_are_told_in_one_sentence(program, tmp_path, capsys, given, sai
 
 
 def test_another_files_lines_are_no_analysis(program, tmp_path, capsys):
-    write(program.analysis_file(tmp_path / "study.jsonl"), [record(0.5)])
+    write(program.analysis_file(tmp_path / "study.jsonl"), [record("bp", 0.5)])
     assert program.main([str(tmp_path / "study.jsonl")]) == 2
     assert "line 1, is not a record of an analysis" in capsys.readouterr().err
