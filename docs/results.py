@@ -91,8 +91,8 @@ def section(file, page):
     made, lines = records.read(file), study_analysis.read(file)
     parts = [_about(made, lines)]
     if made:
-        cells, picture = study.table(_ordered(made)), _picture("Accuracy against arithmetic", _drawn(file), page)
-        parts += [markdown(cells), _INTERVALS, _decided(cells), picture]
+        cells = study.table(_ordered(made))
+        parts += [markdown(cells), _INTERVALS, _decided(cells), *_pictures([_drawn(file)], page)]
     parts += ["#### What its models have learnt", *_learnt(lines, file, page), _commands(file)]
     return "\n\n".join(parts) + "\n"
 
@@ -156,18 +156,11 @@ def _decided(cells):
 def _learnt(lines, file, page):
     if not lines:
         return ["None of them is analysed yet."]
-    cka, maps, probes = study_analysis.pictures(file)
-    found = study_analysis.learnt(lines)
-    parts = [_FIGURES + f" Models analysed: {len(lines)}.", markdown(study_analysis.table(lines))]
-    if found:
-        parts.append(_picture("CKA with backpropagation by unit", cka, page))
-    if any(row.cut in study_analysis.MAPPED for row in found):
-        parts.append(_picture("CKA of all pairs of units", maps, page))
-    expected = "What the paper lets expect, by means over the early units or over all of them; intervals as above:"
     return [
-        *parts,
-        _picture("Accuracy of linear probes by unit", probes, page),
-        expected,
+        f"{_FIGURES} Models analysed: {len(lines)}.",
+        markdown(study_analysis.table(lines)),
+        *_pictures(study_analysis.pictures(file), page),
+        "What the paper lets expect, by means over the early units or over all of them; intervals as above:",
         markdown(expectations(lines)),
     ]
 
@@ -183,8 +176,15 @@ def _drawn(file):
     return file.with_name("study_accuracy.png")
 
 
-def _picture(title, path, page):
-    return f"![{title}]({os.path.relpath(path, page.parent)})"
+def _pictures(paths, page):
+    """Those that there is something to draw of, and that are there therefore."""
+    titles = {
+        "study_accuracy": "Accuracy against arithmetic",
+        "study_cka": "CKA with backpropagation by unit",
+        "study_cka_maps": "CKA of all pairs of units",
+        "study_probes": "Accuracy of linear probes by unit",
+    }
+    return [f"![{titles[path.stem]}]({os.path.relpath(path, page.parent)})" for path in paths if path.exists()]
 
 
 def _commands(file):
@@ -203,8 +203,8 @@ def renew(file=study.FILE, page=PAGE):
     if not begin or not end:
         raise ValueError(f"{page} must have the lines {BEGIN.strip()} and {END.strip()}: put them around the section")
     made, lines = records.read(file), study_analysis.read(file)
-    if made:
-        queued.draw(_ordered(made), _drawn(file))
+    if len(rows := _ordered(made)) > 1:
+        queued.draw(rows, _drawn(file))
     if lines:
         study_analysis.draw(lines, file)
     write_text(page, f"{before}{begin}\n{section(file, page)}\n{end}{after}")
