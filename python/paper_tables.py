@@ -1,6 +1,6 @@
 """The paper's tables, its figures beside ours, from files of results; with --run also what is missing in them.
 
-    python python/paper_tables.py [FILE ...]            Markdown; default: every benchmarks/results/*.jsonl
+    python python/paper_tables.py [FILE ...]     Markdown; default: every benchmarks/results/*.jsonl of trainings
     python python/paper_tables.py --run [FILE] --data SOURCE --epochs E --batch-size B [--minutes M] [what to run]
 
 One block of tables for each group of runs whose settings agree in everything but the rule, its cut and the seed, on one
@@ -442,7 +442,7 @@ def parse(arguments=None):
     """The options, checked as far as they can be before anything is run."""
     parser = Parser("paper_tables", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl)"
+        "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl of trainings)"
     )
     add = parser.add_argument_group("what to run").add_argument
     add("--run", action="store_true", help="first run what is missing")
@@ -477,7 +477,7 @@ def parse(arguments=None):
 
 def report(options):
     """Runs what is missing, if so told, and prints the tables; returns the exit status."""
-    files, failed = options.files or sorted(RESULTS.glob("*.jsonl")), 0
+    files, failed = options.files or list(filter(records.is_of_trainings, sorted(RESULTS.glob("*.jsonl")))), 0
     if options.run:
         for network in options.networks:
             with torch.device("meta"):

@@ -86,6 +86,14 @@ def append(path, made):
     append_line(path, json.dumps(made), _is_json)
 
 
+def is_of_trainings(path):
+    """Whether a file's first line is a record of a training."""
+    with Path(path).open("rb") as file:
+        first = file.readline()
+    made = json.loads(first) if _is_json(first) else None
+    return isinstance(made, dict) and made.keys() >= FIELDS
+
+
 def read(*paths, fields=FIELDS, what="a training"):
     """The records of some files, in order; a file that does not exist has none.
 
