@@ -286,7 +286,7 @@ def main(arguments=None):
     add("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
     if (options.data is None) != (options.models is None):
-        return errors.run("study_analysis", lambda: parser.error("--data and --models go together: give both or none"))
+        parser.error("--data and --models go together: give both or none")
     return errors.run("study_analysis", lambda: _run(options), lost="; the same command goes on from here")
 
 
