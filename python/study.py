@@ -9,7 +9,7 @@ row is trained alike: ResNet-32, batches of 128, learning rate 0.1 with Nesterov
 seed of every row comes first, then more of the rows that matter most. What was stopped goes on within an epoch: start
 it again whenever a machine is idle, at low priority (nice -n 19, OMP_NUM_THREADS=1).
 
-With --models study_analysis.py looks at each model as soon as it is trained, about three minutes a row. Its line is
+With --models study_analysis.py looks at each model as soon as it is trained, two minutes of one core a row. Its line is
 kept beside FILE, and backpropagation's models of seeds 0 and 1 in half precision, which moves no CKA by more than
 0.0001: FOLDER may be lost with its machine. `python docs/results.py` then renews the results' page.
 
