@@ -88,13 +88,18 @@ def section(file, page):
         file: the study's records; what study_analysis.py made of them is beside it.
         page: on which it is to stand.
     """
-    made, lines = records.read(file), study_analysis.read(file)
+    made, lines = _read(file), study_analysis.read(file)
     parts = [_about(made, lines)]
     if made:
         cells = study.table(_ordered(made))
         parts += [markdown(cells), _INTERVALS, _decided(cells), *_pictures([_drawn(file)], page)]
     parts += ["#### What its models have learnt", *_learnt(lines, file, page), _commands(file)]
     return "\n\n".join(parts) + "\n"
+
+
+def _read(file):
+    """The study's records, of each training the last one."""
+    return list({_key(made["settings"]): made for made in records.read(file)}.values())
 
 
 _INTERVALS = (
@@ -202,7 +207,7 @@ def renew(file=study.FILE, page=PAGE):
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} must have the lines {BEGIN.strip()} and {END.strip()}: put them around the section")
-    made, lines = records.read(file), study_analysis.read(file)
+    made, lines = _read(file), study_analysis.read(file)
     if len(rows := _ordered(made)) > 1:
         queued.draw(rows, _drawn(file))
     if lines:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from study_lines import line, record
+from study_lines import MACHINE, line, record
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = {"depth": 4, "count": 13}
@@ -82,7 +82,8 @@ def test_without_a_row_there_is_a_section_all_the_same(program, place):
 
 def test_one_row(program, place, tmp_path):
     file, page = place
-    write(file, [record("bp", 0.9)])
+    earlier = record("bp", 0.8) | {"machine": MACHINE | {"device": "another"}}
+    write(file, [earlier, record("bp", 0.9)])
     write(program.study_analysis.analysis_file(file), [line("bp", [1] * 4)])
     program.renew(*place)
     text = page.read_text()
@@ -90,6 +91,7 @@ def test_one_row(program, place, tmp_path):
         "Trainings done: 1 of 34; rows with a seed or more: 1 of 14." in text
         and "one, torch 2, Python 3, commit abc." in text
     )
+    assert "90.0" in text and "80.0" not in text and "another," not in text  # of one training the last record
     assert "There is nothing to compare yet." in text and "Models analysed: 1." in text
     assert shown(text, page) == {"study_probes.png"}
 
