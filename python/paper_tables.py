@@ -1,6 +1,6 @@
 """The paper's tables, its figures beside ours, from files of results; with --run also what is missing in them.
 
-    python python/paper_tables.py [FILE ...]            Markdown; default: every benchmarks/results/*.jsonl
+    python python/paper_tables.py [FILE ...]     Markdown; default: every benchmarks/results/*.jsonl of trainings
     python python/paper_tables.py --run [FILE] --data SOURCE --epochs E --batch-size B [--minutes M] [what to run]
 
 One block of tables for each group of runs whose settings agree in everything but the rule, its cut and the seed, on one
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -334,6 +334,11 @@ class Run:
         cut += f", {self.auxiliary}," if self.auxiliary else ""
         return f"{self.model} {self.dataset} {_method(self.rule, self.depth)}{cut} seed {self.seed}"
 
+    @classmethod
+    def of(cls, settings):
+        """That which makes a record of these settings."""
+        return cls(**{field.name: settings.get(field.name) for field in fields(cls)})
+
     @property
     def slug(self):
         """Of all its settings but where the images are: what its checkpoint is found by."""
@@ -367,10 +372,14 @@ def wanted_runs(options):
 
 
 class Runner:
-    """Runs trainings within the minutes; a line for each. models: a folder for their weights, or None."""
+    """Runs trainings within the minutes; a line for each.
 
-    def __init__(self, device, results, files, minutes, models=None):
-        self.device, self.results, self.files, self.models = device, results, files, models
+    models: a folder for their weights, or None.
+    then: () -> how much of it failed, called before the first training, for what was stopped, and after each.
+    """
+
+    def __init__(self, device, results, files, minutes, models=None, then=lambda: 0):
+        self.device, self.results, self.files, self.models, self.then = device, results, files, models, then
         self.machine = records.machine(device)["device"]
         self.until = time.perf_counter() + 60 * minutes
 
@@ -386,15 +395,17 @@ class Runner:
         ]
 
     def run_missing(self, runs):
-        """Runs those without a record; returns how many failed or diverged."""
+        """Runs those without a record; returns how many failed or diverged, or what is done after them did."""
         missing = [run for run in runs if not self.finished(**asdict(run))]
         print(f"{len(runs)} runs, {len(runs) - len(missing)} of them there already", flush=True)
-        failed = 0
+        failed = self.then()
         for index, run in enumerate(missing, 1):
             print(f"[{index}/{len(missing)}] {run}: ", end="", flush=True)
             outcome, output = self._run(run)
             print(outcome, output, sep="\n" if output else "", flush=True)
             failed += outcome.startswith(("FAILED", "DIVERGED"))
+            if self.finished(**asdict(run)):
+                failed += self.then()
         return failed
 
     def _run(self, run):
@@ -431,7 +442,7 @@ def parse(arguments=None):
     """The options, checked as far as they can be before anything is run."""
     parser = Parser("paper_tables", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl)"
+        "files", nargs="*", type=Path, metavar="FILE", help="results (default: benchmarks/results/*.jsonl of trainings)"
     )
     add = parser.add_argument_group("what to run").add_argument
     add("--run", action="store_true", help="first run what is missing")
@@ -466,7 +477,7 @@ def parse(arguments=None):
 
 def report(options):
     """Runs what is missing, if so told, and prints the tables; returns the exit status."""
-    files, failed = options.files or sorted(RESULTS.glob("*.jsonl")), 0
+    files, failed = options.files or list(filter(records.is_of_trainings, sorted(RESULTS.glob("*.jsonl")))), 0
     if options.run:
         for network in options.networks:
             with torch.device("meta"):

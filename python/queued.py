@@ -2,6 +2,8 @@
 came out."""
 
 import statistics
+import subprocess
+import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from auglocal_ext.common.files import check_writable
 from auglocal_ext.common.memory import format_bytes
 from auglocal_ext.report import accuracy_picture, check_picture
 
-__all__ = ["Row", "accuracies", "columns", "main", "rows_of"]
+__all__ = ["Row", "accuracies", "columns", "draw", "main", "rows_of"]
 
 
 class Row:
@@ -65,7 +67,7 @@ def accuracies(seeds):
     return [made["accuracy"]["last"] for made in seeds]
 
 
-def _draw(rows, path):
+def draw(rows, path):
     """The picture of the network that has the most rows."""
     networks = [row.network for row in rows]
     network = max(networks, key=networks.count)
@@ -85,7 +87,7 @@ def _draw(rows, path):
     accuracy_picture(path, title, runs, baseline=METHODS["bp"])
 
 
-def main(program, doc, file, runs, table, arguments=None):
+def main(program, doc, file, runs, table, arguments=None, analysis=None):
     """Runs a program of a queue; returns the exit status.
 
     Args:
@@ -93,6 +95,8 @@ def main(program, doc, file, runs, table, arguments=None):
         file: where results are added, if not told.
         runs: source of images -> [paper_tables.Run], in the queue's order.
         table: Rows -> [cells], the first ones the header.
+        analysis: a program of this folder that goes over the models of --models: before the first training, for what
+            was stopped, and after each. None: there is none.
     """
     parser = Parser(program, description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -103,21 +107,30 @@ def main(program, doc, file, runs, table, arguments=None):
     add("--picture", type=Path, metavar="FILE", help="draw what is there")
     add("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     options = parser.parse_args(arguments)
-    return errors.run(program, lambda: _run(options, runs, table), lost="; the same command goes on from here")
+    return errors.run(
+        program, lambda: _run(options, runs, table, analysis), lost="; the same command goes on from here"
+    )
 
 
-def _run(options, runs, table):
+def _run(options, runs, table, analysis):
     if options.picture:
         check_picture(options.picture, "--picture")
     failed = 0
     if options.data:
         check_writable(options.file, "FILE")
-        runner = Runner(options.device, options.file, [options.file], options.minutes, options.models)
+        then = {"then": lambda: _analyse(options, analysis)} if options.models and analysis else {}
+        runner = Runner(options.device, options.file, [options.file], options.minutes, options.models, **then)
         failed = runner.run_missing(runs(options.data))
     rows = rows_of(records.read(options.file))
     if not rows:
         raise ValueError(f"no records in {options.file}: make some with --data")
     print(markdown(table(rows)))
     if options.picture:
-        _draw(rows, options.picture)
+        draw(rows, options.picture)
     return int(failed > 0)
+
+
+def _analyse(options, program):
+    """In a process of its own: what goes wrong there ends no queue. Returns whether something did."""
+    command = [sys.executable, str(Path(__file__).parent / program), str(options.file), "--data", options.data]
+    return subprocess.run([*command, "--models", str(options.models), "--device", options.device]).returncode != 0

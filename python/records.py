@@ -86,10 +86,22 @@ def append(path, made):
     append_line(path, json.dumps(made), _is_json)
 
 
-def read(*paths):
+def is_of_trainings(path):
+    """Whether a file's first line is a record of a training."""
+    with Path(path).open("rb") as file:
+        first = file.readline()
+    made = json.loads(first) if _is_json(first) else None
+    return isinstance(made, dict) and made.keys() >= FIELDS
+
+
+def read(*paths, fields=FIELDS, what="a training"):
     """The records of some files, in order; a file that does not exist has none.
 
     A last line that a kill has cut off is none: the next record takes its place.
+
+    Args:
+        fields: what a record must have.
+        what: what it is a record of, for errors.
     """
     found = []
     for path in map(Path, paths):
@@ -100,8 +112,8 @@ def read(*paths):
             if not _is_json(line):
                 raise ValueError(f"{path}, line {number}, is not a record, but {_shown(line)}: remove that line")
         for number, made in enumerate(map(json.loads, lines), 1):
-            if not isinstance(made, dict) or not made.keys() >= FIELDS:
-                raise ValueError(f"{path}, line {number}, is not a record of a training: remove it, or that file")
+            if not isinstance(made, dict) or not made.keys() >= fields:
+                raise ValueError(f"{path}, line {number}, is not a record of {what}: remove it, or that file")
             found.append(made)
     return found
 

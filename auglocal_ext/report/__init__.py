@@ -1,7 +1,7 @@
 """Pictures and tables of plain data. matplotlib is imported when the first picture is drawn."""
 
 from .analysis import analysis_report
-from .cka import cka_picture
+from .cka import cka_maps_picture, cka_picture, similarity_picture
 from .confusion import confusion_picture
 from .curves import learning_curve
 from .figure import check_picture
@@ -17,6 +17,7 @@ __all__ = [
     "analysis_report",
     "brief_table",
     "check_picture",
+    "cka_maps_picture",
     "cka_picture",
     "confusion_picture",
     "cost_lines",
@@ -27,6 +28,7 @@ __all__ = [
     "memory_picture",
     "plan_table",
     "probe_picture",
+    "similarity_picture",
     "stages_table",
     "wrapped",
 ]

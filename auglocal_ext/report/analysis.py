@@ -25,7 +25,7 @@ def analysis_report(found, folder):
     probed = [(run["name"], list(zip(run["units"], run["probes"], strict=True))) for run in runs if run["probes"]]
     if probed:
         files.append("probes.png")
-        probe_picture(probed, folder / files[-1], f"linear probes of units, {data}")
+        probe_picture([(None, probed)], folder / files[-1], f"linear probes of units, {data}")
         text = (
             f"Test accuracy of a linear classifier on each unit's pooled features, in per cent: what a unit has made "
             f"easy to tell apart. It was trained on {found['train_images']:,} images."

@@ -1,10 +1,11 @@
-"""How alike the units of two models are, drawn."""
+"""How alike the units of two models are, drawn: all pairs of units as a heat map, the same units as lines."""
 
 import numpy
 
 from .figure import check_picture, new_figure, save
+from .lines import lines_by_unit
 
-__all__ = ["cka_picture"]
+__all__ = ["cka_maps_picture", "cka_picture", "similarity_picture"]
 
 
 COUNTED = 20  # units, up to which each cell has its number
@@ -27,8 +28,7 @@ def cka_picture(matrix, rows, columns, path, title, row_label="unit", column_lab
     cell = min(max(0.45, 3.5 / max(high, wide)), 10 / max(high, wide))  # inches
     figure = new_figure(title, (max(cell * wide + 3.6, 7.0), cell * high + 2.6))
     axes = figure.subplots()
-    # Light to dark in grey too, and for every kind of colour blindness.
-    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, origin="lower")
+    image = _heat_map(axes, values)
     figure.colorbar(image, ax=axes, shrink=0.7, label="linear CKA")
     size = min(9.0, 0.75 * 72 * cell)  # points of a cell's height
     axes.set_xticks(range(wide), map(_short, columns), rotation=90, fontsize=size)
@@ -43,6 +43,54 @@ def cka_picture(matrix, rows, columns, path, title, row_label="unit", column_lab
                 shade = "black" if value > 0.5 else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=fits)
     save(figure, path)
+
+
+def cka_maps_picture(maps, units, path, title, row_label="unit", column_label="unit"):
+    """Draws several models' CKA with one other model as small heat maps of one scale, without numbers.
+
+    Args:
+        maps: [(label, matrix (units, units))], at least one.
+        units: the names of the units of all of them.
+        path: the file to write.
+        title: above the picture.
+        row_label, column_label: what the units are of.
+    """
+    check_picture(path)
+    wide = min(len(maps), 3)
+    high = -(-len(maps) // wide)
+    figure = new_figure(title, (max(3.1 * wide + 1.6, 7.0), 3.2 * high + 1.2))
+    grid = figure.subplots(high, wide, squeeze=False)
+    every = -(-len(units) // 16)
+    shown = range(0, len(units), every)
+    for axes, (label, matrix) in zip(grid.flat, maps, strict=False):
+        image = _heat_map(axes, numpy.asarray(matrix))
+        axes.set_title(label, fontsize=9)
+        axes.set_xticks(shown, [_short(units[index]) for index in shown], rotation=90, fontsize=7)
+        axes.set_yticks(shown, [_short(units[index]) for index in shown], fontsize=7)
+    for axes in grid.flat[len(maps) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=grid, shrink=0.7, label="linear CKA")
+    figure.supxlabel(column_label, fontsize=10)
+    figure.supylabel(row_label, fontsize=10)
+    save(figure, path)
+
+
+def similarity_picture(panels, path, title, reference):
+    """Draws the CKA of each unit with the same unit of one other model, a line for each run.
+
+    Args:
+        panels: [(title or None, [(run, [(unit, CKA)])])], drawn beside each other. Units have their names below where
+            all runs have the same ones, else numbers from 0.
+        path: the file to write.
+        title: above the picture.
+        reference: what the other model is.
+    """
+    lines_by_unit(panels, path, title, f"linear CKA with {reference}")
+
+
+def _heat_map(axes, values):
+    """Light to dark in grey too, and for every kind of colour blindness."""
+    return axes.imshow(values, cmap="cividis", vmin=0, vmax=1, origin="lower")
 
 
 def _short(name):

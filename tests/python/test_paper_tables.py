@@ -383,6 +383,15 @@ def test_files_of_something_else(tables, tmp_path, capsys):
         assert f"{name}, line 1, is not a record of a training" in capsys.readouterr().err
 
 
+def test_without_a_file_those_of_trainings_are_read(tables, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"cka": []}\n')
+    (tmp_path / "b.jsonl").write_text(json.dumps(record(0.8)) + "\n")
+    (tmp_path / "c.jsonl").write_text("")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.main([]) == 0
+    assert "| 80.00 |" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_record_that_a_kill_cut_off_is_no_record(tables, tmp_path, capsys):
     whole = json.dumps(record(0.8)) + "\n"
     (tmp_path / "r.jsonl").write_text(whole + whole[:100])

@@ -4,22 +4,16 @@ import importlib
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from study_lines import record
 
 
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "python")
     return importlib.import_module("study")
-
-
-def record(rule, accuracy, count=1, seed=0, **more):
-    settings = {"dataset": "cifar10", "data": "imagefolder:x", "model": "resnet32", "rule": rule, "depth": None}
-    settings |= {"modules": None, "epochs": 10, "batch_size": 128, "precision": "bf16", "seed": seed, **more}
-    settings["train_images"] = 50_000
-    made = {"settings": settings, "machine": {"device": "one"}, "local_modules": count, "macs_per_bp": 1.0}
-    return made | {"accuracy": {"last": accuracy, "best": accuracy}, "seconds": 1, "peak_bytes": 10**7 // count}
 
 
 def test_the_queue_has_every_row_once_before_any_second_seed(study):
@@ -58,3 +52,27 @@ def test_the_table_and_the_picture(study, tmp_path, capsys):
     assert lines[4][0] == "AugLocal d=4, light" and lines[4][8:] == ["", ""]
     assert lines[5][8:] == ["93.08", "-0.65"]
     assert "</svg>" in picture.read_text()
+
+
+def test_with_models_each_row_is_analysed_as_soon_as_it_is_trained(study, tmp_path, monkeypatch):
+    """And before them what was stopped after a training; where it fails the queue goes on."""
+    file, folder, ran, records = tmp_path / "study.jsonl", tmp_path / "models", [], study.queued.records
+    monkeypatch.setattr(study, "QUEUE", [(0, study.BP), (0, study.DGL)])
+    machine = records.machine("cpu")
+    monkeypatch.setattr(records, "machine", lambda device: machine)
+
+    def run(command, **_):
+        ran.append(command)
+        if command[1].endswith("train_cifar.py"):
+            rule = command[command.index("--rule") + 1]
+            records.append(file, record(rule, 0.9) | {"machine": machine})
+        return SimpleNamespace(returncode=int(command[1].endswith("study_analysis.py")), stdout="")
+
+    monkeypatch.setattr(study.queued.subprocess, "run", run)
+    command = [str(file), "--data", "imagefolder:x"]
+    assert study.main([*command, "--models", str(folder)]) == 1
+    assert [Path(one[1]).name for one in ran] == ["study_analysis.py", *["train_cifar.py", "study_analysis.py"] * 2]
+    assert ran[0][2:] == [*command, "--models", str(folder), "--device", "cpu"]
+    assert ran[1][ran[1].index("--save") + 1].startswith(str(folder))
+    ran.clear(), file.unlink()
+    assert study.main(command) == 0 and [Path(one[1]).name for one in ran] == ["train_cifar.py"] * 2

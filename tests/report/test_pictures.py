@@ -12,7 +12,7 @@ from auglocal_ext.report import figure as figure_module
 def drawn(monkeypatch):
     """The figures that are saved, which is done too."""
     figures, real = [], figure_module.save
-    for module in ("cka", "curves", "confusion", "front", "probes", "step_memory"):
+    for module in ("cka", "curves", "confusion", "front", "lines", "step_memory"):
         monkeypatch.setattr(f"auglocal_ext.report.{module}.save", lambda f, path: figures.append(f) or real(f, path))
     return figures
 
@@ -144,7 +144,7 @@ def test_cka_has_names_numbers_and_one_scale(drawn, tmp_path):
 def test_names_and_numbers_of_units_do_not_overlap(drawn, tmp_path, units):
     names = [f"layer{index // 18}.{index % 18}" for index in range(units)]
     report.cka_picture(-0.01 * numpy.ones((units, units)), names, names, tmp_path / "x.png", "mine")
-    report.probe_picture([("run", [(name, 0.5) for name in names])], tmp_path / "y.png", "mine")
+    report.probe_picture([(None, [("run", [(name, 0.5) for name in names])])], tmp_path / "y.png", "mine")
     for figure in drawn:
         figure.draw_without_rendering()
         axes = figure.axes[0]
@@ -156,14 +156,46 @@ def test_names_and_numbers_of_units_do_not_overlap(drawn, tmp_path, units):
 
 def test_accuracy_along_the_depth_in_lines_that_differ_in_grey(drawn, tmp_path):
     runs = [(f"run {index}", [("stem", 0.5), ("layer", 0.1 * index)]) for index in range(6)]
-    report.probe_picture(runs, tmp_path / "x.png", "mine")
+    report.probe_picture([(None, runs)], tmp_path / "x.png", "mine")
     lines = lines_of(drawn[0].axes[0])
     assert list(lines["run 3"].get_ydata()) == pytest.approx([50, 30])
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines.values()}) == 6
     assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["stem", "layer"]
-    report.probe_picture([*runs, ("other", [("else", 0.2)])], tmp_path / "x.png", "mine")
+    report.probe_picture([(None, [*runs, ("other", [("else", 0.2)])])], tmp_path / "x.png", "mine")
     assert "stem" not in [label.get_text() for label in drawn[1].axes[0].get_xticklabels()]
     report.local_accuracy_picture([("a", [0.5, None, 0.25]), ("b", [1.0])], tmp_path / "x.png", "mine")
     lines = lines_of(drawn[2].axes[0])
     assert numpy.isnan(lines["a"].get_ydata().astype(float)).tolist() == [False, True, False]
     assert list(lines["b"].get_ydata()) == [100]
+
+
+def test_panels_beside_each_other_have_one_scale_and_one_height(drawn, tmp_path):
+    units = ["stem", "layer"]
+    one = ("few", [("BP", list(zip(units, [1.0, 0.9], strict=True)))])
+    runs = [(f"run {index}", list(zip(units, [0.8, 0.1 * index], strict=True))) for index in range(4)]
+    report.similarity_picture([one, ("many", runs)], tmp_path / "x.png", "mine", "BP, seed 0")
+    figure = drawn[0]
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("few", "many") and left.get_ylim() == right.get_ylim()
+    assert right.get_ylabel() == "linear CKA with BP, seed 0"
+    assert list(lines_of(right)["run 3"].get_ydata()) == pytest.approx([0.8, 0.3])
+    figure.draw_without_rendering()
+    assert left.get_window_extent().height == pytest.approx(right.get_window_extent().height, abs=1)
+    legends = [part.legends[0].get_window_extent() for part in figure.subfigs]
+    assert not any(legend.overlaps(axes.get_tightbbox()) for legend in legends for axes in figure.axes)
+    assert not legends[0].overlaps(legends[1])
+
+
+def test_small_heat_maps_of_one_scale_whose_names_do_not_meet(drawn, tmp_path):
+    units = [f"layer1.{index}" for index in range(16)]
+    maps = [(f"run {index}", index / 4 * numpy.eye(16)) for index in range(4)]
+    report.cka_maps_picture(maps, units, tmp_path / "x.png", "mine", "A", "B")
+    figure = drawn[0]
+    shown = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in shown] == [f"run {index}" for index in range(4)]
+    assert shown[3].images[0].get_array()[2, 2] == 0.75
+    assert {(axes.images[0].get_clim(), axes.images[0].origin) for axes in shown} == {((0, 1), "lower")}
+    assert [label.get_text() for label in shown[0].get_xticklabels()] == units
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox() for axes in shown]
+    assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
