@@ -21,6 +21,8 @@ def exchange(text: str, what: str) -> list[str]:
     Raises:
         RankFailed: another rank stopped, or did not come within the process group's time.
     """
+    if world().alone:
+        return [text]
     ours, shared, place = session(), store(), world()
     ours.exchanged += 1
     keys = [f"round {ours.round}/exchange {ours.exchanged}/rank {rank}" for rank in range(place.size)]

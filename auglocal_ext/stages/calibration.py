@@ -8,15 +8,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ..common.stopwatch import median_seconds
 from ..distributed.collectives import gathered, own_group
 from ..distributed.faults import answering
 from ..distributed.group import on_its_own, world
-from ..optim import make_optimizer
 from ..planning.roofline import measured_roofline
-from .costs import measured_seconds
+from .costs import measured_seconds, optimizer_seconds
 from .pieces import Costs, Link, total
 from .planned_costs import planned_costs
 
@@ -48,21 +45,10 @@ def measured_costs(trainer, images, labels, units=None) -> Costs:
     took = measured_seconds(trainer, images, labels, ROUNDS)
     modules = []
     for piece, seconds, module in zip(planned.modules, took, trainer.local_modules, strict=True):
-        step = _optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
+        step = optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
         modules.append(replace(piece.scaled(seconds / (piece.forward + piece.backward)), step=step))
     factor = sum(took) / (total(planned.modules, "forward") + total(planned.modules, "backward"))
     return replace(planned, modules=tuple(modules), units=planned.scaled(factor).units)
-
-
-def _optimizer_seconds(factory, module, device):
-    """Of a step of copies of what trains in a module."""
-    copies = [nn.Parameter(p.detach().clone()) for p in module.parameters() if p.requires_grad]
-    if not copies:
-        return 0.0
-    optimizer = make_optimizer(factory, [(str(index), copy) for index, copy in enumerate(copies)])
-    for copy in copies:
-        copy.grad = torch.zeros_like(copy)
-    return median_seconds(device, optimizer.step, ROUNDS)  # after a step that makes its state
 
 
 def measured_slowdown(run: Callable[[], object], rounds: int = ROUNDS) -> float:

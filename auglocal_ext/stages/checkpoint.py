@@ -32,7 +32,7 @@ def save(trainer, folder, more):
     """Writes weights, statistics, auxiliary nets, and each local module's optimizer; `more` is rank 0's."""
     folder, last = Path(folder), newest(folder)
     place = gathered(1 if last is None else int(last.name.removeprefix("step-")) + 1, "the checkpoint's name")[0]
-    parts = _tensors(trainer) | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
+    parts = trainer.parts.saved | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
     if world().first:
         parts["more"] = _as_bytes(more)
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def load(trainer, folder):
     if found is None:
         raise ValueError(f"{folder} has no checkpoint: expected a folder that StageTrainer.save has written to")
     kept = FileSystemReader(str(found)).read_metadata().state_dict_metadata
-    wanted = {**_tensors(trainer), **{f"optimizers.{i}": None for i in trainer.stage.span}, "more": None}
+    wanted = {**trainer.parts.held, **{f"optimizers.{i}": None for i in trainer.stage.span}, "more": None}
     for name, ours in wanted.items():
         if name not in kept or (ours is not None and kept[name].size != ours.shape):
             had = tuple(kept[name].size) if name in kept else "none"
@@ -70,7 +70,7 @@ def load(trainer, folder):
     with answering("the checkpoint"):
         dcp.load(read, checkpoint_id=str(found), no_dist=world().alone)
     with torch.no_grad():
-        for name, ours in _tensors(trainer).items():
+        for name, ours in trainer.parts.held.items():
             ours.copy_(read[name])
     stage = trainer.stage
     for index, place in enumerate(stage.span):
@@ -79,13 +79,6 @@ def load(trainer, folder):
         if stage.stepper.scalers:
             stage.stepper.scalers[index].load_state_dict(state["scale"])
     return _from_bytes(read["more"])
-
-
-def _tensors(trainer):
-    """Name -> parameter or buffer, of what this rank has, by the whole model's names."""
-    both = {"model": trainer.model, "aux_nets": trainer.aux_nets}
-    named = {f"{name}.{key}": tensor for name, part in both.items() for key, tensor in part.state_dict().items()}
-    return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
 
 
 def _optimizers(trainer):

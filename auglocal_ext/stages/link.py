@@ -2,7 +2,7 @@
 
 Every batch is one message of the same size, in fixed buffers: of a smaller batch only the beginning counts. Receives
 are posted ahead, into a ring of buffers. The receiver acknowledges a batch when it needs its features no longer; a
-sender is at most as many batches ahead as there are buffers.
+sender is at most as many batches ahead as there are buffers. With that it can ask for no more, which ends the epoch.
 """
 
 import math
@@ -17,6 +17,7 @@ from ..distributed.faults import answering
 __all__ = ["Batch", "Receiver", "Sender"]
 
 HEADER = 2  # float64 numbers: images in the batch, 0 at an epoch's end; the factor of the learning rates
+ALIGNED = 64  # bytes: as torch's own memory is, which kernels are fastest on
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Batch:
 
 
 class _Slot:
-    """The memory of one message: a header, and the tensors of a batch behind one another, each from a multiple of 8
-    bytes on.
+    """The memory of one message: a header, and the tensors of a batch behind one another, each from a multiple of
+    ALIGNED bytes on.
 
     number: of the slot, alike on both sides. specs: of each tensor its shape, strides and dtype.
     """
@@ -51,8 +52,8 @@ class _Slot:
         sizes = [math.prod(shape) * dtype.itemsize for shape, _, dtype in specs]
         begins, end = [], HEADER * torch.float64.itemsize
         for size in sizes:
-            begins.append(end)
-            end += (size + 7) // 8 * 8
+            begins.append(-(-end // ALIGNED) * ALIGNED)
+            end = begins[-1] + size
         self.bytes = torch.zeros(end, dtype=torch.uint8, device=device)
         self.header = self.bytes[: HEADER * torch.float64.itemsize].view(torch.float64)
         self.tensors = []
@@ -89,11 +90,15 @@ class Sender:
     Args:
         border: between the ranks of that number and the next.
         buffers: how many batches may be under way.
+
+    Attributes:
+        stopped: whether the next stage has asked for no more batches; those that come all the same it takes.
     """
 
     def __init__(self, border, buffers, device):
         self._border, self._count, self._device = border, buffers, device
         self._slots, self._sent, self._acknowledged, self._specs = [], 0, 0, None
+        self.stopped = False
 
     @property
     def bytes(self):
@@ -127,10 +132,11 @@ class Sender:
         self._wait(0)
 
     def _wait(self, under_way):
-        taken = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
+        stopped = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
         while self._sent - self._acknowledged > under_way:
             with self._answering():
-                dist.recv(taken, self._border + 1, group=_group(self._border))
+                dist.recv(stopped, self._border + 1, group=_group(self._border))
+            self.stopped |= bool(stopped)
             self._acknowledged += 1
 
     def _open(self, batch):
@@ -154,12 +160,17 @@ class Sender:
 
 
 class Receiver:
-    """The end of a border that receives; for the arguments see `Sender`."""
+    """The end of a border that receives; for the arguments see `Sender`.
+
+    Attributes:
+        stop: whether to ask for no more batches, with what is acknowledged from now on.
+    """
 
     def __init__(self, border, buffers, device):
         self._border, self._count, self._device = border, buffers, device
         self._slots, self._taken, self._has_images, self._posted = [], 0, False, False
         self._told: list = []  # acknowledgements under way, with their memory
+        self.stop = False
 
     @property
     def bytes(self):
@@ -206,7 +217,7 @@ class Receiver:
     def _acknowledge(self):
         """Under way until the rank before asks for it, which this one does not wait for."""
         self._taken += 1
-        told = torch.tensor([self._taken])
+        told = torch.tensor([int(self.stop)])
         self._told = [one for one in self._told if not one[1].is_completed()]
         with self._answering():
             self._told.append((told, dist.isend(told, self._border, group=_group(self._border))))

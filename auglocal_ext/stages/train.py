@@ -16,6 +16,7 @@ from ..distributed.faults import telling
 from ..distributed.group import world
 from ..optim import constant, cosine, sgd
 from ..planning.result import Plan
+from ..training.divergence import NotFinite, TrainingDiverged, check_learnt, diverged
 from ..training.loaders import length_of, peek, set_epoch
 from ..training.rates import ByFunction, check_schedule, rates_of
 from ..training.state import random_state, set_random_state
@@ -31,7 +32,8 @@ class StagesResult:
 
     Attributes:
         history: one dict per epoch: epoch, and what `StagesEpoch` has.
-        plan: of the whole model. spans: the range of local modules of each rank. rank_bytes: see `StageTrainer`.
+        plan: of the whole model. spans: the range of local modules of each rank.
+        rank_bytes: see `StageTrainer`; empty where the training diverged.
     """
 
     history: list
@@ -74,10 +76,12 @@ def train_stages(
         progress: on rank 0 a line for the plan and one for every epoch.
         checkpoint: a folder that all ranks see. It is written after every epoch; a training that has one there goes on
             from it, by any number of ranks, as one that was never stopped: on a CPU to the bit.
-        options: LocalTrainer's others: rule, modules, auxiliary, precision, criterion, ...
+        options: StageTrainer's nonfinite; LocalTrainer's others: rule, modules, auxiliary, precision, criterion, ...
 
     Raises:
         ValueError, TypeError, RankFailed: see `StageTrainer`.
+        TrainingDiverged: on every rank: a loss, weight or buffer is not finite, or the classifier has become far worse;
+            see `auglocal_ext.train`. The model is then left in its parts.
     """
     epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
     schedule = schedule or constant
@@ -94,7 +98,7 @@ def train_stages(
         schedule=stage_schedule,
         max_lag=max_lag,
         balance=balance,
-        optimizer=optimizer or sgd(len(first[0])),
+        optimizer=optimizer or sgd(options.get("accumulate", 1) * len(first[0])),
         **options,
     )
     del first
@@ -106,27 +110,36 @@ def train_stages(
     length, history = length_of(loader), []
     if checkpoint is not None and gathered(newest(checkpoint) is not None, "the checkpoint's place")[0]:
         saved = trainer.load(checkpoint)
-        history, batches = saved["history"], loader
+        history, batches, length = saved["history"], loader, saved["length"]
+        trainer.stage.watch.begin_with([history[-1]["module_losses"][index] for index in trainer.stage.span])
         if place.first:  # whose loader draws
             set_random_state(saved["random"], trainer.device)
     if progress and place.first:
         tqdm.write(_plan_line(trainer))
-    for epoch in range(len(history), epochs):
-        if place.first:
-            set_epoch(loader, epoch)
-        entry = trainer.epoch(batches, partial(_set_rates, rates, epoch, length))
-        batches = loader
-        history.append({"epoch": epoch + 1, **asdict(entry)})
-        if progress and place.first:
-            tqdm.write(_epoch_line(history[-1], epochs))
-        if checkpoint is not None:
-            trainer.save(checkpoint, history=history, random=random_state(trainer.device))
-        if on_epoch is not None:
-            on_epoch(history[-1])
-    rank_bytes, whole = trainer.rank_bytes, trainer.gather()
-    if whole is not None:
-        model.load_state_dict(whole, assign=True)
-        model.to(trainer.device)
+    ended: TrainingDiverged | None = None
+    try:
+        for epoch in range(len(history), epochs):
+            if place.first:
+                set_epoch(loader, epoch)
+            title = f"epoch {epoch + 1}/{epochs}"
+            entry = trainer.epoch(batches, partial(_set_rates, rates, epoch, length), title)
+            batches, length = loader, trainer.stage.sums.steps
+            history.append({"epoch": epoch + 1, **asdict(entry)})
+            if progress and place.first:
+                tqdm.write(_epoch_line(history[-1], epochs))
+            if checkpoint is not None:
+                more = {"history": history, "length": length, "random": random_state(trainer.device)}
+                trainer.save(checkpoint, **more)
+            if on_epoch is not None:
+                on_epoch(history[-1])
+        check_learnt(history, trainer)
+    except NotFinite as error:
+        result = StagesResult(history, trainer.plan, trainer.spans, [])
+        ended = diverged(error, result, checkpoint is not None)
+    if ended is not None:
+        raise ended  # outside: else its context would keep the trainer alive
+    rank_bytes = trainer.rank_bytes
+    trainer.make_whole()
     return StagesResult(history, trainer.plan, trainer.spans, rank_bytes)
 
 

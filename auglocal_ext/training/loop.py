@@ -22,7 +22,7 @@ from ..rules.auxiliary import Auxiliary
 from ..rules.cutting import has_own_cut
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
-from .divergence import REMEDY, NotFinite, TrainingDiverged
+from .divergence import NotFinite, diverged
 from .evaluate import Validation, evaluated, modes_of, restore
 from .lines import first_lines
 from .loaders import is_resumable, move, peek, set_epoch
@@ -235,8 +235,7 @@ def train(
         try:
             run.go()
         except NotFinite as error:
-            remedy = REMEDY if checkpoints is None else f"{REMEDY}, and another checkpoint folder"
-            ended = TrainingDiverged(f"{error}: training diverged; {remedy}", run.result())
+            ended = diverged(error, run.result(), checkpoints is not None)
         except KeyboardInterrupt as stopped:
             ended = TrainingInterrupted(run.result(), str(stopped))
         if ended is not None:
