@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from ..distributed.collectives import gathered, own_group
+from ..distributed.collectives import gathered, make_groups, own_group
 from ..distributed.faults import answering
-from ..distributed.group import on_its_own, world
+from ..distributed.group import among, on_its_own, world
 from ..planning.roofline import measured_roofline
 from .costs import measured_seconds, optimizer_seconds
 from .pieces import Costs, Link, total
@@ -91,11 +91,13 @@ def measured_link(size: int = MESSAGE, rounds: int = ROUNDS, device: str | torch
     place = world()
     if place.alone:
         return Link(float("inf"), 0.0)
-    own_group("link", [0, 1])
+    pair = range(2)
+    make_groups("link", [pair])
     took = None
     if place.rank < 2:
         small, large = (torch.zeros(count, dtype=torch.uint8, device=device) for count in (1, size))
-        took = [_there_and_back(message, place.rank, rounds) / 2 for message in (small, large)]
+        with among(pair):
+            took = [_there_and_back(message, place.rank, rounds) / 2 for message in (small, large)]
     latency, whole = gathered(took, "the seconds of a message")[0]
     # Where both take as long, by a machine that is busy otherwise, it is latency only in part.
     return Link(size / max(whole - latency, whole / 2), latency)

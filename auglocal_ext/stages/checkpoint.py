@@ -32,7 +32,9 @@ def save(trainer, folder, more):
     """Writes weights, statistics, auxiliary nets, and each local module's optimizer; `more` is rank 0's."""
     folder, last = Path(folder), newest(folder)
     place = gathered(1 if last is None else int(last.name.removeprefix("step-")) + 1, "the checkpoint's name")[0]
-    parts = trainer.parts.saved | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
+    parts = {}
+    if trainer.grid.replica == 0:  # the others have the same
+        parts = trainer.parts.saved | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
     if world().first:
         parts["more"] = _as_bytes(more)
         folder.mkdir(parents=True, exist_ok=True)

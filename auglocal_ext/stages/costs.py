@@ -32,7 +32,8 @@ def cost_of(trainer, images, labels, what):
 
 def group_bytes(plan, group):
     """The highest memory of a step of a rank that has these local modules: what stays of all of them, and the
-    activations and gradients of the one that needs most."""
+    activations and gradients of the one that needs most. Of several pipelines it is counted as if the modules around
+    these were here: their gradients on the way, at most one module's."""
     modules = [plan.modules[index] for index in group]
     state = sum(module.state_bytes + module.optimizer_bytes for module in modules)
     if plan.origin.stepping.accumulates:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..distributed.agree import exchange
 from ..distributed.collectives import gathered
-from ..distributed.group import on_its_own
+from ..distributed.group import among
 from ..training.divergence import NotFinite, check_values
 
 __all__ = ["StagesEpoch", "check_all_values", "entry_of_all"]
@@ -48,12 +48,12 @@ def check_all_values(trainer, title):
         raise NotFinite(min(found)[-1])
 
 
-def entry_of_all(stage, seconds):
+def entry_of_all(stage, grid, seconds):
     """The StagesEpoch of all ranks; seconds: of this one's epoch."""
-    with on_its_own():
+    with among(grid.copies):
         ours = stage.sums.entry(0, 0)
     found = gathered((ours, seconds), "what an epoch came to")
-    entries = [entry for entry, _ in found]
+    entries = [entry for entry, _ in found[: grid.stages]]  # in all pipelines they are the same
     losses = [loss for entry in entries for loss in entry["module_losses"]]
     accuracies = [accuracy for entry in entries for accuracy in entry["module_accuracies"]]
     return StagesEpoch(

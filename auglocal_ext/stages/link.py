@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from ..distributed.collectives import own_group
 from ..distributed.faults import answering
+from ..distributed.group import among
+from .grid import BORDER
 
 __all__ = ["Batch", "Receiver", "Sender"]
 
@@ -80,30 +82,40 @@ def _specs(batch):
     return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in batch.tensors]
 
 
-def _group(border):
-    return own_group(f"border {border}", [border, border + 1])
-
-
-class Sender:
-    """The end of a border that sends.
+class _End:
+    """Of a border, on this rank.
 
     Args:
-        border: between the ranks of that number and the next.
+        border: the ranks of the two stages, see `Grid.border`; their group has been made.
+        peer: which of them is at the other end, 0 or 1.
         buffers: how many batches may be under way.
+    """
+
+    def __init__(self, border, peer, buffers, device):
+        self._border, self._peer, self._count, self._device = border, border[peer], buffers, device
+        self._slots: list[_Slot] = []
+
+    @property
+    def bytes(self):
+        """Of the buffers."""
+        return sum(slot.bytes.nbytes for slot in self._slots)
+
+    def _group(self):
+        with among(self._border):
+            return own_group(BORDER)
+
+
+class Sender(_End):
+    """The end of a border that sends; for the arguments see `_End`.
 
     Attributes:
         stopped: whether the next stage has asked for no more batches; those that come all the same it takes.
     """
 
     def __init__(self, border, buffers, device):
-        self._border, self._count, self._device = border, buffers, device
-        self._slots, self._sent, self._acknowledged, self._specs = [], 0, 0, None
+        super().__init__(border, 1, buffers, device)
+        self._sent, self._acknowledged, self._specs = 0, 0, None
         self.stopped = False
-
-    @property
-    def bytes(self):
-        """Of the buffers."""
-        return sum(slot.bytes.nbytes for slot in self._slots)
 
     def send(self, batch):
         """Sends a copy; waits where too many are under way. The first batch tells how large the buffers are."""
@@ -117,7 +129,7 @@ class Sender:
             if slot.work is not None:
                 slot.work.wait()
             slot.put(batch)
-            slot.work = dist.isend(slot.bytes, self._border + 1, group=_group(self._border), tag=slot.number)
+            slot.work = dist.isend(slot.bytes, self._peer, group=self._group(), tag=slot.number)
         self._sent += 1
 
     def end(self):
@@ -135,7 +147,7 @@ class Sender:
         stopped = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
         while self._sent - self._acknowledged > under_way:
             with self._answering():
-                dist.recv(stopped, self._border + 1, group=_group(self._border))
+                dist.recv(stopped, self._peer, group=self._group())
             self.stopped |= bool(stopped)
             self._acknowledged += 1
 
@@ -143,7 +155,7 @@ class Sender:
         self._specs = _specs(batch)
         with self._answering():
             dist.send_object_list(
-                [self._specs, batch.images is not None], self._border + 1, group=_group(self._border), device="cpu"
+                [self._specs, batch.images is not None], self._peer, group=self._group(), device="cpu"
             )
         self._slots = [_Slot(number, self._specs, self._device) for number in range(self._count)]
 
@@ -156,26 +168,21 @@ class Sender:
                 )
 
     def _answering(self):
-        return answering(f"what rank {self._border + 1} takes of local modules before it")
+        return answering(f"what rank {self._peer} takes of local modules before it")
 
 
-class Receiver:
-    """The end of a border that receives; for the arguments see `Sender`.
+class Receiver(_End):
+    """The end of a border that receives; for the arguments see `_End`.
 
     Attributes:
         stop: whether to ask for no more batches, with what is acknowledged from now on.
     """
 
     def __init__(self, border, buffers, device):
-        self._border, self._count, self._device = border, buffers, device
-        self._slots, self._taken, self._has_images, self._posted = [], 0, False, False
+        super().__init__(border, 0, buffers, device)
+        self._taken, self._has_images, self._posted = 0, False, False
         self._told: list = []  # acknowledgements under way, with their memory
         self.stop = False
-
-    @property
-    def bytes(self):
-        """Of the buffers."""
-        return sum(slot.bytes.nbytes for slot in self._slots)
 
     def receive(self):
         """The next Batch, its features in a buffer that is the caller's until `release`; None at an epoch's end."""
@@ -220,19 +227,19 @@ class Receiver:
         told = torch.tensor([int(self.stop)])
         self._told = [one for one in self._told if not one[1].is_completed()]
         with self._answering():
-            self._told.append((told, dist.isend(told, self._border, group=_group(self._border))))
+            self._told.append((told, dist.isend(told, self._peer, group=self._group())))
 
     def _open(self):
         told = [None, None]
         with self._answering():
-            dist.recv_object_list(told, self._border, group=_group(self._border), device="cpu")
+            dist.recv_object_list(told, self._peer, group=self._group(), device="cpu")
         specs, self._has_images = told
         self._slots = [_Slot(number, specs, self._device) for number in range(self._count)]
 
     def _post(self, slot):
         with self._answering():
             # By its tag a message finds its buffer: gloo does not fill receives in the order in which they were posted.
-            slot.work = dist.irecv(slot.bytes, self._border, group=_group(self._border), tag=slot.number)
+            slot.work = dist.irecv(slot.bytes, self._peer, group=self._group(), tag=slot.number)
 
     def _answering(self):
-        return answering(f"what rank {self._border} sends of its local modules")
+        return answering(f"what rank {self._peer} sends of its local modules")

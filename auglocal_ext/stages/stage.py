@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from ..distributed.group import on_its_own
+from ..distributed.group import among
 from ..engine.tensors import dense
 from ..training.batch import right_answers
 from ..training.divergence import LossWatch
@@ -23,6 +23,9 @@ LOOKS = 1.0  # seconds between two looks at the losses where each waits for the 
 class Stage:
     """Takes over a range of a LocalTrainer's local modules, whose plan is made.
 
+    Args:
+        copies: the ranks that have the same modules, and average their gradients.
+
     Attributes:
         span: the range. local_modules, optimizers: its own. plan: of the whole model.
         sums: `training.epoch.Sums` of the batches since `begin`, of these modules.
@@ -30,8 +33,8 @@ class Stage:
         skipped_steps, module_hits, nonfinite: see `LocalTrainer`, of these modules.
     """
 
-    def __init__(self, trainer, span):
-        self.span, self.plan, self.criterion = span, trainer.plan, trainer.criterion
+    def __init__(self, trainer, span, copies):
+        self.copies, self.span, self.plan, self.criterion = copies, span, trainer.plan, trainer.criterion
         self.device, self.dtype, self.nonfinite = trainer.device, trainer.dtype, trainer.nonfinite
         own = slice(span.start, span.stop)
         self.local_modules, self.optimizers = trainer.local_modules[own], trainer.optimizers[own]
@@ -39,7 +42,8 @@ class Stage:
         self._trained = tuple(program.loss is not None for program in self._programs)
         scaled = trainer.device if trainer.precision == "fp16" else None
         self.skipped_steps = [0] * len(span)
-        self.stepper = Stepper(trainer.stepping, None, self.local_modules, self.optimizers, self.skipped_steps, scaled)
+        own = self.local_modules, self.optimizers, self.skipped_steps
+        self.stepper = Stepper(trainer.stepping, None, *own, scaled, span.start)
         self.module_hits = torch.zeros(len(span), dtype=torch.int64, device=self.device)
         self.watch, self.diverged, self._looked = LossWatch(self, span.start), False, 0.0
         self.begin()
@@ -61,7 +65,7 @@ class Stage:
         for index, program in enumerate(self._programs):
             place, logits = self.span[index], None
             try:
-                with on_its_own():  # of what other ranks are to know, the links tell them
+                with among(self.copies):
                     skip, name = self.nonfinite == "skip", f"local module {place}"
                     features, logits, loss = step_module(
                         program, self.stepper, index, inputs, labels, images, skip, name
