@@ -22,7 +22,7 @@ class StagesEpoch:
         module_losses, module_accuracies: of each local module's own head; None of one whose units are all frozen.
         images_per_second: of the last rank, from its first batch to its last.
         seconds: from the first rank's first batch to the last rank's end.
-        skipped_steps: of a local module, with nonfinite="skip".
+        lr: of the last step. skipped_steps: of a local module, with nonfinite="skip".
     """
 
     loss: float
@@ -31,6 +31,7 @@ class StagesEpoch:
     module_accuracies: list[float | None]
     images_per_second: float
     seconds: float
+    lr: float
     skipped_steps: int
 
 
@@ -63,5 +64,6 @@ def entry_of_all(stage, grid, seconds):
         accuracies,
         entries[-1]["images_per_second"],
         max(seconds for _, seconds in found),
+        entries[0]["lr"],
         sum(entry["skipped_steps"] for entry in entries),
     )

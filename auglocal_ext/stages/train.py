@@ -18,6 +18,8 @@ from ..optim import constant, cosine, sgd
 from ..planning.result import Plan
 from ..planning.stepping import Stepping
 from ..training.divergence import NotFinite, TrainingDiverged, check_learnt, diverged
+from ..training.evaluate import checked_batches
+from ..training.lines import epoch_line
 from ..training.loaders import length_of, peek, set_epoch
 from ..training.ranks import check_loaders, draw_apart, of_all_ranks
 from ..training.rates import ByFunction, check_schedule, rates_of
@@ -25,6 +27,7 @@ from ..training.state import random_state, set_random_state
 from .checkpoint import newest
 from .grid import grid_of
 from .trainer import StageTrainer
+from .validation import validation_of
 
 __all__ = ["StagesResult", "train_stages"]
 
@@ -34,7 +37,8 @@ class StagesResult:
     """What `train_stages` returns, on every rank the same.
 
     Attributes:
-        history: one dict per epoch: epoch, and what `StagesEpoch` has.
+        history: one dict per epoch: epoch, what `StagesEpoch` has, and val_loss, val_accuracy and val_top5_accuracy as
+            `TrainResult` has them.
         plan, spans: see `StageTrainer`.
         rank_bytes: see `StageTrainer`; empty where the training diverged.
     """
@@ -51,6 +55,7 @@ def train_stages(
     loader: Iterable | None,
     depth: int = 4,
     *,
+    val_loader: Iterable | None = None,
     epochs: int = 10,
     stages: int | None = None,
     schedule: Callable | None = cosine,
@@ -76,6 +81,8 @@ def train_stages(
         model, depth, epochs, optimizer, seed, on_epoch: see `auglocal_ext.train`. Every rank gives the same model.
         loader: of rank 0, its first batch the largest; those of other ranks are not looked at, and may be None. With
             several pipelines, of the first rank of each: rank / stages is its number, for a DistributedSampler.
+        val_loader: like loader; the accuracy on it is measured after each epoch, of all pipelines' together. Its first
+            batch is the largest too.
         stages: how many ranks have a model together, layer parallel; None: all. Several such pipelines train data
             parallel, with as many batches each.
         schedule: (epoch, epochs) -> factor of the learning rates; see `auglocal_ext.train`.
@@ -99,7 +106,7 @@ def train_stages(
     arguments = {"epochs": epochs, "checkpoint": str(checkpoint), "stages": stages, "seed": seed}
     check_alike(arguments, "give every rank the same")
     grid, accumulate = grid_of(stages), Stepping(options.get("accumulate", 1)).accumulate
-    first, batches = _first(loader, grid)
+    first, batches, validates = _first(loader, val_loader, grid)
     trainer = StageTrainer(
         model,
         *first,
@@ -112,6 +119,8 @@ def train_stages(
         **options,
     )
     del first
+    if validates and grid.stage == 0:
+        val_loader = checked_batches(validation_of(trainer, "val_loader's "), val_loader, again=epochs > 1)
     draw_apart(seed)
     rates = rates_of(schedule, trainer, epochs)
     if not isinstance(rates, ByFunction):
@@ -134,9 +143,10 @@ def train_stages(
             title = f"epoch {epoch + 1}/{epochs}"
             entry = trainer.epoch(batches, partial(_set_rates, rates, epoch, length), title)
             batches, length = loader, trainer.stage.sums.steps
-            history.append({"epoch": epoch + 1, **asdict(entry)})
+            validated = _validated(trainer, val_loader, epoch) if validates else dict.fromkeys(_VAL)
+            history.append({"epoch": epoch + 1, **asdict(entry), **validated})
             if progress and place.first:
-                tqdm.write(_epoch_line(history[-1], epochs))
+                tqdm.write(epoch_line(history[-1], epochs, None))
             if checkpoint is not None:
                 trainer.save(checkpoint, history=history, length=length, random=_random_states(trainer))
             if on_epoch is not None:
@@ -152,17 +162,29 @@ def train_stages(
     return StagesResult(history, trainer.plan, trainer.spans, rank_bytes)
 
 
-def _first(loader, grid):
-    """The first batch, of ranks of other stages than the first one of its shape; and a first stage's batches."""
+def _first(loader, val_loader, grid):
+    """The first batch, of ranks of other stages than the first one of its shape; a first stage's batches; and whether
+    there is a validation."""
     first = batches = told = None
     if grid.stage == 0:
         set_epoch(loader, 0)
         first, batches = peek(loader, "the loader")
         with among(grid.copies):
-            check_loaders(loader, first, {})
-        told = [(tensor.shape, tensor.dtype) for tensor in first]
-    told = gathered(told, "the first batch's shape")[grid.pipeline.start]
-    return first or tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in told), batches
+            check_loaders(loader, first, {"validation": val_loader is not None})
+        told = [(tensor.shape, tensor.dtype) for tensor in first], val_loader is not None
+    shapes, validates = gathered(told, "the first batch's shape")[grid.pipeline.start]
+    return first or tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in shapes), batches, validates
+
+
+def _validated(trainer, loader, epoch):
+    """The history's entries of a validation."""
+    if trainer.grid.stage == 0:
+        set_epoch(loader, epoch)
+    found = trainer.evaluate(loader)
+    return dict(zip(_VAL, (found.loss, found.top1, found.top5), strict=True))
+
+
+_VAL = "val_loss", "val_accuracy", "val_top5_accuracy"
 
 
 def _random_states(trainer):
@@ -195,10 +217,3 @@ def _plan_line(trainer):
         for ranks, span in zip(trainer.grid.columns, trainer.spans, strict=True)
     ]
     return f"{trainer.plan.title}\n{trainer.schedule}; {'; '.join(parts)}"
-
-
-def _epoch_line(entry, epochs):
-    return (
-        f"epoch {entry['epoch']}/{epochs}  loss {entry['loss']:.4f}  train {entry['train_accuracy']:.2%}  "
-        f"{entry['images_per_second']:.0f} images/s"
-    )

@@ -20,6 +20,7 @@ from ..engine.tensors import dense
 from ..training.batch import checked
 from ..training.divergence import names_not_finite
 from ..training.epoch import check_any_seen, is_skipped
+from ..training.evaluate import Evaluation
 from ..training.loaders import StoppedBetweenSteps, move
 from ..training.ranks import check_nonfinite, in_step
 from ..training.state import alike
@@ -33,6 +34,7 @@ from .link import Batch, Receiver, Sender
 from .parts import Parts
 from .refusals import check_arguments, check_trainer
 from .stage import Stage
+from .validation import evaluated, unlike_in_parts
 
 __all__ = ["StageTrainer"]
 
@@ -108,10 +110,11 @@ class StageTrainer:
         settings["nonfinite"] = nonfinite
         check_alike(alike(trainer) | settings, "make the same model and trainer on every rank")
         broadcast((*tensors_of(model), *tensors_of(trainer.aux_nets)), "rank 0's weights")
-        spans, count = None, len(trainer.local_modules)
+        found, count = None, len(trainer.local_modules)
         if world().first:
             spans = balanced(count, self.grid.stages, cost_of(trainer, images, labels, balance))
-        self.spans = gathered(spans, "which local modules go where")[0]
+            found = spans, unlike_in_parts(trainer, images)
+        self.spans, self._unlike = gathered(found, "which local modules go where")[0]
         assert trainer.plan is not None  # it was planned
         self.plan, self.schedule = trainer.plan, schedule
         self.model, self.aux_nets = model, trainer.aux_nets
@@ -200,7 +203,7 @@ class StageTrainer:
         """The first stage's batches."""
         stop = threading.Event()
         with among(self.grid.copies):
-            batches = in_step(stop, loader or ())
+            batches = in_step(stop, () if loader is None else loader)
         while (pair := self._next(batches, title)) is not None:
             images, labels = pair
             if before_step is not None and not self.stage.stepper.count:
@@ -240,6 +243,21 @@ class StageTrainer:
                 self._sender.drain()
             if self._receiver is not None:
                 self._receiver.release()
+
+    @telling()
+    @torch.inference_mode(False)
+    def evaluate(self, loader: Iterable | None = None) -> Evaluation:
+        """The model's loss, accuracies and confusion matrix, on every rank, by the loaders of the first stages; see
+        `auglocal_ext.evaluation`. Their first batch has to be the largest.
+
+        Raises:
+            ValueError: a batch does not fit, or there is none; or the model's forward does something else in eval mode
+                than its layers, which the ranks have.
+            training.divergence.NotFinite: on every rank: outputs are not finite.
+        """
+        if self._unlike:
+            raise ValueError(self._unlike)
+        return evaluated(self, () if loader is None else loader)
 
     @telling()
     def gather(self) -> dict | None:

@@ -23,7 +23,7 @@ from ..rules.cutting import has_own_cut
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import NotFinite, diverged
-from .evaluate import Validation, evaluated, modes_of, restore
+from .evaluate import Validation, checked_batches, evaluated, modes_of, restore
 from .lines import first_lines
 from .loaders import is_resumable, move, peek, set_epoch
 from .ranks import check_loaders, check_nonfinite, draw_apart
@@ -312,15 +312,8 @@ def _validation(trainer, val_loader, epochs, progress):
         "channels": trainer.image_channels,
         "classes": trainer.num_classes,
     }
-    first, batches = peek(val_loader, "val_loader")
     peeked = Validation(trainer.model, prefix="val_loader's ", **options)
-    peeked.check(first)
-    peeked.raise_faults()
-    once = isinstance(val_loader, Iterator)
-    if once and (epochs > 1 or trainer.ema_model is not None):
-        raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
-    if not once:
-        batches = val_loader
+    batches = checked_batches(peeked, val_loader, again=epochs > 1 or trainer.ema_model is not None)
 
     def validate(model, epoch, stop):
         set_epoch(batches, epoch)

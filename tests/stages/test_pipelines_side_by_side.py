@@ -41,7 +41,9 @@ def trained(**options):
     """One rank's part: (the model's tensors here, history); loaders of second stages are looked at by nobody."""
     grid, own = grid_of(2), model(world().rank)
     loader = share(grid.replica) if grid.stage == 0 else None
-    result = train_stages(own, loader, stages=2, balance="arithmetic", **COMMON, **options)
+    val_loader = batches(((5, 2), (3,))[grid.replica]) if grid.stage == 0 else None
+    given = {"stages": 2, "val_loader": val_loader, "balance": "arithmetic"}
+    result = train_stages(own, loader, **given, **COMMON, **options)
     return of_the_model(own), result.history
 
 
@@ -122,12 +124,14 @@ def of_four_ranks(folder):
 def test_weights_and_losses_are_those_of_one_process_on_all_images(of_four_ranks):
     found = of_four_ranks[0]
     whole = model()
-    result = train(whole, batches(), **COMMON)
+    result = train(whole, batches(), val_loader=batches((5, 2)) + batches((3,)), **COMMON)
     weights, history = found[0]
     for name, expected in whole.state_dict().items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(history, result.history, strict=True):
-        assert ours["train_accuracy"] == theirs["train_accuracy"]
+        for name in ("train_accuracy", "val_accuracy", "val_top5_accuracy"):
+            assert ours[name] == theirs[name]
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-9)
         assert ours["module_losses"] == pytest.approx(theirs["module_losses"], rel=1e-9)
     assert all(one[1] == history for one in found)
 
