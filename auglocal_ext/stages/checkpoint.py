@@ -17,7 +17,7 @@ from ..distributed.collectives import gathered
 from ..distributed.faults import answering
 from ..distributed.group import world
 
-__all__ = ["load", "newest", "save"]
+__all__ = ["load", "more_of", "newest", "save"]
 
 WHOLE = ".metadata"  # torch writes it when all parts are there
 
@@ -80,6 +80,14 @@ def load(trainer, folder):
         stage.optimizers[index].load_state_dict(state["optimizer"])
         if stage.stepper.scalers:
             stage.stepper.scalers[index].load_state_dict(state["scale"])
+    return _from_bytes(read["more"])
+
+
+def more_of(checkpoint):
+    """What `save` was given more, of a checkpoint that `newest` found; by one process, without a trainer."""
+    kept = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata["more"]
+    read = {"more": torch.empty(kept.size, dtype=kept.properties.dtype)}
+    dcp.load(read, checkpoint_id=str(checkpoint), no_dist=True)
     return _from_bytes(read["more"])
 
 

@@ -50,11 +50,12 @@ def evaluated(trainer, loader) -> Evaluation:
         NotFinite: on every rank: outputs are not.
     """
     grid, stage, validation, spoilt = trainer.grid, trainer.stage, validation_of(trainer), None
-    first, last = grid.stage == 0, grid.stage == grid.stages - 1
-    receiver = None if first else Receiver(grid.border(grid.stage - 1), BUFFERS, trainer.device)
+    last = grid.stage == grid.stages - 1
+    receiver = None if grid.stage == 0 else Receiver(grid.border(grid.stage - 1), BUFFERS, trainer.device)
     sender = None if last else Sender(grid.border(grid.stage), BUFFERS, trainer.device)
+    batches = _read(validation, loader) if receiver is None else iter(receiver.receive, None)
     with evaluating(stage.local_modules):
-        for batch in _read(validation, loader) if first else iter(receiver.receive, None):
+        for batch in batches:
             with torch.inference_mode(), checks.autocasting(trainer.device, trainer.precision):
                 features = _through(stage.local_modules, batch.features, last)
                 try:
