@@ -29,7 +29,7 @@ from auglocal_ext.cli.options import Parser, whole
 from auglocal_ext.common.files import check_writable, write_json
 from auglocal_ext.distributed.group import on_its_own
 from auglocal_ext.models import resnet32
-from auglocal_ext.stages.balance import balanced
+from auglocal_ext.stages.balance import balanced, sums_of
 from auglocal_ext.stages.calibration import calibrated, measured_costs
 from auglocal_ext.stages.simulate import predicted
 from auglocal_ext.stages.trainer import StageTrainer
@@ -139,7 +139,8 @@ def gpipe(settings):
         told = [_seconds_of_units(backbone, settings.batch_size // settings.micro_batches)]
         model.zero_grad(set_to_none=True)
     dist.broadcast_object_list(told)
-    part = Part(backbone, balanced(told[0], ranks)[rank]).to(memory_format=torch.channels_last)
+    units = balanced(len(told[0]), ranks, sums_of(told[0]))[rank]
+    part = Part(backbone, units).to(memory_format=torch.channels_last)
     images, labels = batch_of(settings.batch_size)
     stage = PipelineStage(part, rank, ranks, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, settings.micro_batches, loss_fn=F.cross_entropy)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..backbone.eval_mode import evaluating, unlike
 from ..backbone.families import as_backbone
 from ..backbone.layouts import MAPS, MAPS_LAST, TokenPool
-from ..backbone.segment import Segment
 from ..common.checks import check_pair
 from ..common.messages import first_line
-from ..training.evaluate import Validation, modes_of, restore
+from ..training.evaluate import Validation
 
 __all__ = ["Features"]
 
@@ -34,22 +34,12 @@ class Features:
         self.names = [unit.name for unit in self.backbone.units]
         self._checks = Validation(model, channels=self.backbone.image_channels, prefix="")
         self._compared = False
-        for unit in self.backbone.units:
-            for segment in unit.module.modules():
-                if isinstance(segment, Segment):
-                    _as_in_eval_mode(segment.graph)
 
     @contextlib.contextmanager
     def evaluating(self):
         """Within, the model is in eval mode; then as it was."""
-        modes = modes_of(self.model)
-        try:
-            for unit in self.backbone.units:
-                unit.module.eval()
-            self.model.eval()
+        with evaluating([self.model, *(unit.module for unit in self.backbone.units), self.backbone.classifier]):
             yield
-        finally:
-            restore(modes)
         self._checks.raise_faults()
 
     @torch.no_grad()
@@ -69,7 +59,9 @@ class Features:
             x = unit.module(x)
             yield x
         if wanted is not None:
-            self._compare(self.backbone.classifier.eval()(x), wanted)
+            self._compared = True
+            if said := unlike(self.model, self.backbone.classifier(x), wanted):
+                raise ValueError(said)
 
     def pooled(self, index: int, features: torch.Tensor) -> torch.Tensor:
         """(N, C) of the features of the unit of that index: maps' mean over pixels; of tokens the class token where the
@@ -88,21 +80,3 @@ class Features:
             raise ValueError(
                 f"the model cannot be run on images of shape {tuple(images.shape)}: {first_line(error)}"
             ) from error
-
-    def _compare(self, found, wanted):
-        """Units are read from the forward as it is in training mode: what it does otherwise in eval mode they miss."""
-        self._compared = True
-        close = {torch.float64: 1e-9, torch.float32: 1e-3}.get(wanted.dtype, 0.1)
-        largest = float(wanted.nan_to_num(0, 0, 0).abs().amax())
-        if not torch.allclose(found, wanted, close, close * largest, equal_nan=True):
-            raise ValueError(
-                f"the units of {type(self.model).__name__} do not compute what its forward does in eval mode: let "
-                f"layers such as nn.Dropout, and not the forward itself, look at self.training"
-            )
-
-
-def _as_in_eval_mode(graph):
-    """Functions such as F.dropout(x, training=self.training) were read in training mode."""
-    for node in graph.nodes:
-        if node.kwargs.get("training") is True:
-            node.update_kwarg("training", False)

@@ -6,17 +6,18 @@ from functools import partial
 import torch
 
 from .. import data, models
-from ..distributed.group import world
+from ..common.device import usable_device
 from ..optim import SCHEDULES, cosine, named_optimizer, paper
 from ..rules.by_name import for_images
 from ..training.loop import train
 from .checks import check_cut, check_image_size
 from .freeze import freeze
+from .parts import part_of
 from .ranks import device_of_rank, first_of_machine
 from .training_options import stepping_of
 from .weights import begin_with, check_weights
 
-__all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told"]
+__all__ = ["check", "load_data", "make_model", "read_data", "schedule_of", "train_as_told", "train_stages_as_told"]
 
 
 def check(options, weights=None):
@@ -31,7 +32,7 @@ def check(options, weights=None):
 
 def read_data(options, cuttable):
     """The Data that the options name, whose images go through the model; of several ranks each one's part."""
-    part = {"part": (world().rank, world().size)}
+    part = {"part": part_of(options)}
     with first_of_machine() if options.download else contextlib.nullcontext():
         source = load_data(options, options.data, **part)
     check_image_size(cuttable, *source.description["image_size"], "--model, or larger images")
@@ -69,26 +70,49 @@ def make_model(options, source, weights=None):
 
 def train_as_told(options, model, source, **more):
     """Trains the model on the Data, as `auglocal_ext.train` with what the options say; more: what else it is given."""
-    batches = source.train
-    if options.mixup or options.cutmix:
-        batches = data.Mixed(batches, source.num_classes, options.mixup, options.cutmix)
     return train(
         model,
-        batches,
+        _batches(options, source),
         options.depth,
-        val_loader=source.val if options.val_split else source.test,
-        epochs=options.epochs,
-        criterion=torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
-        rule=for_images(options.rule, source.description["mean"], source.description["std"]),
-        form=options.form,
-        auxiliary=options.auxiliary,
-        modules=options.modules,
-        units=options.units,
         memory_budget=options.budget,
         prefer=options.prefer,
-        recompute=options.recompute,
-        sync_batch_norm=options.sync_bn,
-        optimizer=named_optimizer(
+        device=device_of_rank(options.device),
+        max_seconds=options.max_seconds,
+        patience=options.patience,
+        **_arguments(options, source),
+        **more,
+    )
+
+
+def train_stages_as_told(options, model, source, **more):
+    """As `train_as_told`, by `auglocal_ext.train_stages`."""
+    from ..stages.train import train_stages  # here, as torch takes half a second to import what that needs
+
+    model.to(usable_device(device_of_rank(options.device)))
+    given = _arguments(options, source)
+    return train_stages(model, _batches(options, source), options.depth, stages=options.stages, **given, **more)
+
+
+def _batches(options, source):
+    if options.mixup or options.cutmix:
+        return data.Mixed(source.train, source.num_classes, options.mixup, options.cutmix)
+    return source.train
+
+
+def _arguments(options, source):
+    """Of both trainings."""
+    return {
+        "val_loader": source.val if options.val_split else source.test,
+        "epochs": options.epochs,
+        "criterion": torch.nn.CrossEntropyLoss(label_smoothing=options.label_smoothing),
+        "rule": for_images(options.rule, source.description["mean"], source.description["std"]),
+        "form": options.form,
+        "auxiliary": options.auxiliary,
+        "modules": options.modules,
+        "units": options.units,
+        "recompute": options.recompute,
+        "sync_batch_norm": options.sync_bn,
+        "optimizer": named_optimizer(
             options.optimizer,
             options.lr,
             options.momentum,
@@ -96,17 +120,13 @@ def train_as_told(options, model, source, **more):
             options.norm_weight_decay,
             options.bias_weight_decay,
         ),
-        schedule=schedule_of(options),
-        precision=options.precision,
-        device=device_of_rank(options.device),
-        seed=options.seed,
-        progress=not options.quiet,
-        max_seconds=options.max_seconds,
-        patience=options.patience,
-        nonfinite=options.nonfinite,
+        "schedule": schedule_of(options),
+        "precision": options.precision,
+        "seed": options.seed,
+        "progress": not options.quiet,
+        "nonfinite": options.nonfinite,
         **stepping_of(options),
-        **more,
-    )
+    }
 
 
 def schedule_of(options):

@@ -46,7 +46,7 @@ def stages_of(planned, model, options):
     link = Link(**given)
     most = options.stages
     ways = {1: ONE} | {ranks: WAYS for ranks in (*_doubled(most), most)}
-    balanced([0.0] * len(costs.modules), most)  # where it refuses, so does this
+    balanced(len(costs.modules), most, lambda group: 0.0)  # where it refuses, so does this
     found = {
         ranks: {
             form: predicted(costs, ranks, form, link=link) if ranks <= _most(costs, form) else None for form in forms

@@ -61,6 +61,7 @@ DEFAULTS = {
     "name": None,
     "runs": Path("runs"),
     "checkpoint_minutes": 10.0,
+    "stages": None,
     "tensorboard": False,
 }
 

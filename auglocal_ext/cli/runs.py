@@ -74,7 +74,7 @@ def new_folder(options):
 
 def can_go_on(folder):
     """Whether `auglocal resume` finds a checkpoint there."""
-    return (folder / "checkpoint" / "last.pt").is_file()
+    return (folder / "checkpoint" / "last.pt").is_file() or _of_stages(folder) is not None
 
 
 def history_of(folder):
@@ -82,9 +82,20 @@ def history_of(folder):
     training then tells."""
     try:
         path = folder / "checkpoint" / "last.pt"
+        if not path.exists() and (of_stages := _of_stages(folder)) is not None:
+            from ..stages.checkpoint import more_of
+
+            return more_of(of_stages)["history"]
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["history"]
     except Exception:
         return []
+
+
+def _of_stages(folder):
+    """The last checkpoint of a training with --stages, or None."""
+    from ..stages.checkpoint import newest  # here, as torch takes half a second to import what that needs
+
+    return newest(folder / "checkpoint")
 
 
 def _no_folder(folder, error):

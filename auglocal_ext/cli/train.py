@@ -1,26 +1,26 @@
 """`auglocal train` and `auglocal resume`"""
 
-import contextlib
-import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
 from .. import report
-from ..common.files import save_model, write_json, write_text
+from ..common.files import save_model, write_json
 from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
 from ..training.evaluate import Validation, evaluated
 from ..training.lines import cost_lines
 from ..training.result import TrainingInterrupted
 from .errors import in_words_of_options
-from .events import as_csv, event_writer
+from .events import event_writer
 from .job import check, make_model, read_data, train_as_told
 from .names import FREE
 from .options import default_device
 from .ranks import folder_of_run, joined_ranks
+from .run_files import going_on, title_of, write_epoch
 from .runs import can_go_on, history_of, options_of, read_settings, settings_of
+from .stages import train_in_parts
 from .training_options import add_run, settled, told
 
 __all__ = ["resume_command", "train_command"]
@@ -61,7 +61,8 @@ def _resume(folder, given):
     options.quiet = not world().first
     for name, value in given.items():
         before = getattr(options, name, None)
-        if name not in FREE and value != before:
+        free = name in FREE or (name == "stages" and before is not None)  # any number goes on from its checkpoint
+        if not free and value != before:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {_shown(before)} in this run, given {_shown(value)}: leave it out, or "
                 f"begin a new run"
@@ -93,43 +94,24 @@ def _shown(value):
     return "not set" if value is None else value
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupted():
-    """Within, SIGTERM does what Ctrl-C does: it leaves a checkpoint of the last step."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _train_in(folder, options, source, model, write_events, history):
     """Trains on a Data, from the run's last checkpoint where there is one; leaves the files in the folder. history: of
     that checkpoint."""
+    if options.stages is not None:
+        return train_in_parts(folder, options, source, model, write_events, history)
 
     def save(entry):
-        # After every epoch, so that no interruption costs more than one. One may be told again.
-        history[entry["epoch"] - 1 :] = [entry]
-        if not world().first:
-            return
-        save_model(folder / "model.pt", model)
-        write_json(folder / "settings.json", settings_of(options, source))
-        write_json(folder / "history.json", history)
-        write_text(folder / "history.csv", as_csv(history))
-        if write_events:
-            write_events(folder / "tensorboard", entry)
+        history[entry["epoch"] - 1 :] = [entry]  # which may be told again
+        if world().first:
+            save_model(folder / "model.pt", model)
+            write_epoch(folder, options, source, history, write_events)
 
     keeping = {"checkpoint": folder / "checkpoint", "checkpoint_minutes": options.checkpoint_minutes}
     started, status = time.perf_counter(), 0
     try:
-        with _terminated_as_interrupted():
+        with going_on(folder):
             result = train_as_told(options, model, source, on_epoch=save, **keeping)
     except BaseException as stop:
-        if can_go_on(folder) and isinstance(stop, KeyboardInterrupt | OSError | MemoryError | RuntimeError):
-            stop.remedy = f"go on with `auglocal resume {folder}`"
         if not history or not isinstance(stop, TrainingInterrupted | TrainingDiverged):
             raise
         result, status = stop.result, 130 if isinstance(stop, TrainingInterrupted) else 3
@@ -145,11 +127,7 @@ def _train_in(folder, options, source, model, write_events, history):
         return status
     if result.ema_model is not None:
         save_model(folder / "model_ema.pt", result.ema_model)
-    title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
-    if result.plan.depth:
-        title += f", depth {result.plan.depth}"
-    if len(result.plan.modules) > 1:
-        title += f", {len(result.plan.modules)} local modules"
+    title = title_of(options, result.plan)
     report.learning_curve(history, folder / "learning_curve.png", title)
     if status == 3:
         print(f"auglocal: the files of the {len(history)} epochs until then are in {folder}", file=sys.stderr)

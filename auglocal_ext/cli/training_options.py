@@ -22,6 +22,7 @@ _CUT = (
     "model", "rule", "depth", "form", "auxiliary", "modules", "units", "freeze", "freeze_norms", "precision",
     "recompute", "sync_bn", "budget", "prefer",
 )  # fmt: skip
+_NOT_BY_STAGES = ("budget", "val_split", "max_seconds", "patience")
 _STEPPING = ("accumulate", "clip_grad_norm", "clip_grad_value", "clip", "model_ema", "model_ema_decay")
 
 
@@ -106,6 +107,9 @@ def add_run(parser):
     add("--name", help="of the run's folder (default: made of the settings and the time)")
     add("--runs", type=Path, help="where runs' folders go (default: {default})")
     add("--checkpoint-minutes", type=number(0), help="between checkpoints within an epoch (default: {default:g})")
+    stages = "layer parallel: so many of torchrun's processes have a model together, and a part of its modules each "
+    stages += "(default: each has all of it, data parallel)"
+    add("--stages", type=whole(1), metavar="N", help=stages)
     add("--tensorboard", action="store_true", help="also write events for TensorBoard, in the run's folder")
 
 
@@ -242,9 +246,9 @@ def settled(given, add_options, preset=None):
 def default_learning_rate(options):
     """In proportion to the images of a step with SGD, torch's default of another optimizer."""
     if options.optimizer == "sgd":
-        from ..distributed.group import world
+        from .parts import part_of
 
-        images = options.batch_size * options.accumulate * world().size
+        images = options.batch_size * options.accumulate * part_of(options)[1]
         return LEARNING_RATES[options.preset] * images / 128
     from inspect import signature
 
@@ -270,6 +274,10 @@ def _check_together(options):
         )
     if options.schedule == "paper" and options.lr == 0:
         raise ValueError("--lr must be above 0 with --schedule paper, given 0: choose another --schedule")
+    if options.stages is not None:
+        for name in _NOT_BY_STAGES:
+            if getattr(options, name) != DEFAULTS[name]:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --stages yet: leave one of them out")
     if options.warmup is not None and options.warmup > options.epochs:
         raise ValueError(f"--warmup must be at most --epochs, {options.epochs}, given {options.warmup:g}")
 
@@ -278,10 +286,11 @@ def told(options):
     """The settings in a few lines: the main ones, and what else is not as without options."""
     cut = f", depth {options.depth}" if options.rule == "auglocal" else ""
     cut += f", {options.modules} local modules" if options.modules else ""
-    from ..distributed.group import world
+    from .parts import part_of
 
-    ranks, images = world().size, world().size * options.batch_size * options.accumulate
-    together = "" if world().alone else f" by each of {ranks} ranks, {images} images in a step of the optimizer"
+    _, parts = part_of(options)
+    images, who = parts * options.batch_size * options.accumulate, "ranks" if options.stages is None else "pipelines"
+    together = "" if parts == 1 else f" by each of {parts} {who}, {images} images in a step of the optimizer"
     lines = [
         f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",

@@ -21,9 +21,12 @@ def exchange(text: str, what: str) -> list[str]:
     Raises:
         RankFailed: another rank stopped, or did not come within the process group's time.
     """
+    if world().alone:
+        return [text]
     ours, shared, place = session(), store(), world()
-    ours.exchanged += 1
-    keys = [f"round {ours.round}/exchange {ours.exchanged}/rank {rank}" for rank in range(place.size)]
+    ours.exchanged[place.ranks] += 1
+    turn = f"round {ours.round}/exchange {ours.exchanged[place.ranks]} of {place.ranks}"
+    keys = [f"{turn}/rank {rank}" for rank in place.ranks]
     with answering(what):
         shared.set(keys[place.rank], text)
         _wait_for(shared, keys, what)
@@ -38,7 +41,7 @@ def _wait_for(shared, keys, what):
         if told and not shared.check(keys):  # else it stopped by what all have exchanged
             raise RankFailed(told)
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank, key in enumerate(keys) if not shared.check([key])]
+            missing = [str(rank) for rank, key in zip(world().ranks, keys, strict=True) if not shared.check([key])]
             raise RankFailed(
                 f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} did not answer for "
                 f"{timeout().total_seconds():.0f} s in {what}"
@@ -49,19 +52,20 @@ def _wait_for(shared, keys, what):
 
 def check_alike(what: dict[str, object], remedy: str = "start every rank with the same arguments") -> None:
     """ValueError, on every rank, unless all of them give values that print alike; names the first item that differs and
-    the first rank that has another one than rank 0.
+    the first rank that has another one than the first.
 
     what: name -> value, the names as a message calls them.
     """
-    if world().alone:
+    place = world()
+    if place.alone:
         return
     ours = json.dumps({name: _told(value) for name, value in what.items()})
     first, *others = map(json.loads, exchange(ours, "the comparison of settings"))
-    for rank, theirs in enumerate(others, 1):
+    for rank, theirs in zip(place.ranks[1:], others, strict=True):
         for name in (*first, *theirs):
             (mine, _), (shown, _) = pair = [told.get(name, ["none", ""]) for told in (first, theirs)]
             if pair[0] != pair[1]:
-                raise ValueError(f"rank {rank} has {name} {shown}, rank 0 has {mine}: {remedy}")
+                raise ValueError(f"rank {rank} has {name} {shown}, rank {place.ranks[0]} has {mine}: {remedy}")
 
 
 def _told(value):

@@ -7,37 +7,61 @@ import torch.distributed as dist
 
 from .agree import exchange
 from .faults import answering
-from .group import session, timeout, world
+from .group import everybody, session, timeout, world
 
-__all__ = ["TRAINING", "broadcast", "gathered", "gathered_on_first", "highest", "own_group", "summed"]
+__all__ = [
+    "STATISTICS",
+    "TRAINING",
+    "broadcast",
+    "gathered",
+    "gathered_on_first",
+    "highest",
+    "make_groups",
+    "own_group",
+    "summed",
+]
 
-TRAINING = "training"  # the name of the group that a training's collectives go through, gradients included
+# Names of groups. What is sent in one meets nothing that is sent in another.
+TRAINING = "training"  # a training's collectives, gradients included
+STATISTICS = "statistics"  # of BatchNorms, which do not wait for gradients that are under way
 
 
-def own_group(name: str, ranks: list[int] | None = None):
-    """This package's own group of that name, of all ranks or of these, made where there is none: what is sent in it
-    meets nothing that is sent in another one. Every rank must call this at the same point, also one that is not of the
-    group. Tensors of the CPU go by gloo, of GPUs by NCCL where the process group has it.
+def own_group(name: str):
+    """This package's own group of that name, of the ranks of `world()`. Where that is all ranks it is made when it is
+    first asked for, which they all must do at the same point; for some of them see `make_groups`.
 
     Do not keep what it returns: `close` ends a connection only when nobody holds it.
     """
+    place, groups = world(), session().groups
+    if (name, place.ranks) not in groups:
+        if place != everybody():
+            raise RuntimeError(f"group {name!r} of {place.ranks} is closed, as it is when a rank has failed")
+        make_groups(name, [place.ranks])
+    return groups[name, place.ranks]
+
+
+def make_groups(name: str, parts: Iterable[range]) -> None:
+    """Makes the groups of that name of some of the ranks, for `among`. All ranks of the process group must call this at
+    the same point, with the same parts. Tensors of the CPU go by gloo, of GPUs by NCCL where the process group has it.
+    """
     groups = session().groups
-    if name not in groups:
-        exchange("", f"the making of group {name!r}")  # in which, unlike in the making, a rank that stopped is heard of
-        backend = "cpu:gloo,cuda:nccl" if "nccl" in str(dist.get_backend_config()) else "gloo"
-        groups[name] = dist.new_group(ranks, timeout=timeout(), backend=backend)
-    return groups[name]
+    backend = "cpu:gloo,cuda:nccl" if "nccl" in str(dist.get_backend_config()) else "gloo"
+    exchange("", f"the making of groups {name!r}")  # in which, unlike in the making, a rank that stopped is heard of
+    for part in parts:
+        if (name, part) not in groups:
+            groups[name, part] = dist.new_group(list(part), timeout=timeout(), backend=backend)
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[torch.Tensor], what: str) -> None:
-    """Makes the tensors those of rank 0, in place."""
+    """Makes the tensors those of the first rank, in place."""
     if world().alone:
         return
     with answering(what):
         for tensor in tensors:
             sent = tensor.contiguous()  # of what lies densely in another order, a copy
-            dist.broadcast(sent, src=0, group=own_group(TRAINING))
+            as_bytes = sent.view(-1).view(torch.uint8)  # gloo does not know every dtype
+            dist.broadcast(as_bytes, src=world().ranks[0], group=own_group(TRAINING))
             if sent is not tensor:
                 tensor.copy_(sent)
 
@@ -73,10 +97,10 @@ def gathered(value, what: str) -> list:
 
 
 def gathered_on_first(value, what: str) -> list | None:
-    """Every rank's value, anything that pickles, in the order of the ranks, on rank 0; None on the others."""
+    """Every rank's value, anything that pickles, in the order of the ranks, on the first; None on the others."""
     if world().alone:
         return [value]
     values = [None] * world().size if world().first else None
     with answering(what):
-        dist.gather_object(value, values, group=own_group(TRAINING))
+        dist.gather_object(value, values, dst=world().ranks[0], group=own_group(TRAINING))
     return values

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..common.messages import first_line
-from .group import close, session, timeout, world
+from .group import close, everybody, session, timeout, world
 
 __all__ = ["RankFailed", "answering", "stopped", "store", "telling"]
 
@@ -40,7 +40,8 @@ def telling() -> Iterator[None]:
             if not isinstance(error, RankFailed):
                 _tell(error)
             ours = session()
-            ours.round, ours.exchanged = ours.round + 1, 0
+            ours.round += 1
+            ours.exchanged.clear()
             close()
         raise
 
@@ -53,7 +54,7 @@ def _tell(error):
 
 def _key(what, rank=None):
     """Of what a rank, None: this one, says in this round."""
-    return f"round {session().round}/{what}/rank {world().rank if rank is None else rank}"
+    return f"round {session().round}/{what}/rank {everybody().rank if rank is None else rank}"
 
 
 @contextlib.contextmanager
@@ -74,7 +75,8 @@ def answering(what: str) -> Iterator[None]:
 
 
 def _others():
-    return [rank for rank in range(world().size) if rank != world().rank]
+    whole = everybody()
+    return [rank for rank in whole.ranks if rank != whole.rank]
 
 
 def stopped() -> str | None:

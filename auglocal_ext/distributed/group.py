@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,15 +11,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["World", "close", "joined", "launched", "local_rank", "on_its_own", "session", "timeout", "world"]
+__all__ = [
+    "World",
+    "among",
+    "close",
+    "everybody",
+    "joined",
+    "launched",
+    "local_rank",
+    "on_its_own",
+    "session",
+    "timeout",
+    "world",
+]
 
 
 @dataclass(frozen=True)
 class World:
-    """rank: of this process, from 0. size: how many ranks there are."""
+    """Ranks that work together. rank: of this process among them, from 0; ranks: their numbers in the process group."""
 
     rank: int = 0
-    size: int = 1
+    ranks: range = range(1)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def number(self) -> int:
+        """This process's number in the process group."""
+        return self.ranks[self.rank]
 
     @property
     def alone(self) -> bool:
@@ -37,36 +59,52 @@ class Session:
     Attributes:
         default: torch's default process group.
         round: how many times the ranks' work has ended by a failure.
-        exchanged: how many times they have exchanged texts in this round, see `agree.exchange`.
-        groups: name -> a group of this package's own.
+        exchanged: ranks -> how many times they have exchanged texts in this round, see `agree.exchange`.
+        groups: (name, ranks) -> a group of this package's own.
     """
 
     default: object
     round: int = 0
-    exchanged: int = 0
+    exchanged: Counter = field(default_factory=Counter)
     groups: dict = field(default_factory=dict)
 
 
 _session: Session | None = None
-_on_its_own = False
+_among: range | None = None
 
 
 def world() -> World:
-    """This process's place among the ranks; alone where torch.distributed is not initialised, and `on_its_own`."""
-    if _on_its_own or not (dist.is_available() and dist.is_initialized()):
+    """This process's place among the ranks that it works with: all of them, or those that `among` says; alone where
+    torch.distributed is not initialised."""
+    whole = everybody()
+    return whole if _among is None or whole.alone else World(_among.index(whole.rank), _among)
+
+
+def everybody() -> World:
+    """This process's place in the process group."""
+    if not (dist.is_available() and dist.is_initialized()):
         return World()
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), range(dist.get_world_size()))
+
+
+@contextlib.contextmanager
+def among(ranks: range) -> Iterator[None]:
+    """Within, the world is these of the process group's ranks, of which this process is one. Their groups have to be
+    there, see `collectives.make_groups`."""
+    global _among
+    before, _among = _among, ranks
+    try:
+        yield
+    finally:
+        _among = before
 
 
 @contextlib.contextmanager
 def on_its_own() -> Iterator[None]:
     """Within, this process is alone: what works on one rank's part of a model asks no other rank. Also a decorator."""
-    global _on_its_own
-    before, _on_its_own = _on_its_own, True
-    try:
+    rank = everybody().rank
+    with among(range(rank, rank + 1)):
         yield
-    finally:
-        _on_its_own = before
 
 
 def session() -> Session:

@@ -19,12 +19,15 @@ class Reduction:
     The gradients are moved into one flat tensor and become views of it, so that they come back averaged without being
     copied again. Gradients that lie in one tensor already, as those that stay from step to step, are not moved.
 
+    Args:
+        begin: the number of the local module that has key 0.
+
     Attributes:
         count: how many reductions were started.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, begin: int = 0) -> None:
+        self.count, self._begin = 0, begin
         self._pending: list = []  # (key, flat tensor, work), in the order in which they were started
 
     @property
@@ -34,14 +37,14 @@ class Reduction:
 
     def start(self, key: int, parameters: Iterable[nn.Parameter]) -> None:
         """Begins to average what is in the parameters' `grad`; nothing may read or change it until `wait` has given
-        this key, the local module's number. Every rank must start the same ones in the same order."""
+        this key, the local module's number from `begin` on. Every rank must start the same ones in the same order."""
         held = [parameter for parameter in parameters if parameter.grad is not None]
         if not held:
             self._pending.append((key, None, None))
             return
         flat = flatten(held)
         self.count += 1
-        with answering(f"the gradients of local module {key}"):
+        with self._answering(key):
             work = dist.all_reduce(flat, group=own_group(TRAINING), async_op=True)
         self._pending.append((key, flat, work))
 
@@ -51,19 +54,22 @@ class Reduction:
         while self._pending:
             key, flat, work = self._pending[0]
             if work is not None:
-                with answering(f"the gradients of local module {key}"):
+                with self._answering(key):
                     work.wait()
                 flat.div_(world().size)
             del flat, work  # no name here keeps them longer than their parameters do
             yield key
             self._pending.pop(0)
 
+    def _answering(self, key):
+        return answering(f"the gradients of local module {self._begin + key}")
+
     def drop(self) -> None:
         """Forgets what was started."""
         self._pending.clear()
 
     def __reduce__(self):
-        return Reduction, ()  # pickled and copied without what is under way, as gradients are
+        return Reduction, (self._begin,)  # pickled and copied without what is under way, as gradients are
 
 
 @torch.no_grad()

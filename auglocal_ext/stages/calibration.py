@@ -8,15 +8,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ..common.stopwatch import median_seconds
-from ..distributed.collectives import gathered, own_group
+from ..distributed.collectives import gathered, make_groups, own_group
 from ..distributed.faults import answering
-from ..distributed.group import on_its_own, world
-from ..optim import make_optimizer
+from ..distributed.group import among, on_its_own, world
 from ..planning.roofline import measured_roofline
-from .costs import measured_seconds
+from .costs import measured_seconds, optimizer_seconds
 from .pieces import Costs, Link, total
 from .planned_costs import planned_costs
 
@@ -48,21 +45,10 @@ def measured_costs(trainer, images, labels, units=None) -> Costs:
     took = measured_seconds(trainer, images, labels, ROUNDS)
     modules = []
     for piece, seconds, module in zip(planned.modules, took, trainer.local_modules, strict=True):
-        step = _optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
+        step = optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
         modules.append(replace(piece.scaled(seconds / (piece.forward + piece.backward)), step=step))
     factor = sum(took) / (total(planned.modules, "forward") + total(planned.modules, "backward"))
     return replace(planned, modules=tuple(modules), units=planned.scaled(factor).units)
-
-
-def _optimizer_seconds(factory, module, device):
-    """Of a step of copies of what trains in a module."""
-    copies = [nn.Parameter(p.detach().clone()) for p in module.parameters() if p.requires_grad]
-    if not copies:
-        return 0.0
-    optimizer = make_optimizer(factory, [(str(index), copy) for index, copy in enumerate(copies)])
-    for copy in copies:
-        copy.grad = torch.zeros_like(copy)
-    return median_seconds(device, optimizer.step, ROUNDS)  # after a step that makes its state
 
 
 def measured_slowdown(run: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -105,11 +91,13 @@ def measured_link(size: int = MESSAGE, rounds: int = ROUNDS, device: str | torch
     place = world()
     if place.alone:
         return Link(float("inf"), 0.0)
-    own_group("link", [0, 1])
+    pair = range(2)
+    make_groups("link", [pair])
     took = None
     if place.rank < 2:
         small, large = (torch.zeros(count, dtype=torch.uint8, device=device) for count in (1, size))
-        took = [_there_and_back(message, place.rank, rounds) / 2 for message in (small, large)]
+        with among(pair):
+            took = [_there_and_back(message, place.rank, rounds) / 2 for message in (small, large)]
     latency, whole = gathered(took, "the seconds of a message")[0]
     # Where both take as long, by a machine that is busy otherwise, it is latency only in part.
     return Link(size / max(whole - latency, whole / 2), latency)

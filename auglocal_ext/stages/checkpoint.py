@@ -17,7 +17,7 @@ from ..distributed.collectives import gathered
 from ..distributed.faults import answering
 from ..distributed.group import world
 
-__all__ = ["load", "newest", "save"]
+__all__ = ["load", "more_of", "newest", "save"]
 
 WHOLE = ".metadata"  # torch writes it when all parts are there
 
@@ -32,7 +32,9 @@ def save(trainer, folder, more):
     """Writes weights, statistics, auxiliary nets, and each local module's optimizer; `more` is rank 0's."""
     folder, last = Path(folder), newest(folder)
     place = gathered(1 if last is None else int(last.name.removeprefix("step-")) + 1, "the checkpoint's name")[0]
-    parts = _tensors(trainer) | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
+    parts = {}
+    if trainer.grid.replica == 0:  # the others have the same
+        parts = trainer.parts.saved | {f"optimizers.{i}": _as_bytes(state) for i, state in _optimizers(trainer).items()}
     if world().first:
         parts["more"] = _as_bytes(more)
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def load(trainer, folder):
     if found is None:
         raise ValueError(f"{folder} has no checkpoint: expected a folder that StageTrainer.save has written to")
     kept = FileSystemReader(str(found)).read_metadata().state_dict_metadata
-    wanted = {**_tensors(trainer), **{f"optimizers.{i}": None for i in trainer.stage.span}, "more": None}
+    wanted = {**trainer.parts.held, **{f"optimizers.{i}": None for i in trainer.stage.span}, "more": None}
     for name, ours in wanted.items():
         if name not in kept or (ours is not None and kept[name].size != ours.shape):
             had = tuple(kept[name].size) if name in kept else "none"
@@ -70,7 +72,7 @@ def load(trainer, folder):
     with answering("the checkpoint"):
         dcp.load(read, checkpoint_id=str(found), no_dist=world().alone)
     with torch.no_grad():
-        for name, ours in _tensors(trainer).items():
+        for name, ours in trainer.parts.held.items():
             ours.copy_(read[name])
     stage = trainer.stage
     for index, place in enumerate(stage.span):
@@ -81,11 +83,12 @@ def load(trainer, folder):
     return _from_bytes(read["more"])
 
 
-def _tensors(trainer):
-    """Name -> parameter or buffer, of what this rank has, by the whole model's names."""
-    both = {"model": trainer.model, "aux_nets": trainer.aux_nets}
-    named = {f"{name}.{key}": tensor for name, part in both.items() for key, tensor in part.state_dict().items()}
-    return {name: tensor for name, tensor in named.items() if not tensor.is_meta}
+def more_of(checkpoint):
+    """What `save` was given more, of a checkpoint that `newest` found; by one process, without a trainer."""
+    kept = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata["more"]
+    read = {"more": torch.empty(kept.size, dtype=kept.properties.dtype)}
+    dcp.load(read, checkpoint_id=str(checkpoint), no_dist=True)
+    return _from_bytes(read["more"])
 
 
 def _optimizers(trainer):

@@ -2,7 +2,7 @@
 
 Every batch is one message of the same size, in fixed buffers: of a smaller batch only the beginning counts. Receives
 are posted ahead, into a ring of buffers. The receiver acknowledges a batch when it needs its features no longer; a
-sender is at most as many batches ahead as there are buffers.
+sender is at most as many batches ahead as there are buffers. With that it can ask for no more, which ends the epoch.
 """
 
 import math
@@ -13,10 +13,13 @@ import torch.distributed as dist
 
 from ..distributed.collectives import own_group
 from ..distributed.faults import answering
+from ..distributed.group import among
+from .grid import BORDER
 
 __all__ = ["Batch", "Receiver", "Sender"]
 
 HEADER = 2  # float64 numbers: images in the batch, 0 at an epoch's end; the factor of the learning rates
+ALIGNED = 64  # bytes: as torch's own memory is, which kernels are fastest on
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Batch:
 
 
 class _Slot:
-    """The memory of one message: a header, and the tensors of a batch behind one another, each from a multiple of 8
-    bytes on.
+    """The memory of one message: a header, and the tensors of a batch behind one another, each from a multiple of
+    ALIGNED bytes on.
 
     number: of the slot, alike on both sides. specs: of each tensor its shape, strides and dtype.
     """
@@ -51,8 +54,8 @@ class _Slot:
         sizes = [math.prod(shape) * dtype.itemsize for shape, _, dtype in specs]
         begins, end = [], HEADER * torch.float64.itemsize
         for size in sizes:
-            begins.append(end)
-            end += (size + 7) // 8 * 8
+            begins.append(-(-end // ALIGNED) * ALIGNED)
+            end = begins[-1] + size
         self.bytes = torch.zeros(end, dtype=torch.uint8, device=device)
         self.header = self.bytes[: HEADER * torch.float64.itemsize].view(torch.float64)
         self.tensors = []
@@ -79,26 +82,40 @@ def _specs(batch):
     return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in batch.tensors]
 
 
-def _group(border):
-    return own_group(f"border {border}", [border, border + 1])
-
-
-class Sender:
-    """The end of a border that sends.
+class _End:
+    """Of a border, on this rank.
 
     Args:
-        border: between the ranks of that number and the next.
+        border: the ranks of the two stages, see `Grid.border`; their group has been made.
+        peer: which of them is at the other end, 0 or 1.
         buffers: how many batches may be under way.
     """
 
-    def __init__(self, border, buffers, device):
-        self._border, self._count, self._device = border, buffers, device
-        self._slots, self._sent, self._acknowledged, self._specs = [], 0, 0, None
+    def __init__(self, border, peer, buffers, device):
+        self._border, self._peer, self._count, self._device = border, border[peer], buffers, device
+        self._slots: list[_Slot] = []
 
     @property
     def bytes(self):
         """Of the buffers."""
         return sum(slot.bytes.nbytes for slot in self._slots)
+
+    def _group(self):
+        with among(self._border):
+            return own_group(BORDER)
+
+
+class Sender(_End):
+    """The end of a border that sends; for the arguments see `_End`.
+
+    Attributes:
+        stopped: whether the next stage has asked for no more batches; those that come all the same it takes.
+    """
+
+    def __init__(self, border, buffers, device):
+        super().__init__(border, 1, buffers, device)
+        self._sent, self._acknowledged, self._specs = 0, 0, None
+        self.stopped = False
 
     def send(self, batch):
         """Sends a copy; waits where too many are under way. The first batch tells how large the buffers are."""
@@ -112,7 +129,7 @@ class Sender:
             if slot.work is not None:
                 slot.work.wait()
             slot.put(batch)
-            slot.work = dist.isend(slot.bytes, self._border + 1, group=_group(self._border), tag=slot.number)
+            slot.work = dist.isend(slot.bytes, self._peer, group=self._group(), tag=slot.number)
         self._sent += 1
 
     def end(self):
@@ -127,17 +144,18 @@ class Sender:
         self._wait(0)
 
     def _wait(self, under_way):
-        taken = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
+        stopped = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
         while self._sent - self._acknowledged > under_way:
             with self._answering():
-                dist.recv(taken, self._border + 1, group=_group(self._border))
+                dist.recv(stopped, self._peer, group=self._group())
+            self.stopped |= bool(stopped)
             self._acknowledged += 1
 
     def _open(self, batch):
         self._specs = _specs(batch)
         with self._answering():
             dist.send_object_list(
-                [self._specs, batch.images is not None], self._border + 1, group=_group(self._border), device="cpu"
+                [self._specs, batch.images is not None], self._peer, group=self._group(), device="cpu"
             )
         self._slots = [_Slot(number, self._specs, self._device) for number in range(self._count)]
 
@@ -150,21 +168,21 @@ class Sender:
                 )
 
     def _answering(self):
-        return answering(f"what rank {self._border + 1} takes of local modules before it")
+        return answering(f"what rank {self._peer} takes of local modules before it")
 
 
-class Receiver:
-    """The end of a border that receives; for the arguments see `Sender`."""
+class Receiver(_End):
+    """The end of a border that receives; for the arguments see `_End`.
+
+    Attributes:
+        stop: whether to ask for no more batches, with what is acknowledged from now on.
+    """
 
     def __init__(self, border, buffers, device):
-        self._border, self._count, self._device = border, buffers, device
-        self._slots, self._taken, self._has_images, self._posted = [], 0, False, False
+        super().__init__(border, 0, buffers, device)
+        self._taken, self._has_images, self._posted = 0, False, False
         self._told: list = []  # acknowledgements under way, with their memory
-
-    @property
-    def bytes(self):
-        """Of the buffers."""
-        return sum(slot.bytes.nbytes for slot in self._slots)
+        self.stop = False
 
     def receive(self):
         """The next Batch, its features in a buffer that is the caller's until `release`; None at an epoch's end."""
@@ -206,22 +224,22 @@ class Receiver:
     def _acknowledge(self):
         """Under way until the rank before asks for it, which this one does not wait for."""
         self._taken += 1
-        told = torch.tensor([self._taken])
+        told = torch.tensor([int(self.stop)])
         self._told = [one for one in self._told if not one[1].is_completed()]
         with self._answering():
-            self._told.append((told, dist.isend(told, self._border, group=_group(self._border))))
+            self._told.append((told, dist.isend(told, self._peer, group=self._group())))
 
     def _open(self):
         told = [None, None]
         with self._answering():
-            dist.recv_object_list(told, self._border, group=_group(self._border), device="cpu")
+            dist.recv_object_list(told, self._peer, group=self._group(), device="cpu")
         specs, self._has_images = told
         self._slots = [_Slot(number, specs, self._device) for number in range(self._count)]
 
     def _post(self, slot):
         with self._answering():
             # By its tag a message finds its buffer: gloo does not fill receives in the order in which they were posted.
-            slot.work = dist.irecv(slot.bytes, self._border, group=_group(self._border), tag=slot.number)
+            slot.work = dist.irecv(slot.bytes, self._peer, group=self._group(), tag=slot.number)
 
     def _answering(self):
-        return answering(f"what rank {self._border} sends of its local modules")
+        return answering(f"what rank {self._peer} sends of its local modules")

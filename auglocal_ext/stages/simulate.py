@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import pipelines
-from .balance import balanced
+from .balance import balanced, sums_of
 from .events import Event, run
 from .pieces import Costs, Link, total
 
@@ -78,7 +78,7 @@ def predicted(
     if "data parallel" in form:
         return _data_parallel(costs, stages, form, link)
     pieces = costs.units if form in PIPELINES else costs.modules
-    spans = balanced([piece.seconds for piece in pieces], stages) if spans is None else spans
+    spans = balanced(len(pieces), stages, sums_of([p.seconds for p in pieces])) if spans is None else spans
     groups = [[pieces[index] for index in span] for span in spans]
     if form in PIPELINES:
         micro = min(MICRO_BATCHES * stages, costs.images) if micro_batches is None else micro_batches

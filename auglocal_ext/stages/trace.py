@@ -40,7 +40,7 @@ class _Notes:
     """Stands before what a rank does, on its objects alone."""
 
     def __init__(self, trainer):
-        self.events, self._device, self._rank = [], trainer.device, trainer._place.rank
+        self.events, self._device, self._rank = [], trainer.device, trainer.grid.rank
         self._batch, self._began, self._turn = -1, 0.0, None
         self._stepper, self._sender = trainer.stage.stepper, trainer._sender
         self._programs = trainer.stage._programs

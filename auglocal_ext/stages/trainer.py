@@ -1,52 +1,42 @@
 """Trains one model by several ranks, each of which has some of its local modules."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from ..common.checks import whole_number
+from ..common import checks
+from ..common.memory import tensors_of
 from ..distributed.agree import check_alike
-from ..distributed.collectives import broadcast, gathered, gathered_on_first, own_group
+from ..distributed.collectives import broadcast, gathered, gathered_on_first
 from ..distributed.faults import telling
-from ..distributed.group import on_its_own, world
+from ..distributed.group import among, world
 from ..engine.tensors import dense
-from ..rules.auxiliary import nets_of
 from ..training.batch import checked
-from ..training.loaders import move
+from ..training.divergence import names_not_finite
+from ..training.epoch import check_any_seen, is_skipped
+from ..training.evaluate import Evaluation
+from ..training.loaders import StoppedBetweenSteps, move
+from ..training.ranks import check_nonfinite, in_step
 from ..training.state import alike
 from ..training.trainer import LocalTrainer
 from .balance import balanced
 from .checkpoint import load, save
-from .costs import COSTS, costs_of
+from .costs import cost_of, group_bytes
+from .epoch import StagesEpoch, check_all_values, entry_of_all
+from .grid import grid_of
 from .link import Batch, Receiver, Sender
+from .parts import Parts
+from .refusals import check_arguments, check_trainer
 from .stage import Stage
+from .validation import evaluated, unlike_in_parts
 
-__all__ = ["SCHEDULES", "StageTrainer", "StagesEpoch"]
-
-SCHEDULES = ("decoupled", "synchronous")
-
-
-@dataclass(frozen=True)
-class StagesEpoch:
-    """What an epoch came to, the same on every rank.
-
-    Attributes:
-        loss: the classifier's, the mean over the images. train_accuracy: of the training batches, as they were seen.
-        module_losses, module_accuracies: of each local module's own head.
-        images_per_second: of the last rank, from its first batch to its last.
-        seconds: from the first rank's first batch to the last rank's end.
-    """
-
-    loss: float
-    train_accuracy: float
-    module_losses: list[float]
-    module_accuracies: list[float]
-    images_per_second: float
-    seconds: float
+__all__ = ["StageTrainer"]
 
 
 class StageTrainer:
@@ -57,7 +47,10 @@ class StageTrainer:
         trainer = StageTrainer(model, images, modules=8, auxiliary="light")
         for epoch in range(10):
             entry = trainer.epoch(loader)  # of rank 0; the others' loaders are not read
-        trainer.gather()  # the model is whole again on rank 0
+        trainer.make_whole()  # the model, on rank 0
+
+    With fewer stages than ranks there are several such pipelines, data parallel: each has the whole model and its own
+    batches, and the gradients of a local module are averaged over the ranks that have it, while the next one computes.
 
     The result is that of one process, to the bit on a CPU, whatever the schedule: batches keep their order, and no
     gradient flows between modules. Dropout and what else is drawn at random in a step is each rank's own, and then
@@ -67,19 +60,24 @@ class StageTrainer:
         model: see `LocalTrainer`; on every rank the same class and settings. The weights are rank 0's.
         images, labels: a batch for the plan and the measurement of balance, the largest that will come; see
             `LocalTrainer.step`. Every rank gives one of the same shape.
+        stages: of each pipeline, a divisor of the number of ranks; None: as many as there are ranks.
         schedule: "decoupled": a rank goes on with the next batch as soon as it has it, up to max_lag batches ahead of
             the next rank. "synchronous": a batch begins when the last rank has finished the one before.
         max_lag: how many batches may be under way between two ranks, and how many buffers each of them has for that.
         balance: what the ranks have alike as far as the modules allow: "time", measured on rank 0, "arithmetic" or
             "memory", by the plan.
-        options: LocalTrainer's others.
+        nonfinite: "stop": `epoch` raises NotFinite. "skip": of one pipeline, see `auglocal_ext.train`; every module is
+            left out by itself, as nothing that a step does is of all of them.
+        options: LocalTrainer's others. With sync_batch_norm a BatchNorm goes by the images of all pipelines.
 
     Attributes:
-        stage: this rank's `Stage`. spans: of every rank, the range of its local modules. plan: of the whole model.
+        grid: which rank is which, `Grid`. stage: this rank's `Stage`. plan: of the whole model, on one rank of such a
+            pipeline. spans: of every stage, the range of its local modules.
+        odd: what of this rank's tensors was not finite from the start.
 
     Raises:
-        ValueError: fewer local modules than ranks; ranks with other models or settings; what one rank cannot know:
-            clip="global", ema, a readout that is shared.
+        ValueError: fewer local modules than stages; ranks with other models or settings; what one rank cannot know:
+            clip="global", ema, aux nets whose readout follows the classifier's.
         RankFailed: another rank stopped, or did not answer for the time that the process group was given.
     """
 
@@ -90,38 +88,45 @@ class StageTrainer:
         images: torch.Tensor,
         labels: torch.Tensor,
         *,
+        stages: int | None = None,
         schedule: str = "decoupled",
         max_lag: int = 2,
         balance: str = "time",
+        nonfinite: str = "stop",
         **options,
     ) -> None:
-        _check(schedule, max_lag, balance, options)
-        with on_its_own():
+        check_arguments(images, schedule, max_lag, balance, nonfinite, options)
+        check_alike({"stages": stages}, "give every rank the same")
+        self.grid = grid_of(stages)
+        self.grid.make_groups()
+        with among(self.grid.copies):
+            check_nonfinite(nonfinite)
             trainer = LocalTrainer(model, **{"image_size": images.shape[2:], **options})
             images, labels = move((images, labels), trainer.device)
             trainer.plan_for(images, labels)
-        _check_rule(trainer)
+        trainer.nonfinite = nonfinite
+        check_trainer(trainer)
         settings = {"schedule": schedule, "max_lag": max_lag, "balance": balance, "images": tuple(images.shape)}
+        settings["nonfinite"] = nonfinite
         check_alike(alike(trainer) | settings, "make the same model and trainer on every rank")
-        place = world()
-        broadcast((*model.state_dict().values(), *trainer.aux_nets.state_dict().values()), "rank 0's weights")
-        costs = [None] * len(trainer.local_modules)
-        if place.first:
-            costs = costs_of(trainer, images, labels, balance)
-        self.costs = gathered(costs, "what the local modules cost")[0]
-        self.spans = balanced(self.costs, place.size)
-        for border in range(place.size - 1):  # every rank takes part in the making of every group
-            own_group(f"border {border}", [border, border + 1])
+        broadcast((*tensors_of(model), *tensors_of(trainer.aux_nets)), "rank 0's weights")
+        found, count = None, len(trainer.local_modules)
+        if world().first:
+            spans = balanced(count, self.grid.stages, cost_of(trainer, images, labels, balance))
+            found = spans, unlike_in_parts(trainer, images)
+        self.spans, self._unlike = gathered(found, "which local modules go where")[0]
         assert trainer.plan is not None  # it was planned
         self.plan, self.schedule = trainer.plan, schedule
         self.model, self.aux_nets = model, trainer.aux_nets
-        self._rate, self._place = 1.0, place
+        self._rate = 1.0
         self._begin(trainer, 1 if schedule == "synchronous" else max_lag)
 
     def _begin(self, trainer, buffers):
         """Takes this rank's modules over from a LocalTrainer of the whole model, and lets the others go."""
-        place, mine = self._place, self.spans[self._place.rank]
-        self.stage = Stage(trainer, mine)
+        grid, mine = self.grid, self.spans[self.grid.stage]
+        self.stage = Stage(trainer, mine, grid.copies)
+        self.parts = Parts(trainer.model, trainer.aux_nets, trainer.local_modules, self.spans, grid.stage)
+        self.odd = names_not_finite(self)
         behind = trainer.local_modules[mine.stop :]
         self._sends_images = any(module.head.extra is not None for module in behind)
         # What `training.batch.checked` asks of a trainer.
@@ -129,68 +134,106 @@ class StageTrainer:
         self.criterion, self.num_classes = trainer.criterion, trainer.num_classes
         self.image_channels = trainer.image_channels
         self._refused, self._values_are_at_hand = trainer._refused, trainer._values_are_at_hand
-        for index, module in enumerate(trainer.local_modules):
-            if index not in mine:
-                module.to("meta")
-        last = place.rank == place.size - 1
-        self._receiver = None if place.first else Receiver(place.rank - 1, buffers, self.device)
-        self._sender = None if last else Sender(place.rank, buffers, self.device)
+        first, last = grid.stage == 0, grid.stage == grid.stages - 1
+        self._receiver = None if first else Receiver(grid.border(grid.stage - 1), buffers, self.device)
+        self._sender = None if last else Sender(grid.border(grid.stage), buffers, self.device)
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """See `Grid.mesh`; for what of your own goes over the ranks."""
+        return self.grid.mesh(self.device)
 
     @property
     def rank_bytes(self) -> list[int]:
-        """Of every rank, the highest memory of a step by the plan: its modules' state, the activations and gradients of
-        the one that holds most, and its buffers, which exist from the first batch on."""
+        """Of every rank, the highest memory of a step by the plan: what stays of its modules, the activations and
+        gradients of the one that needs most, and its buffers, which exist from the first batch on."""
         return gathered(self._own_bytes(), "the bytes of every rank")
 
     def _own_bytes(self):
-        modules = [self.plan.modules[index] for index in self.stage.span]
-        state = sum(module.state_bytes + module.optimizer_bytes for module in modules)
-        whole = self.plan.state_bytes
         links = sum(link.bytes for link in (self._receiver, self._sender) if link is not None)
-        return state + max(module.peak_bytes - whole for module in modules) + links
+        return group_bytes(self.plan, self.stage.span) + links
 
     def set_learning_rate_factor(self, factor: float) -> None:
-        """Sets every rank's learning rates to `factor` times what they were at first, from the next batch on that rank
-        0 gives in; on other ranks it does nothing."""
+        """Sets every rank's learning rates to `factor` times what they were at first, from the next batch on that the
+        first stage gives in; on ranks of other stages it does nothing."""
         self._rate = factor
 
     @telling()
     @torch.inference_mode(False)
-    def epoch(self, loader: Iterable | None = None, before_step=None) -> StagesEpoch:
-        """Trains by rank 0's loader, on all ranks, to its end.
+    def epoch(self, loader: Iterable | None = None, before_step=None, title: str = "this epoch") -> StagesEpoch:
+        """Trains by the loaders of the first stages, on all ranks, to their end. A batch of one image is skipped, with
+        a warning; where there are several pipelines, the others' too.
 
         Args:
-            loader: of (images, labels), on rank 0.
-            before_step: called with the number of the step, from 0, before each on rank 0; it may set learning rates.
+            loader: of (images, labels), on a rank of the first stage; of as many batches as those of other pipelines.
+            before_step: called with the number of the step, from 0, on such ranks, before each step that begins a group
+                of batches that are accumulated; it may set learning rates.
+            title: what warnings and errors call the epoch.
+
+        Raises:
+            training.divergence.NotFinite: on every rank, of the first step and local module whose loss was NaN or
+                infinite: no more batches are read then. Or of a weight or buffer that is, behind the epoch. The weights
+                are as the last step left them.
+            ValueError: a batch does not fit, or there is none.
         """
-        self.stage.clear()
+        self.stage.begin()
         began, seen_from = time.monotonic(), None
-        if self._place.first:
-            for step, batch in enumerate(loader or ()):
-                if before_step is not None:
-                    before_step(step)
-                self._run(self._first(batch))
-            if not self.stage.seen:
-                raise ValueError("the loader gave no batch: an epoch needs at least one")
-        else:
-            while (batch := self._receiver.receive()) is not None:
-                seen_from = seen_from or time.monotonic()
-                self._run(batch, self._receiver.release)
-        with on_its_own():
+        for batch in self._read(loader, before_step, title) if self._receiver is None else self._received():
+            seen_from = seen_from or time.monotonic()
+            self._run(batch)
+        with among(self.grid.copies):
             self.stage.stepper.flush()
         if self._sender is not None:
             self._sender.end()
-        return self._entry(began, seen_from or began)
+        check_any_seen(self.stage.sums, title)
+        check_all_values(self, title)
+        with among(self.grid.copies):
+            buffers = [buffer for module in self.stage.local_modules for buffer in module.buffers()]
+            broadcast(buffers, "the first pipeline's running statistics")
+        now = time.monotonic()
+        self.stage.sums.seconds = now - (seen_from or began)
+        return entry_of_all(self.stage, self.grid, now - began)
 
-    def _first(self, batch):
-        images, labels = move(batch, self.device)
-        images, labels, refused = checked(self, images, labels)
-        if refused is not None and refused:
-            raise ValueError("a batch has images that are not finite, or labels that are no classes")
-        return Batch(dense(images), labels.contiguous(), dense(images), self._rate)
+    @property
+    def _stops(self):
+        """Whether this stage, or one behind it, has diverged."""
+        return self.stage.diverged or (self._sender is not None and self._sender.stopped)
 
-    def _run(self, batch, release=None):
-        synchronous = self.schedule == "synchronous"
+    def _read(self, loader, before_step, title):
+        """The first stage's batches."""
+        stop = threading.Event()
+        with among(self.grid.copies):
+            batches = in_step(stop, () if loader is None else loader)
+        while (pair := self._next(batches, title)) is not None:
+            images, labels = pair
+            if before_step is not None and not self.stage.stepper.count:
+                before_step(self.stage.sums.steps)
+            yield Batch(dense(images), labels.contiguous(), dense(images), self._rate)
+            if self._stops:
+                stop.set()  # which ends the others' reading too
+
+    def _next(self, batches, title):
+        """The next one that all pipelines train on, None behind the last."""
+        with among(self.grid.copies), contextlib.suppress(StoppedBetweenSteps):
+            for given in batches:
+                checks.check_pair(given, "the loader")
+                images, labels = move(given, self.device)
+                if is_skipped(images, title):
+                    continue
+                images, labels, refused = checked(self, images, labels)
+                if refused is not None and refused:
+                    raise ValueError("a batch has images that are not finite, or labels that are no classes")
+                return images, labels
+        return None
+
+    def _received(self):
+        """Another stage's."""
+        while (batch := self._receiver.receive()) is not None:
+            yield batch
+            self._receiver.stop = self._stops
+
+    def _run(self, batch):
+        synchronous, release = self.schedule == "synchronous", self._receiver and self._receiver.release
         out = self.stage.run(batch, None if synchronous else release)
         if self._sender is not None:
             images = out.images if self._sends_images else None
@@ -198,17 +241,46 @@ class StageTrainer:
         if synchronous:
             if self._sender is not None:
                 self._sender.drain()
-            if release is not None:
-                release()
+            if self._receiver is not None:
+                self._receiver.release()
+
+    @telling()
+    @torch.inference_mode(False)
+    def evaluate(self, loader: Iterable | None = None) -> Evaluation:
+        """The model's loss, accuracies and confusion matrix, on every rank, by the loaders of the first stages; see
+        `auglocal_ext.evaluation`. Their first batch has to be the largest.
+
+        Raises:
+            ValueError: a batch does not fit, or there is none; or the model's forward does something else in eval mode
+                than its layers, which the ranks have.
+            training.divergence.NotFinite: on every rank: outputs are not finite.
+        """
+        if self._unlike:
+            raise ValueError(self._unlike)
+        return evaluated(self, () if loader is None else loader)
 
     @telling()
     def gather(self) -> dict | None:
         """The whole model's state_dict on rank 0, on the CPU; None on the others."""
-        own = {name: tensor.cpu() for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
-        parts = gathered_on_first(own, "the trained weights")
-        if parts is None:
+        found = self._gathered()
+        if found is None:
             return None
-        return {name: next(part[name] for part in parts if name in part) for name in self.model.state_dict()}
+        return {name: found.get(f"model.{name}", value) for name, value in self.model.state_dict().items()}
+
+    @telling()
+    def make_whole(self) -> None:
+        """On rank 0 the model has all weights and buffers again; on the others, only what is theirs. The training is
+        over with it: what rank 0 is given here no step changes."""
+        found = self._gathered()
+        if found is not None:
+            self.parts.put_back(found, self.device)
+
+    def _gathered(self):
+        own = {}
+        if self.grid.replica == 0:
+            own = {name: t.detach().cpu() for name, t in self.parts.owned.items() if name.startswith("model.")}
+        parts = gathered_on_first(own, "the trained weights")
+        return None if parts is None else {name: tensor for part in parts for name, tensor in part.items()}
 
     @telling()
     def save(self, folder: str | Path, **more) -> None:
@@ -219,41 +291,3 @@ class StageTrainer:
     def load(self, folder: str | Path) -> dict:
         """Goes on from a checkpoint, of as many ranks or others; returns what `save` was given more."""
         return load(self, folder)
-
-    def _entry(self, began, seen_from):
-        stage, now = self.stage, time.monotonic()
-        ours = (
-            stage.losses.tolist(),
-            stage.hits.tolist(),
-            stage.seen,
-            int(stage.counted),
-            now - began,
-            now - seen_from,
-        )
-        found = gathered(ours, "what an epoch came to")
-        seen, counted, seconds, busy = found[-1][2:]
-        losses = [loss / max(counted, 1) for part in found for loss in part[0]]
-        accuracies = [hits / max(counted, 1) for part in found for hits in part[1]]
-        whole = max(part[4] for part in found)
-        return StagesEpoch(losses[-1], accuracies[-1], losses, accuracies, seen / busy if busy else 0.0, whole)
-
-
-def _check(schedule, max_lag, balance, options):
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, given {schedule!r}")
-    whole_number(max_lag, "max_lag must be a whole number of batches, at least 1", 1)
-    if balance not in COSTS:
-        raise ValueError(f"balance must be one of {', '.join(COSTS)}, given {balance!r}")
-    for name, needs_all in (("clip", options.get("clip") == "global"), ("ema", options.get("ema") is not None)):
-        if needs_all:
-            raise ValueError(
-                f"{name}={options[name]!r} needs all modules in one process, given several stages: leave it out"
-            )
-
-
-def _check_rule(trainer):
-    if nets_of(trainer._rule) is not None and "readout=shared" in str(nets_of(trainer._rule)):
-        raise ValueError(
-            "readout=shared copies the classifier's weights in every step, which several stages do not have in one "
-            "process: leave it out"
-        )

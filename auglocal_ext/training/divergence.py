@@ -15,6 +15,8 @@ __all__ = [
     "UndoWhereNotFinite",
     "check_finite",
     "check_learnt",
+    "check_values",
+    "diverged",
     "names_not_finite",
 ]
 
@@ -32,15 +34,26 @@ class NotFinite(FloatingPointError):
     """What `train` makes a TrainingDiverged of."""
 
 
+def diverged(error, result, has_checkpoints):
+    """The TrainingDiverged of a NotFinite. has_checkpoints: whether the training would go on from one that it wrote."""
+    remedy = f"{REMEDY}, and another checkpoint folder" if has_checkpoints else REMEDY
+    made = TrainingDiverged(f"{error}: training diverged; {remedy}", result)
+    made.told_ranks = getattr(error, "told_ranks", False)  # see `distributed.faults.telling`
+    return made
+
+
 REMEDY = "lower the learning rate, for instance optimizer=functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)"
 
 
 def names_not_finite(trainer):
-    """Names of the model's and the aux nets' parameters and buffers that have a value that is NaN or infinite."""
+    """Names of the model's and the aux nets' parameters and buffers that have a value that is NaN or infinite; of those
+    that have data here."""
     named = {}
     for prefix, module in (("", trainer.model), ("aux_nets.", trainer.aux_nets)):
         tensors = [*module.named_parameters(), *module.named_buffers()]
-        named |= {prefix + name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+        named |= {prefix + name: t for name, t in tensors if t.is_floating_point() and not t.is_meta}
+    if not named:
+        return []
     finite = torch.stack([tensor.detach().isfinite().all() for tensor in named.values()])
     return [name for name, is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
 
@@ -53,12 +66,26 @@ def check_finite(trainer, odd, title):
         raise NotFinite(f"{title}: {spoilt[0]} has values that are NaN or infinite")
 
 
+def check_values(trainer, watch, sums, odd, title):
+    """Behind an epoch: raises NotFinite where a loss, a weight or a buffer is not finite any more. watch: `LossWatch`;
+    sums: the epoch's; odd: see `check_finite`."""
+    watch.check(title)
+    counted = enumerate(sums.counted.tolist(), watch.begin)
+    never = [number for (number, count), trained in zip(counted, sums.trained, strict=True) if trained and not count]
+    if never:
+        raise NotFinite(f"{title}: the loss of local module {never[0]} was finite in no step")
+    check_finite(trainer, odd, title)
+
+
 class LossWatch:
     """Remembers each local module's last finite loss, and the first step whose loss was not. Nothing in `note` waits
-    for the device; `check` does."""
+    for the device; `first` and `check` do.
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    begin: where the trainer's local modules begin among the plan's.
+    """
+
+    def __init__(self, trainer, begin=0):
+        self.trainer, self.begin = trainer, begin
         modules = len(trainer.local_modules)
         self._last = torch.full((modules,), torch.nan, dtype=trainer.dtype, device=trainer.device)
         self._first = torch.full((modules,), -1, dtype=torch.int64, device=trainer.device)
@@ -85,19 +112,25 @@ class LossWatch:
 
     def check(self, title):
         """Raises NotFinite of the first step and its first module whose loss was not finite."""
-        found = [(step, index) for index, step in enumerate(self._first.tolist()) if step >= 0]
-        if not found:
+        if (found := self.first()) is None:
             return
-        step, index = min(found)
-        units = self.trainer.plan.modules[index].units
+        (step, number), modules = found, self.trainer.plan.modules
+        units = modules[number].units
         of = units[0] if len(units) == 1 else f"{units[0]} .. {units[-1]}"
         last = [f"{loss:.4g}" for loss in self._last.tolist()]
-        before = f"its last finite one was {last[index]}" if last[index] != "nan" else "none of its losses was before"
-        others = f" (of all modules: {', '.join(last)})" if 1 < len(last) <= 16 else ""
+        own = last[number - self.begin]
+        before = f"its last finite one was {own}" if own != "nan" else "none of its losses was before"
+        others = f" (of all modules: {', '.join(last)})" if 1 < len(last) == len(modules) <= 16 else ""
         raise NotFinite(
-            f"{title}, step {step}: the loss of local module {index} of {len(last)} ({of}) is not finite; "
+            f"{title}, step {step}: the loss of local module {number} of {len(modules)} ({of}) is not finite; "
             f"{before}{others}"
         )
+
+    def first(self):
+        """(step, number among the plan's) of the first step and its first module whose loss was not finite, or None.
+        Waits for the device."""
+        found = [(step, self.begin + index) for index, step in enumerate(self._first.tolist()) if step >= 0]
+        return min(found, default=None)
 
 
 class UndoWhereNotFinite:

@@ -12,7 +12,7 @@ from .batch import counted
 from .loaders import move
 from .ranks import any_rank, in_step, totals
 
-__all__ = ["PeakMeter", "Sums", "train_epoch"]
+__all__ = ["PeakMeter", "Sums", "check_any_seen", "is_skipped", "train_epoch"]
 
 
 class Sums:
@@ -110,12 +110,7 @@ def train_epoch(trainer, batches, title, sums, before_step, after_update, meter,
         checks.check_device(batch, trainer.device, "the loader's ")
         batch = images, labels = move(batch, trainer.device)  # no second name keeps the loader's own tensors
         trainer.check_images(images)
-        if any_rank(len(images) == 1):
-            warnings.warn(
-                f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or "
-                f"another batch size",
-                stacklevel=3,
-            )
+        if is_skipped(images, title):
             continue
         if not trainer.stepper.count:
             before_step(sums.steps)
@@ -134,10 +129,27 @@ def train_epoch(trainer, batches, title, sums, before_step, after_update, meter,
             trainer.flush()
         after_update()
     sums.over = True
-    if not sums.seen:
-        raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
+    check_any_seen(sums, title)
     trainer.check()  # waits for the device, which is part of the time
     sums.seconds = time.perf_counter() - started
+
+
+def is_skipped(images, title):
+    """Whether no rank trains on its batch, because one of them is too small, which is said."""
+    if not any_rank(len(images) == 1):
+        return False
+    warnings.warn(
+        f"{title}: a batch of one image is skipped, BatchNorm needs at least two; use drop_last=True or another batch "
+        f"size",
+        stacklevel=4,
+    )
+    return True
+
+
+def check_any_seen(sums, title):
+    """ValueError where an epoch had no step."""
+    if not sums.seen:
+        raise ValueError(f"the loader gave no batch of two images or more in {title}: it must give some in every epoch")
 
 
 class PeakMeter:

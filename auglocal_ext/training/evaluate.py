@@ -1,7 +1,7 @@
 """What a model makes of a loader's images: its loss, its accuracies, which classes it takes for which."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,20 @@ from ..common import checks
 from ..common.messages import first_line
 from ..distributed.collectives import summed
 from .divergence import NotFinite
-from .loaders import StoppedBetweenSteps, length_of, move, no_bar, until
+from .loaders import StoppedBetweenSteps, length_of, move, no_bar, peek, until
 from .ranks import any_rank
 
-__all__ = ["Evaluation", "Validation", "evaluate", "evaluated", "evaluation", "modes_of", "restore"]
+__all__ = [
+    "Evaluation",
+    "Validation",
+    "check_any",
+    "checked_batches",
+    "evaluate",
+    "evaluated",
+    "evaluation",
+    "modes_of",
+    "restore",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +127,17 @@ class Validation:
         if not len(images):
             return
         with torch.inference_mode(), checks.autocasting(self.device, self.precision):
-            logits = self._logits(images)
-            if self.classes is None:
-                self.classes = logits.shape[1]
-                self._note(1, checks.out_of_range(labels, self.classes), labels)
-            # -inf is how classes are masked; a row of nothing else is not.
-            self._note(2, (logits.isnan() | (logits == torch.inf)).any() | ~logits.isfinite().any(1).all())
-            self._count(logits, labels.clamp(0, self.classes - 1))  # one out of range would end a GPU's context
-        self.images += len(images)
+            self.judge(self._logits(images), labels)
+
+    def judge(self, logits, labels):
+        """Counts a batch's logits."""
+        if self.classes is None:
+            self.classes = logits.shape[1]
+            self._note(1, checks.out_of_range(labels, self.classes), labels)
+        # -inf is how classes are masked; a row of nothing else is not.
+        self._note(2, (logits.isnan() | (logits == torch.inf)).any() | ~logits.isfinite().any(1).all())
+        self._count(logits, labels.clamp(0, self.classes - 1))  # one out of range would end a GPU's context
+        self.images += len(labels)
 
     def _count(self, logits, labels):
         if self.confusion is None:
@@ -196,6 +209,24 @@ class Validation:
         )
 
 
+def checked_batches(validation, loader, again):
+    """The batches of a val_loader, whose first one was checked; again: whether it is gone through more than once."""
+    first, batches = peek(loader, "val_loader")
+    validation.check(first)
+    validation.raise_faults()
+    if not isinstance(loader, Iterator):
+        return loader
+    if again:
+        raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
+    return batches
+
+
+def check_any(validation):
+    """ValueError where no image was counted."""
+    if not validation.images:
+        raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
+
+
 def evaluated(validation, loader, progress, stop, of_all_ranks=False):
     """The Evaluation of a Validation's model on the loader; stop: an Event that ends it by a KeyboardInterrupt.
     of_all_ranks: on the loaders of all ranks together, which are all ended where one is."""
@@ -220,6 +251,5 @@ def evaluated(validation, loader, progress, stop, of_all_ranks=False):
         if any_rank(stopped):
             raise StoppedBetweenSteps
         validation.sum_up()
-    if not validation.images:
-        raise ValueError("the validation loader is empty: it gave no image, or it can be gone through only once")
+    check_any(validation)
     return validation.evaluation()

@@ -22,8 +22,8 @@ from ..rules.auxiliary import Auxiliary
 from ..rules.cutting import has_own_cut
 from ..rules.rule import Rule
 from .checkpoint import Checkpoints
-from .divergence import REMEDY, NotFinite, TrainingDiverged
-from .evaluate import Validation, evaluated, modes_of, restore
+from .divergence import NotFinite, diverged
+from .evaluate import Validation, checked_batches, evaluated, modes_of, restore
 from .lines import first_lines
 from .loaders import is_resumable, move, peek, set_epoch
 from .ranks import check_loaders, check_nonfinite, draw_apart
@@ -235,8 +235,7 @@ def train(
         try:
             run.go()
         except NotFinite as error:
-            remedy = REMEDY if checkpoints is None else f"{REMEDY}, and another checkpoint folder"
-            ended = TrainingDiverged(f"{error}: training diverged; {remedy}", run.result())
+            ended = diverged(error, run.result(), checkpoints is not None)
         except KeyboardInterrupt as stopped:
             ended = TrainingInterrupted(run.result(), str(stopped))
         if ended is not None:
@@ -313,15 +312,8 @@ def _validation(trainer, val_loader, epochs, progress):
         "channels": trainer.image_channels,
         "classes": trainer.num_classes,
     }
-    first, batches = peek(val_loader, "val_loader")
     peeked = Validation(trainer.model, prefix="val_loader's ", **options)
-    peeked.check(first)
-    peeked.raise_faults()
-    once = isinstance(val_loader, Iterator)
-    if once and (epochs > 1 or trainer.ema_model is not None):
-        raise ValueError("val_loader can be gone through only once: give a DataLoader or a list, not a generator")
-    if not once:
-        batches = val_loader
+    batches = checked_batches(peeked, val_loader, again=epochs > 1 or trainer.ema_model is not None)
 
     def validate(model, epoch, stop):
         set_epoch(batches, epoch)

@@ -100,7 +100,7 @@ def _together(stop, batches):
                 raise KeyboardInterrupt("a batch was not read to its end") from None
             raise
         over = batch is end
-        *ended, stopped = highest([world().rank if over else -1, not over, stop.is_set()], "the next batch")
+        *ended, stopped = highest([world().number if over else -1, not over, stop.is_set()], "the next batch")
         if ended[0] >= 0 and ended[1]:
             raise ValueError(
                 f"the loader of rank {int(ended[0])} ended after {count} batches, another rank's has more: every rank "

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..common.memory import process_bytes
 from .checkpoint import Checkpoints
-from .divergence import LossWatch, NotFinite, check_finite, check_learnt, names_not_finite
+from .divergence import LossWatch, check_finite, check_learnt, check_values, names_not_finite
 from .epoch import PeakMeter, Sums, train_epoch
 from .lines import duration, epoch_line, memory_line
 from .loaders import StoppedBetweenSteps, interrupt_sets, length_of, no_bar, set_epoch
@@ -122,7 +122,7 @@ class Run:
                 lambda step: self.rates.before_step(epoch, step, self.length), self.rates.after_step,
                 self.meter, self.stop, lambda result: self._after_step(result, bar),
             )  # fmt: skip
-        self._check_values()
+        check_values(trainer, self.watch, self.sums, self.odd, self._title())
         spread_buffers(trainer)
         if self.checkpoints is not None:
             self.checkpoints.at_the_end(trainer)
@@ -171,15 +171,6 @@ class Run:
             raise _OutOfTime
         if self.checkpoints is not None and self.checkpoints.within_epochs and any_rank(self.checkpoints.due()):
             self._save_within()
-
-    def _check_values(self):
-        self.watch.check(self._title())
-        never = [
-            index for index, count in enumerate(self.sums.counted.tolist()) if not count and self.sums.trained[index]
-        ]
-        if never:
-            raise NotFinite(f"{self._title()}: the loss of local module {never[0]} was finite in no step")
-        check_finite(self.trainer, self.odd, self._title())
 
     def _save_within(self):
         """A checkpoint within the epoch, where there is anything to go on from."""

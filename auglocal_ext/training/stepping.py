@@ -67,6 +67,7 @@ class Stepper:
         skipped: of each module, how many steps it was left out of; counted on.
         scaled: None, or the device of losses that are scaled, for gradients in float16: each module's by a scale of its
             own, which halves where its gradients overflow, and then leaves it out of the step.
+        begin: the number of the first of these modules among the model's.
 
     Attributes:
         count: batches in the group so far.
@@ -74,10 +75,10 @@ class Stepper:
         reduction: `Reduction` of several ranks, or None.
     """
 
-    def __init__(self, settings, model, modules, optimizers, skipped, scaled=None):
+    def __init__(self, settings, model, modules, optimizers, skipped, scaled=None, begin=0):
         self.settings, self._model, self._modules, self._optimizers = settings, model, modules, optimizers
         self.average = None if settings.ema is None else ModelAverage(model, settings.ema)
-        self.reduction = None if settings.ranks == 1 else Reduction()
+        self.reduction = None if settings.ranks == 1 else Reduction(begin)
         self.count, self._skipped = 0, skipped
         self._spoilt = set()  # modules that are left out of the group's step
         self._undo = None

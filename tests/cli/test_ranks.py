@@ -40,6 +40,9 @@ def both(tmp_path_factory):
         ["resume", str(folder / "runs" / "a"), "--epochs", "2"],
         ["train", *SMALL, "--runs", str(folder / "runs"), "--name", "a"],
         ["train", *SMALL, "--runs", str(folder / "runs"), "--nonfinite", "skip"],
+        ["train", *SMALL, "--stages", "2", "--epochs", "1", "--runs", str(folder / "parts"), "--name", "b"],
+        ["resume", str(folder / "parts" / "b"), "--epochs", "2"],
+        ["train", *SMALL, "--stages", "3", "--runs", str(folder / "parts")],
     ]
     commands = list(zip(free_ports(len(commands)), commands, strict=True))
     processes = [begun(launched, folder, rank, commands) for rank in range(2)]
@@ -79,6 +82,36 @@ def test_an_option_of_one_process_is_told_on_both(both):
     for rank in both[1]:
         status, _, text = rank[3]
         assert status == 2 and "error: nonfinite='skip' is of one process" in text
+
+
+def test_one_model_in_parts(both):
+    folder, (first, second) = both
+    assert [one[0] for one in first[4:6]] == [one[0] for one in second[4:6]] == [0, 0], (first, second)
+    begun, gone_on = first[4][2], first[5][2]
+    assert "1 epochs in batches of 8, sgd with lr 0.00625" in begun
+    assert "rank 0: local modules 0 to 0; rank 1: local modules 1 to 1" in begun
+    assert "epoch 1/1  loss " in begun and "test accuracy" in begun and "on each rank, planned: " in begun
+    assert "epoch 2/2  loss " in gone_on and "epoch 1/" not in gone_on
+    assert second[4][2] == second[5][2] == ""
+    run = folder / "parts" / "b"
+    history = json.loads((run / "history.json").read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2] and history[1]["val_accuracy"] is not None
+    assert {path.name for path in run.iterdir()} == {
+        *("model.pt", "settings.json", "history.json", "history.csv", "learning_curve.png", "checkpoint"),
+    }
+    models.resnet20().load_state_dict(torch.load(run / "model.pt"))
+
+
+def test_stages_that_do_not_divide_the_processes(both):
+    for rank in both[1]:
+        status, _, text = rank[6]
+        assert status == 2 and "--stages must be a whole number that divides the number of ranks, 2, given 3" in text
+
+
+@pytest.mark.parametrize("given", [["--val-split", "0.1"], ["--patience", "2"], ["--budget", "1GB"]], ids=" ".join)
+def test_what_does_not_go_with_stages(given, capsys):
+    assert main(["train", *SMALL, "--stages", "1", *given]) == 2
+    assert f"error: {given[0]} does not go with --stages yet: leave one of them out" in capsys.readouterr().err
 
 
 def test_a_rank_has_the_gpu_of_its_number(monkeypatch):

@@ -17,7 +17,7 @@ from auglocal_ext.distributed.reduction import Reduction, flatten
 
 
 def test_alone_nothing_is_sent():
-    assert group.world() == group.World(0, 1) and group.world().alone and group.world().first
+    assert group.world() == group.World(0, range(1)) and group.world().alone and group.world().first
     value = torch.arange(3.0)
     broadcast([value], "weights")
     assert summed(value, "sums") is value and highest([2, 1], "numbers") == [2, 1] and gathered("a", "texts") == ["a"]
@@ -87,7 +87,9 @@ def everything(folder):
         except ValueError as error:
             found[name] = str(error)
     weight = torch.full((2, 3, 2, 2), float(place.rank)).to(memory_format=torch.channels_last)
-    broadcast([weight, torch.tensor(place.rank)], "the weights")
+    flags = torch.tensor(place.rank, dtype=torch.int16)
+    broadcast([weight, torch.tensor(place.rank), flags, torch.empty(0)], "the weights")
+    found["flags"] = flags.item()
     found["weight"] = weight.unique().tolist()
     found["sum"] = summed(torch.tensor([1, place.rank]), "sums").tolist()
     found["highest"] = highest([place.rank, -place.rank, 7], "numbers")
@@ -110,7 +112,7 @@ def test_what_ranks_do_together(tmp_path):
         assert one["texts"] == ["I am 0", "I am 1"] and one["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert one["depth"] == "rank 1 has depth 1, rank 0 has 0: give the same"
         assert one["a long one"].startswith("rank 1 has a long one 'xxxx") and "... rank 0" not in one["a long one"]
-        assert one["weight"] == [0.0] and one["sum"] == [2, 1] and one["highest"] == [1, 0, 7]
+        assert one["weight"] == [0.0] and one["flags"] == 0 and one["sum"] == [2, 1] and one["highest"] == [1, 0, 7]
         assert one["pending"] == one["waited"] == [0, 1, 2] and one["count"] == 2 and one["left"] == []
         for index, seed in ((0, 0), (2, 10)):
             pairs = zip(with_gradients(layers(), seed), with_gradients(layers(), seed + 1), strict=True)

@@ -12,7 +12,7 @@ SHAPE = (4, 3, 16, 16)
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    monkeypatch.setattr(stepping, "world", lambda: World(0, 2))
+    monkeypatch.setattr(stepping, "world", lambda: World(0, range(2)))
 
 
 def planned(**options):
@@ -23,7 +23,7 @@ def planned(**options):
 @pytest.mark.usefixtures("nothing_compared")
 def test_what_waits_is_in_the_plan(monkeypatch):
     alone = planned(modules=3)
-    monkeypatch.setattr(stepping, "world", lambda: World(0, 2))
+    monkeypatch.setattr(stepping, "world", lambda: World(0, range(2)))
     ours = planned(modules=3)
     assert ours.origin.stepping.ranks == 2
     assert [module.gradient_bytes for module in ours.modules] == [module.gradient_bytes for module in alone.modules]
@@ -54,6 +54,6 @@ def test_too_little_is_told_with_what_waits(two_ranks, monkeypatch):
     monkeypatch.setattr(stepping, "world", World)
     smaller = planned(memory_budget="100MB", prefer="memory", **cut).peak_bytes
     assert smaller < least
-    monkeypatch.setattr(stepping, "world", lambda: World(0, 2))
+    monkeypatch.setattr(stepping, "world", lambda: World(0, range(2)))
     with pytest.raises(ValueError, match="gradients that wait for 2 ranks would take .* too small for batches of 4"):
         planned(memory_budget=smaller, **cut)

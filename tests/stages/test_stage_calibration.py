@@ -32,7 +32,7 @@ def trainer():
 
 def test_modules_take_what_was_measured(monkeypatch):
     monkeypatch.setattr(calibration, "measured_seconds", lambda *given: [1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(calibration, "_optimizer_seconds", lambda *given: 0.5)
+    monkeypatch.setattr(calibration, "optimizer_seconds", lambda *given: 0.5)
     monkeypatch.setattr(calibration, "measured_roofline", lambda *given: CLOCK)
     measured = trainer()
     costs, planned = measured_costs(measured, *batch()), planned_costs(measured.plan, measured.model, CLOCK)
@@ -53,7 +53,7 @@ def test_nothing_changes_by_measuring():
 
 
 def test_frozen_modules_take_no_step():
-    assert calibration._optimizer_seconds(None, torch.nn.Linear(2, 2).requires_grad_(False), "cpu") == 0
+    assert calibration.optimizer_seconds(None, torch.nn.Linear(2, 2).requires_grad_(False), "cpu") == 0
 
 
 @pytest.mark.parametrize(("seconds", "slowdown"), [((2.0, 3.0), 1.5), ((2.0, 1.9), 1.0)])
@@ -83,5 +83,5 @@ def test_two_ranks_measure_the_same(tmp_path):
     costs, link, memory, planned = first
     assert len(costs.modules) == 4 and all(piece.seconds > 0 for piece in costs.modules)
     assert 0 < link.latency < 1 and 1e6 < link.bandwidth < 1e13
-    # But for the headers of two messages.
-    assert [theirs - ours for ours, theirs in zip(memory, planned, strict=True)] == [32, 32]
+    # But for the headers of two messages, and what aligns the tensors behind them.
+    assert [theirs - ours for ours, theirs in zip(memory, planned, strict=True)] == [128, 128]

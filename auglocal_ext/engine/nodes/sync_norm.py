@@ -7,6 +7,9 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...distributed.collectives import STATISTICS, own_group
+from ...distributed.faults import answering
+from ...distributed.group import world
 from ..tensors import like
 from .island import Island
 from .norm import (
@@ -31,9 +34,10 @@ class SyncNorm(Norm):
     """As Norm, of a batch whose images lie on the ranks of a process group, not necessarily as many on each.
 
     In the forward pass each rank's statistics are sent to all, in the backward pass its two sums a channel are added to
-    the others'. The group is the module's own, where an nn.SyncBatchNorm has one, or the default one. Alone, and where
-    there is no group, nothing is sent, and the result is Norm's to rounding. The gradients of weight and bias are of
-    this rank's images, as torch has them: they are averaged with all others'. Of matrices (N, C) and (N, C, L) too.
+    the others'. The group is the module's own, where an nn.SyncBatchNorm has one, or that of the ranks that train the
+    same module, `distributed.group.world`. Alone nothing is sent, and the result is Norm's to rounding. The gradients
+    of weight and bias are of this rank's images, as torch has them: they are averaged with all others'. Of matrices (N,
+    C) and (N, C, L) too.
     """
 
     @classmethod
@@ -86,31 +90,34 @@ def check_all_are_synchronised(nodes):
 
 
 def _group(bn):
-    """None: the default one."""
-    return getattr(bn, "process_group", None)
+    own = getattr(bn, "process_group", None)
+    return own_group(STATISTICS) if own is None else own
 
 
-def _ranks(group):
-    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
+def _ranks(bn):
+    own = getattr(bn, "process_group", None)
+    return world().size if own is None else distributed.get_world_size(own)
 
 
-def _gathered(row, group):
+def _gathered(row, bn):
     """(ranks, n): each rank's row (n,). Of a row without data nothing is sent."""
-    ranks = _ranks(group)
+    ranks = _ranks(bn)
     if ranks == 1:
         return row.unsqueeze(0)
     rows = row.new_empty(ranks, len(row))
     if not row.is_meta:
         # Newer releases of torch warn of the older name.
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-        gather(rows.view(-1), row, group=group)
+        with answering("the statistics of a BatchNorm"):
+            gather(rows.view(-1), row, group=_group(bn))
     return rows
 
 
-def _summed(values, group):
+def _summed(values, bn):
     """The sum of all ranks' values, in place. Of values without data nothing is sent."""
-    if _ranks(group) > 1 and not values.is_meta:
-        distributed.all_reduce(values, group=group)
+    if _ranks(bn) > 1 and not values.is_meta:
+        with answering("the gradients of a BatchNorm"):
+            distributed.all_reduce(values, group=_group(bn))
     return values
 
 
@@ -146,7 +153,7 @@ def _shaped(maps, x):
 def _statistics(bn, x):
     own, count = _ops.batch_norm_statistics(_maps(x)), x.numel() // x.shape[1]
     mean, var = own[0].double(), own[1].double()
-    rows = _gathered(torch.cat([mean, var * count, mean.new_full((1,), count)]), _group(bn))
+    rows = _gathered(torch.cat([mean, var * count, mean.new_full((1,), count)]), bn)
     mean, var, count = combined(rows)
     update_running_statistics(bn, mean, var, count)
     return mean.to(own[0].dtype), var.to(own[1].dtype), count
@@ -163,7 +170,7 @@ def _gradients(bn, act, slope, grad, x, of_batch, y, dx):
     grad, dx = (like(_maps(given), maps) for given in (grad, dx))
     y, masked = (None, None) if y is None else (like(_maps(y), maps), grad)
     sums, *parameters = _ops.batch_norm_act_backward_sums(grad, maps, *norm, y, bn.eps, act, masked, slope)
-    means = _summed(sums, _group(bn)).div_(count)
+    means = _summed(sums, bn).div_(count)
     left = act if masked is None else 0  # behind the mask there is no activation any more
     _ops.batch_norm_act_backward_apply_out(grad, maps, *norm, means, bn.eps, left, dx, slope)
     return _shaped(dx, x), _shaped(grad, x), *parameters
