@@ -10,8 +10,8 @@ seed of every row comes first, then more of the rows that matter most. What was 
 it again whenever a machine is idle, at low priority (nice -n 19, OMP_NUM_THREADS=1).
 
 With --models study_analysis.py looks at each model as soon as it is trained, two minutes of one core a row. Its line is
-kept beside FILE, and backpropagation's models of seeds 0 and 1 in half precision, which moves no CKA by more than
-0.0001: FOLDER may be lost with its machine. `python docs/results.py` then renews the results' page.
+kept beside FILE, and backpropagation's models of seeds 0 and 1 in half precision, which moves CKA by less than 0.0002:
+FOLDER may be lost with its machine. `python docs/results.py` then renews the results' page.
 
 A difference from backpropagation has a 95 % interval: Student's, with one standard deviation for all rows, pooled over
 those of several seeds. It is of other seeds on the same test images. Two rows are called equal only where the interval
