@@ -6,7 +6,7 @@ ResNet-32 on random images of CIFAR's size, one CPU thread a process: images per
 process, and by several, layer parallel (decoupled and synchronous) and data parallel; of plain backpropagation by one
 process on this engine and in eager PyTorch; and of a real GPipe of it, torch.distributed.pipelining's, on as many
 processes, whose stages are balanced alike. In turn, all of it several times; medians. *predicted*: by the simulator,
-from modules, links and slowdown measured in the same run.
+from modules, links and slowdown that the same processes measure before.
 """
 
 import statistics
@@ -51,19 +51,23 @@ def cut(modules):
     return {"modules": modules, "auxiliary": "light"}
 
 
+# Each returns images per second, and what the simulator predicts from what the same processes measure before, or None.
+
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
 def local_by_one(settings):
-    trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
     batch = batch_of(settings.batch_size)
-    return _steps(lambda: trainer.step(*batch), settings)
+    trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
+    trainer.plan_for(*batch)
+    foretold = predicted(measured_costs(trainer, *batch), 1).images_per_second
+    return _steps(lambda: trainer.step(*batch), settings), foretold
 
 
 def bp_by_one(settings):
     trainer = auglocal_ext.LocalTrainer(resnet32(), rule="bp")
     batch = batch_of(settings.batch_size)
-    return _steps(lambda: trainer.step(*batch), settings)
+    return _steps(lambda: trainer.step(*batch), settings), None
 
 
 def eager_by_one(settings):
@@ -77,7 +81,7 @@ def eager_by_one(settings):
         optimizer.step()
         optimizer.zero_grad()
 
-    return _steps(step, settings)
+    return _steps(step, settings), None
 
 
 def _steps(step, settings):
@@ -103,17 +107,42 @@ def synchronous(settings):
 def _by_stages(settings, schedule):
     """Images per second between the first and the last step that the last rank ends."""
     batch = batch_of(settings.batch_size)
+    costs, link = _calibrated(settings, settings.batch_size)
     trainer = StageTrainer(resnet32(), *batch, schedule=schedule, **cut(settings.modules))
+    foretold = predicted(costs, dist.get_world_size(), schedule, link=link, spans=trainer.spans)
     trainer.epoch([batch] * WARM_UP)
-    return trainer.epoch([batch] * settings.steps).images_per_second
+    return trainer.epoch([batch] * settings.steps).images_per_second, foretold.images_per_second
 
 
 def data_parallel(settings):
-    """Each process has its share of the batch."""
+    """Each process has its share of the batch. A share takes more than its share of the time, so it is measured."""
     ranks = dist.get_world_size()
-    trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
-    share = batch_of(settings.batch_size // ranks)
-    return _steps(lambda: trainer.step(*share), settings)
+    share = settings.batch_size // ranks
+    costs, link = _calibrated(settings, share)
+    costs = replace(costs.scaled(ranks), images=settings.batch_size)
+    foretold = predicted(costs, ranks, "local data parallel", link=link).images_per_second
+    trainer, batch = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules)), batch_of(share)
+    return _steps(lambda: trainer.step(*batch), settings), foretold
+
+
+def _calibrated(settings, size):
+    """What a simulation of batches of that size needs, of the processes that are there."""
+    with on_its_own():
+        trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
+        trainer.plan_for(*batch_of(size))
+    return calibrated(trainer, *batch_of(size))
+
+
+class ContiguousGradient(torch.autograd.Function):
+    """x itself; its gradient is contiguous, in whatever layout it is computed."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient.contiguous()
 
 
 class Part(nn.Module):
@@ -126,7 +155,8 @@ class Part(nn.Module):
         self.parts = nn.Sequential(*parts, *([backbone.classifier] if last else []))
 
     def forward(self, x):
-        return self.parts(x).contiguous()  # torch.distributed.pipelining sends nothing else
+        # torch.distributed.pipelining sends nothing else than what is contiguous, in both directions.
+        return self.parts(ContiguousGradient.apply(x)).contiguous()
 
 
 def gpipe(settings):
@@ -152,7 +182,7 @@ def gpipe(settings):
         schedule.step(*given, **({"target": labels, "losses": []} if rank == ranks - 1 else {}))
         optimizer.step()
 
-    return _steps(step, settings)
+    return _steps(step, settings), None
 
 
 def _seconds_of_units(backbone, size):
@@ -172,30 +202,6 @@ def _seconds_of_units(backbone, size):
     return seconds
 
 
-# ---- the simulator ---------------------------------------------------------------------------------------------------
-
-
-def predictions(settings):
-    """Of the ways of local learning by as many processes as there are, images per second, by name."""
-    batch, ranks = batch_of(settings.batch_size), dist.get_world_size()
-    with on_its_own():
-        trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
-        trainer.plan_for(*batch)
-    if ranks == 1:
-        costs = measured_costs(trainer, *batch)
-        return {name: predicted(costs, 1).images_per_second for name in ALONE if name in FORMS}
-    costs, link = calibrated(trainer, *batch)
-    # A share of a batch takes more than its share of the time: what a rank of data parallel takes is measured.
-    share, _ = calibrated(trainer, *batch_of(settings.batch_size // ranks))
-    shares = replace(share.scaled(ranks), images=settings.batch_size)
-    found = {}
-    for name, form in FORMS.items():
-        if name in TOGETHER:
-            given = shares if form == "local data parallel" else costs
-            found[name] = predicted(given, ranks, form, link=link).images_per_second
-    return found
-
-
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 ALONE = {
@@ -208,12 +214,6 @@ TOGETHER = {
     "local learning, synchronous": synchronous,
     "local learning, data parallel": data_parallel,
     "GPipe of BP": gpipe,
-}
-FORMS = {  # of those that are predicted, as the simulator calls them
-    "local learning, one process": "decoupled",
-    "local learning, decoupled": "decoupled",
-    "local learning, synchronous": "synchronous",
-    "local learning, data parallel": "local data parallel",
 }
 
 
@@ -232,19 +232,16 @@ def bench(settings):
         check_writable(settings.json, "--json")
     torch.set_num_threads(1)
     rounds = {name: [] for name in (*ALONE, *TOGETHER)}
-    foretold = {name: [] for name in FORMS}
     for _ in range(settings.rounds):
         for name, work in {**ALONE, **TOGETHER}.items():
             rounds[name].append(by_processes(work, settings.ranks if name in TOGETHER else 1, settings))
-        for ranks in (1, settings.ranks):
-            for name, rate in by_processes(predictions, ranks, settings).items():
-                foretold[name].append(rate)
     rows = {}
     for name, found in rounds.items():
-        rows[name] = {"processes": settings.ranks if name in TOGETHER else 1, "rounds": found}
-        rows[name] |= {"images_per_second": statistics.median(found)}
-        if name in FORMS:
-            rows[name]["predicted"] = statistics.median(foretold[name])
+        rates, foretold = zip(*found, strict=True)
+        rows[name] = {"processes": settings.ranks if name in TOGETHER else 1, "rounds": rates}
+        rows[name] |= {"images_per_second": statistics.median(rates)}
+        if None not in foretold:
+            rows[name] |= {"predicted_rounds": foretold, "predicted": statistics.median(foretold)}
     asked = {name: getattr(settings, name) for name in ("ranks", "modules", "batch_size", "micro_batches", "steps")}
     about = {**asked, **machine("cpu")}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
