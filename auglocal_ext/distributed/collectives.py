@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .agree import exchange
-from .faults import answering
+from .faults import RankFailed, answering
 from .group import everybody, session, timeout, world
 
 __all__ = [
@@ -35,7 +35,10 @@ def own_group(name: str):
     place, groups = world(), session().groups
     if (name, place.ranks) not in groups:
         if place != everybody():
-            raise RuntimeError(f"group {name!r} of {place.ranks} is closed, as it is when a rank has failed")
+            raise RankFailed(
+                f"ranks {', '.join(map(str, place.ranks))} have no connection {name!r} any more, as when one has "
+                f"failed: make a new trainer"
+            )
         make_groups(name, [place.ranks])
     return groups[name, place.ranks]
 

@@ -89,7 +89,8 @@ def stopped() -> str | None:
 
 def _why(what, began):
     """What is known of the ranks that did not answer. Each rank that notices it says so: those that neither do that nor
-    say why they stopped are the ones that are gone, and the last to do it is the one that was late."""
+    say why they stopped are the ones that are gone, and the last to do it is the one that was late. A rank that waits
+    for others than this one notices later: where one of those that this one works with is gone, it is that."""
     seconds = time.monotonic() - began
     missing = late = _others()
     try:
@@ -104,6 +105,7 @@ def _why(what, began):
             return told
     except RuntimeError:
         return f"the rank that holds the store of all ranks ended in {what}, and did not say why"
+    missing = [rank for rank in missing if rank in world().ranks] or missing
     if seconds >= 0.9 * timeout().total_seconds():
         return f"{_named(missing or late)} did not answer for {seconds:.0f} s in {what}"
     if not missing:

@@ -5,6 +5,7 @@ are posted ahead, into a ring of buffers. The receiver acknowledges a batch when
 sender is at most as many batches ahead as there are buffers. With that it can ask for no more, which ends the epoch.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -100,9 +101,11 @@ class _End:
         """Of the buffers."""
         return sum(slot.bytes.nbytes for slot in self._slots)
 
-    def _group(self):
-        with among(self._border):
-            return own_group(BORDER)
+    @contextlib.contextmanager
+    def _within(self, what):
+        """Around what is sent and received."""
+        with among(self._border), answering(what):
+            yield
 
 
 class Sender(_End):
@@ -129,7 +132,7 @@ class Sender(_End):
             if slot.work is not None:
                 slot.work.wait()
             slot.put(batch)
-            slot.work = dist.isend(slot.bytes, self._peer, group=self._group(), tag=slot.number)
+            slot.work = dist.isend(slot.bytes, self._peer, group=own_group(BORDER), tag=slot.number)
         self._sent += 1
 
     def end(self):
@@ -147,7 +150,7 @@ class Sender(_End):
         stopped = torch.zeros(1, dtype=torch.int64)  # on the CPU, which no kernel has to wait for
         while self._sent - self._acknowledged > under_way:
             with self._answering():
-                dist.recv(stopped, self._peer, group=self._group())
+                dist.recv(stopped, self._peer, group=own_group(BORDER))
             self.stopped |= bool(stopped)
             self._acknowledged += 1
 
@@ -155,7 +158,7 @@ class Sender(_End):
         self._specs = _specs(batch)
         with self._answering():
             dist.send_object_list(
-                [self._specs, batch.images is not None], self._peer, group=self._group(), device="cpu"
+                [self._specs, batch.images is not None], self._peer, group=own_group(BORDER), device="cpu"
             )
         self._slots = [_Slot(number, self._specs, self._device) for number in range(self._count)]
 
@@ -168,7 +171,7 @@ class Sender(_End):
                 )
 
     def _answering(self):
-        return answering(f"what rank {self._peer} takes of local modules before it")
+        return self._within(f"what rank {self._peer} takes of local modules before it")
 
 
 class Receiver(_End):
@@ -227,19 +230,19 @@ class Receiver(_End):
         told = torch.tensor([int(self.stop)])
         self._told = [one for one in self._told if not one[1].is_completed()]
         with self._answering():
-            self._told.append((told, dist.isend(told, self._peer, group=self._group())))
+            self._told.append((told, dist.isend(told, self._peer, group=own_group(BORDER))))
 
     def _open(self):
         told = [None, None]
         with self._answering():
-            dist.recv_object_list(told, self._peer, group=self._group(), device="cpu")
+            dist.recv_object_list(told, self._peer, group=own_group(BORDER), device="cpu")
         specs, self._has_images = told
         self._slots = [_Slot(number, specs, self._device) for number in range(self._count)]
 
     def _post(self, slot):
         with self._answering():
             # By its tag a message finds its buffer: gloo does not fill receives in the order in which they were posted.
-            slot.work = dist.irecv(slot.bytes, self._peer, group=self._group(), tag=slot.number)
+            slot.work = dist.irecv(slot.bytes, self._peer, group=own_group(BORDER), tag=slot.number)
 
     def _answering(self):
-        return answering(f"what rank {self._peer} sends of its local modules")
+        return self._within(f"what rank {self._peer} sends of its local modules")

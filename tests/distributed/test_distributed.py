@@ -3,13 +3,14 @@
 import os
 import pickle
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from ranks import Raised, free_ports, together
 from torch import nn
 
-from auglocal_ext.distributed import group
+from auglocal_ext.distributed import faults, group
 from auglocal_ext.distributed.agree import check_alike, exchange
 from auglocal_ext.distributed.collectives import broadcast, gathered, highest, summed
 from auglocal_ext.distributed.faults import RankFailed, answering, telling
@@ -101,6 +102,14 @@ def everything(folder):
     found["pending"] = reduction.pending
     found["waited"] = list(reduction.wait())
     found["count"], found["left"] = reduction.count, reduction.pending
+    own = range(place.rank, place.rank + 1)
+    with group.among(own):
+        found["own"] = summed(torch.ones(1), "a sum").item(), gathered("alone", "values"), group.world().number
+    try:
+        with group.among(range(place.size)[::-1]):
+            summed(torch.ones(1), "a sum")
+    except RankFailed as error:
+        found["no group"] = str(error)
     found["gradients"] = [[p.grad for p in module.parameters()] for module in modules]
     return found
 
@@ -113,6 +122,8 @@ def test_what_ranks_do_together(tmp_path):
         assert one["depth"] == "rank 1 has depth 1, rank 0 has 0: give the same"
         assert one["a long one"].startswith("rank 1 has a long one 'xxxx") and "... rank 0" not in one["a long one"]
         assert one["weight"] == [0.0] and one["flags"] == 0 and one["sum"] == [2, 1] and one["highest"] == [1, 0, 7]
+        assert one["own"] == (1.0, ["alone"], rank)
+        assert one["no group"].startswith("ranks 1, 0 have no connection 'training' any more, as when one has failed")
         assert one["pending"] == one["waited"] == [0, 1, 2] and one["count"] == 2 and one["left"] == []
         for index, seed in ((0, 0), (2, 10)):
             pairs = zip(with_gradients(layers(), seed), with_gradients(layers(), seed + 1), strict=True)
@@ -120,6 +131,37 @@ def test_what_ranks_do_together(tmp_path):
                 assert (ours is None) == (a is None)
                 assert ours is None or torch.equal(ours, (a + b) / 2)
         assert one["gradients"][1] == [None, None]
+
+
+class Noticed:
+    """A store in which some ranks have said that they noticed something."""
+
+    def __init__(self, *ranks):
+        self.ranks = ranks
+
+    def set(self, key, value):
+        pass
+
+    def check(self, keys):
+        return any(keys[0].endswith(f"noticed/rank {rank}") for rank in self.ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "noticed", "expected"),
+    [
+        (range(1, 4, 2), (2,), "rank 3 ended in a sum"),  # rank 0 waits for this one, and has not heard of it
+        (range(0, 2), (0, 2), "rank 3 ended in a sum"),  # none of those that this one works with
+        (range(0, 4), (2,), "ranks 0, 3 ended in a sum"),
+        (range(0, 4), (0, 2, 3), "the ranks lost their connection in a sum"),
+    ],
+)
+def test_of_several_that_are_silent_it_is_one_that_this_rank_works_with(monkeypatch, ranks, noticed, expected):
+    monkeypatch.setattr(faults, "everybody", lambda: group.World(1, range(4)))
+    monkeypatch.setattr(faults, "world", lambda: group.World(ranks.index(1), ranks))
+    monkeypatch.setattr(faults, "store", lambda: Noticed(*noticed))
+    monkeypatch.setattr(faults, "timeout", lambda: timedelta(seconds=100))
+    monkeypatch.setattr(faults, "GRACE", 0.05)
+    assert faults._why("a sum", time.monotonic()).split(", and")[0] == expected
 
 
 @telling()
