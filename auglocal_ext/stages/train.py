@@ -1,13 +1,11 @@
 """`train_stages`: a whole training by several ranks, each with a part of the model."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..common import checks
 from ..distributed.agree import check_alike
@@ -17,15 +15,13 @@ from ..distributed.group import among, world
 from ..optim import constant, cosine, sgd
 from ..planning.result import Plan
 from ..planning.stepping import Stepping
-from ..training.divergence import NotFinite, TrainingDiverged, check_learnt, diverged
+from ..training.divergence import NotFinite, diverged
 from ..training.evaluate import checked_batches
-from ..training.lines import epoch_line
-from ..training.loaders import length_of, peek, set_epoch
-from ..training.ranks import check_loaders, draw_apart, of_all_ranks
-from ..training.rates import ByFunction, check_schedule, rates_of
-from ..training.state import random_state, set_random_state
-from .checkpoint import newest
+from ..training.loaders import peek, set_epoch
+from ..training.ranks import check_loaders, draw_apart
+from ..training.rates import ByFunction, check_schedule, makes_schedulers
 from .grid import grid_of
+from .run import Run
 from .trainer import StageTrainer
 from .validation import validation_of
 
@@ -100,9 +96,12 @@ def train_stages(
     epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
     schedule = schedule or constant
     check_schedule(schedule)
+    if makes_schedulers(schedule):
+        raise ValueError(
+            "schedule must be a function (epoch, epochs) -> factor with several stages, given a scheduler's"
+        )
     if seed is not None:
         torch.manual_seed(checks.check_seed(seed))
-    place = world()
     arguments = {"epochs": epochs, "checkpoint": str(checkpoint), "stages": stages, "seed": seed}
     check_alike(arguments, "give every rank the same")
     grid, accumulate = grid_of(stages), Stepping(options.get("accumulate", 1)).accumulate
@@ -122,44 +121,19 @@ def train_stages(
     if validates and grid.stage == 0:
         val_loader = checked_batches(validation_of(trainer, "val_loader's "), val_loader, again=epochs > 1)
     draw_apart(seed)
-    rates = rates_of(schedule, trainer, epochs)
-    if not isinstance(rates, ByFunction):
-        raise ValueError(
-            "schedule must be a function (epoch, epochs) -> factor with several stages, given a scheduler's"
-        )
-    length, history = length_of(loader), []
-    if checkpoint is not None and gathered(newest(checkpoint) is not None, "the checkpoint's place")[0]:
-        saved = trainer.load(checkpoint)
-        history, batches, length = saved["history"], loader, saved["length"]
-        trainer.stage.watch.begin_with([history[-1]["module_losses"][index] for index in trainer.stage.span])
-        _draw_on(saved["random"], trainer)
-    if progress and place.first:
-        tqdm.write(_plan_line(trainer))
-    ended: TrainingDiverged | None = None
+    rates, progress = ByFunction(schedule, trainer, epochs), progress and world().first
+    given = epochs, rates, val_loader, validates, progress, on_epoch, checkpoint
+    run, ended = Run(trainer, loader, batches, *given), None
     try:
-        for epoch in range(len(history), epochs):
-            if grid.stage == 0:
-                set_epoch(loader, epoch)
-            title = f"epoch {epoch + 1}/{epochs}"
-            entry = trainer.epoch(batches, partial(_set_rates, rates, epoch, length), title)
-            batches, length = loader, trainer.stage.sums.steps
-            validated = _validated(trainer, val_loader, epoch) if validates else dict.fromkeys(_VAL)
-            history.append({"epoch": epoch + 1, **asdict(entry), **validated})
-            if progress and place.first:
-                tqdm.write(epoch_line(history[-1], epochs, None))
-            if checkpoint is not None:
-                trainer.save(checkpoint, history=history, length=length, random=_random_states(trainer))
-            if on_epoch is not None:
-                on_epoch(history[-1])
-        check_learnt(history, trainer)
+        run.go()
     except NotFinite as error:
-        result = StagesResult(history, trainer.plan, trainer.spans, [])
+        result = StagesResult(run.history, trainer.plan, trainer.spans, [])
         ended = diverged(error, result, checkpoint is not None)
     if ended is not None:
         raise ended  # outside: else its context would keep the trainer alive
     rank_bytes = trainer.rank_bytes
     trainer.make_whole()
-    return StagesResult(history, trainer.plan, trainer.spans, rank_bytes)
+    return StagesResult(run.history, trainer.plan, trainer.spans, rank_bytes)
 
 
 def _first(loader, val_loader, grid):
@@ -174,46 +148,3 @@ def _first(loader, val_loader, grid):
         told = [(tensor.shape, tensor.dtype) for tensor in first], val_loader is not None
     shapes, validates = gathered(told, "the first batch's shape")[grid.pipeline.start]
     return first or tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in shapes), batches, validates
-
-
-def _validated(trainer, loader, epoch):
-    """The history's entries of a validation."""
-    if trainer.grid.stage == 0:
-        set_epoch(loader, epoch)
-    found = trainer.evaluate(loader)
-    return dict(zip(_VAL, (found.loss, found.top1, found.top5), strict=True))
-
-
-_VAL = "val_loss", "val_accuracy", "val_top5_accuracy"
-
-
-def _random_states(trainer):
-    """Of the first stage of every pipeline, whose loader draws; None on ranks of other stages."""
-    if trainer.grid.stage:
-        return None
-    with among(trainer.grid.copies):
-        return of_all_ranks(random_state(trainer.device))
-
-
-def _draw_on(states, trainer):
-    """Puts the random number generators where `_random_states` found them."""
-    grid = trainer.grid
-    if len(states) != grid.replicas:
-        raise ValueError(
-            f"the checkpoint is of {len(states)} pipeline{'s' * (len(states) > 1)}, each with its own batches, given "
-            f"{grid.replicas}: start as many, of any number of stages"
-        )
-    if grid.stage == 0:
-        set_random_state(states[grid.replica], trainer.device)
-
-
-def _set_rates(rates, epoch, length, step):
-    rates.before_step(epoch, step, length)
-
-
-def _plan_line(trainer):
-    parts = [
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: local modules {span.start} to {span.stop - 1}"
-        for ranks, span in zip(trainer.grid.columns, trainer.spans, strict=True)
-    ]
-    return f"{trainer.plan.title}\n{trainer.schedule}; {'; '.join(parts)}"

@@ -7,13 +7,13 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from ..common import checks
 from ..common.messages import first_line
 
-__all__ = ["ByFunction", "BySchedulers", "check_schedule", "rates_of"]
+__all__ = ["ByFunction", "BySchedulers", "check_schedule", "makes_schedulers", "rates_of"]
 
 
 def check_schedule(schedule):
     """TypeError unless it is a function (epoch, epochs) -> factor, or a factory of schedulers."""
-    fits = callable(schedule) and (_makes_schedulers(schedule) or _takes_epochs(schedule))
-    if not fits or (isinstance(schedule, type) and not _makes_schedulers(schedule)):
+    fits = callable(schedule) and (makes_schedulers(schedule) or _takes_epochs(schedule))
+    if not fits or (isinstance(schedule, type) and not makes_schedulers(schedule)):
         given = getattr(schedule, "__name__", type(schedule).__name__)
         raise TypeError(
             f"schedule must be a function (epoch, epochs) -> factor of the learning rate, given {given}: for instance "
@@ -24,10 +24,10 @@ def check_schedule(schedule):
 
 def rates_of(schedule, trainer, epochs):
     """What steps the learning rates of a training by its schedule."""
-    return BySchedulers(schedule, trainer) if _makes_schedulers(schedule) else ByFunction(schedule, trainer, epochs)
+    return BySchedulers(schedule, trainer) if makes_schedulers(schedule) else ByFunction(schedule, trainer, epochs)
 
 
-def _makes_schedulers(schedule):
+def makes_schedulers(schedule):
     """Whether it needs one argument, an optimizer, and not (epoch, epochs)."""
     try:
         parameters = inspect.signature(schedule).parameters.values()

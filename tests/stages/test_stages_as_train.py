@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from functools import partial
 from itertools import starmap
 
 import pytest
@@ -257,3 +258,12 @@ def test_a_first_batch_of_one_image_is_refused():
         train_stages(resnet(), batches((1, 8)), **COMMON)
     with pytest.raises(ValueError, match="nonfinite must be 'stop' or 'skip', given 'go on'"):
         train_stages(resnet(), batches(), nonfinite="go on", **COMMON)
+
+
+def test_what_is_refused_leaves_the_model_as_it_is():
+    trained, step = resnet(), partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    with pytest.raises(ValueError, match="schedule must be a function .* with several stages, given a scheduler's"):
+        train_stages(trained, batches(), schedule=step, **COMMON)
+    with pytest.raises(ValueError, match="accumulate must be a whole number of batches, at least 1, given 0"):
+        train_stages(trained, batches(), accumulate=0, **COMMON)
+    assert list(state_of(trained)) == list(state_of(resnet()))
