@@ -205,7 +205,7 @@ class Shared(Rule):
         return nn.Sequential(*layers, nn.Linear(64, border.num_classes))
 
 
-@pytest.mark.parametrize("given", [{"rule": Shared()}, {"auxiliary": "readout=shared"}], ids=str)
+@pytest.mark.parametrize("given", [{"rule": Shared()}, {"auxiliary": "readout=shared"}], ids=["a rule", "auxiliary"])
 def test_a_readout_that_follows_the_classifier_is_refused(given):
     with pytest.raises(
         ValueError, match=r"end in the classifier's weights.*: leave readout=shared out, .*shares_readout"
