@@ -1,6 +1,5 @@
 """What an epoch of several stages came to, put together from what each of them has."""
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -43,9 +42,9 @@ def check_all_values(trainer, title):
         check_values(trainer, stage.watch, stage.sums, trainer.odd, title)
     except NotFinite as error:
         ours = (*(stage.watch.first() or (math.inf, stage.span.start)), str(error))
-    # By the store: where all raise, the first of them ends the groups that the others may be waiting in.
-    told = [json.loads(text) for text in exchange(json.dumps(ours), "the end of an epoch")]
-    if found := [tuple(one) for one in told if one]:
+    told = gathered(ours, "the end of an epoch")  # a long wait, in which a rank that is killed is noticed at once
+    if found := [one for one in told if one]:
+        exchange("", "the end of a training")  # so that none ends the groups while another one is still in them
         raise NotFinite(min(found)[-1])
 
 

@@ -199,6 +199,8 @@ def faults(what):
     trainer = StageTrainer(model(), *batches()[0], balance="arithmetic", **options)
     if what == "killed" and torch.distributed.get_rank():
         os._exit(1)
+    if what == "killed at the end" and torch.distributed.get_rank():
+        trainer.stage.stepper.flush = lambda: (time.sleep(0.5), os._exit(1))  # rank 0 waits for nothing but the totals
     if what == "raises" and torch.distributed.get_rank():
         trainer.stage._programs[0] = None
     trainer.epoch(loader)
@@ -210,6 +212,7 @@ def faults(what):
         ("modules", "1 local module cannot be spread over 2 stages", "1 local module cannot be spread"),
         ("depth", "rank 1 has .*depth.* 3, rank 0 has 2", "rank 1 has .*depth.* 3, rank 0 has 2"),
         ("killed", "rank 1 ended in what rank 1 takes", None),
+        ("killed at the end", "rank 1 ended in the end of an epoch", None),
         ("raises", "rank 1 stopped: AttributeError", "'NoneType' object has no attribute 'run'"),
         ("larger", "the first batch must be the largest", "rank 0 stopped: ValueError: a batch has a tensor of shape"),
     ],
