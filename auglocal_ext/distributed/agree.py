@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 
-from .faults import RankFailed, answering, stopped, store
+from .faults import RankFailed, answering, missed, stopped, store
 from .group import session, timeout, world
 
 __all__ = ["check_alike", "exchange"]
@@ -40,6 +40,8 @@ def _wait_for(shared, keys, what):
         told = stopped()
         if told and not shared.check(keys):  # else it stopped by what all have exchanged
             raise RankFailed(told)
+        if missed():
+            raise RuntimeError("a rank is gone")  # `answering` finds out which
         if time.monotonic() > deadline:
             missing = [str(rank) for rank, key in zip(world().ranks, keys, strict=True) if not shared.check([key])]
             raise RankFailed(

@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from ..common.messages import first_line
 from .group import close, everybody, session, timeout, world
 
-__all__ = ["RankFailed", "answering", "stopped", "store", "telling"]
+__all__ = ["RankFailed", "answering", "missed", "stopped", "store", "telling"]
 
 GRACE = 2.0  # seconds in which every rank that is still there has noticed that one is not
 
@@ -85,6 +85,11 @@ def stopped() -> str | None:
         if store().check([_key("stopped", rank)]):
             return f"rank {rank} stopped: {store().get(_key('stopped', rank)).decode()}"
     return None
+
+
+def missed() -> bool:
+    """Whether another rank has noticed that one is gone without a word."""
+    return any(store().check([_key("noticed", rank)]) for rank in _others())
 
 
 def _why(what, began):

@@ -10,7 +10,7 @@ import torch
 from ranks import Raised, free_ports, together
 from torch import nn
 
-from auglocal_ext.distributed import faults, group
+from auglocal_ext.distributed import agree, faults, group
 from auglocal_ext.distributed.agree import check_alike, exchange
 from auglocal_ext.distributed.collectives import broadcast, gathered, highest, summed
 from auglocal_ext.distributed.faults import RankFailed, answering, telling
@@ -162,6 +162,19 @@ def test_of_several_that_are_silent_it_is_one_that_this_rank_works_with(monkeypa
     monkeypatch.setattr(faults, "timeout", lambda: timedelta(seconds=100))
     monkeypatch.setattr(faults, "GRACE", 0.05)
     assert faults._why("a sum", time.monotonic()).split(", and")[0] == expected
+
+
+def test_who_waits_for_a_text_hears_from_those_that_noticed_a_rank_gone(monkeypatch):
+    shared, place = torch.distributed.HashStore(), group.World(0, range(3))
+    for module in (faults, agree):
+        monkeypatch.setattr(module, "world", lambda: place)
+        monkeypatch.setattr(module, "store", lambda: shared)
+        monkeypatch.setattr(module, "timeout", lambda: timedelta(seconds=100))
+    monkeypatch.setattr(faults, "everybody", lambda: place)
+    monkeypatch.setattr(faults, "GRACE", 0.05)
+    shared.set(faults._key("noticed", 2), "")
+    with pytest.raises(RankFailed, match="^rank 1 ended in a greeting, and did not say why"):
+        exchange("hello", "a greeting")
 
 
 @telling()
