@@ -6,7 +6,7 @@ ResNet-32 on random images of CIFAR's size, one CPU thread a process: images per
 process, and by several, layer parallel (decoupled and synchronous) and data parallel; of plain backpropagation by one
 process on this engine and in eager PyTorch; and of a real GPipe of it, torch.distributed.pipelining's, on as many
 processes, whose stages are balanced alike. In turn, all of it several times; medians. *predicted*: by the simulator,
-from modules, links and slowdown that the same processes measure before.
+from modules and links that the same processes measure before and behind, as a shared machine's speed drifts.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def cut(modules):
     return {"modules": modules, "auxiliary": "light"}
 
 
-# Each returns images per second, and what the simulator predicts from what the same processes measure before, or None.
+# Each returns images per second, and what the simulator predicts from what the same processes measure, or None.
 
 # ---- one process -----------------------------------------------------------------------------------------------------
 
@@ -60,8 +60,11 @@ def local_by_one(settings):
     batch = batch_of(settings.batch_size)
     trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
     trainer.plan_for(*batch)
-    foretold = predicted(measured_costs(trainer, *batch), 1).images_per_second
-    return _steps(lambda: trainer.step(*batch), settings), foretold
+    return _between(
+        lambda: (measured_costs(trainer, *batch),),
+        lambda costs: predicted(costs, 1),
+        lambda: _steps(lambda: trainer.step(*batch), settings),
+    )
 
 
 def bp_by_one(settings):
@@ -82,6 +85,14 @@ def eager_by_one(settings):
         optimizer.zero_grad()
 
     return _steps(step, settings), None
+
+
+def _between(measure, predict, run):
+    """(what `run` returns, images per second as they are predicted from what is measured before and behind it)"""
+    before = measure()
+    rate = run()
+    foretold = [predict(*measured).images_per_second for measured in (before, measure())]
+    return rate, statistics.harmonic_mean(foretold)
 
 
 def _steps(step, settings):
@@ -107,30 +118,39 @@ def synchronous(settings):
 def _by_stages(settings, schedule):
     """Images per second between the first and the last step that the last rank ends."""
     batch = batch_of(settings.batch_size)
-    costs, link = _calibrated(settings, settings.batch_size)
+    measure = _calibration(settings, settings.batch_size)
     trainer = StageTrainer(resnet32(), *batch, schedule=schedule, **cut(settings.modules))
-    foretold = predicted(costs, dist.get_world_size(), schedule, link=link, spans=trainer.spans)
-    trainer.epoch([batch] * WARM_UP)
-    return trainer.epoch([batch] * settings.steps).images_per_second, foretold.images_per_second
+
+    def predict(costs, link):
+        return predicted(costs, dist.get_world_size(), schedule, link=link, spans=trainer.spans)
+
+    def run():
+        trainer.epoch([batch] * WARM_UP)
+        return trainer.epoch([batch] * settings.steps).images_per_second
+
+    return _between(measure, predict, run)
 
 
 def data_parallel(settings):
     """Each process has its share of the batch. A share takes more than its share of the time, so it is measured."""
     ranks = dist.get_world_size()
     share = settings.batch_size // ranks
-    costs, link = _calibrated(settings, share)
-    costs = replace(costs.scaled(ranks), images=settings.batch_size)
-    foretold = predicted(costs, ranks, "local data parallel", link=link).images_per_second
+    measure = _calibration(settings, share)
     trainer, batch = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules)), batch_of(share)
-    return _steps(lambda: trainer.step(*batch), settings), foretold
+
+    def predict(costs, link):
+        costs = replace(costs.scaled(ranks), images=settings.batch_size)
+        return predicted(costs, ranks, "local data parallel", link=link)
+
+    return _between(measure, predict, lambda: _steps(lambda: trainer.step(*batch), settings))
 
 
-def _calibrated(settings, size):
-    """What a simulation of batches of that size needs, of the processes that are there."""
+def _calibration(settings, size):
+    """A function that measures what a simulation of batches of that size needs, of the processes that are there."""
     with on_its_own():
         trainer = auglocal_ext.LocalTrainer(resnet32(), **cut(settings.modules))
         trainer.plan_for(*batch_of(size))
-    return calibrated(trainer, *batch_of(size))
+    return lambda: calibrated(trainer, *batch_of(size))
 
 
 class ContiguousGradient(torch.autograd.Function):

@@ -1,9 +1,8 @@
-"""What a simulation needs of the machines that are there: seconds of local modules, how much ranks slow each other
-down, and the speed of the link between two of them."""
+"""What a simulation needs of the machines that are there: seconds of local modules while all ranks compute, and the
+speed of the link between two of them."""
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,67 +16,51 @@ from .costs import measured_seconds, optimizer_seconds
 from .pieces import Costs, Link, total
 from .planned_costs import planned_costs
 
-__all__ = ["calibrated", "measured_costs", "measured_link", "measured_slowdown"]
+__all__ = ["calibrated", "measured_costs", "measured_link"]
 
+STEPS = 6  # whose mean is taken: throughput is of the slow ones too
 ROUNDS = 3
 MESSAGE = 2**25  # bytes: takes much longer than an empty one
 
 
 def calibrated(trainer, images, labels, units=None) -> tuple[Costs, Link]:
-    """What `simulate.predicted` takes, measured on the ranks that are there, which all call this: rank 0's seconds when
-    it is alone, longer by what the ranks slow each other down when all compute; and the link of ranks 0 and 1.
+    """What `simulate.predicted` takes, measured on the ranks that are there, which all call this: the mean of their
+    seconds while all compute at once, as they may share a processor's memory, power or cores; and the link of ranks 0
+    and 1.
 
     Args:
         trainer: a LocalTrainer of the whole model on every rank, made `on_its_own`, its plan made. It stays as it is.
         images, labels: a batch.
         units: as the trainer was given them.
     """
-    costs = gathered(measured_costs(trainer, images, labels, units) if world().first else None, "seconds of modules")[0]
-    slowdown = measured_slowdown(lambda: measured_seconds(trainer, images, labels, 1))
-    return costs.scaled(slowdown), measured_link()
+    planned = _planned(trainer, units)
+    gathered(None, "the others' measurement")  # all begin at once
+    ranks = gathered(_measured(planned, trainer, images, labels), "seconds of modules")
+    seconds = [total(costs.modules, "seconds") for costs in ranks]
+    return ranks[0].scaled(statistics.fmean(seconds) / seconds[0]), measured_link()
 
 
-@on_its_own()
 def measured_costs(trainer, images, labels, units=None) -> Costs:
     """Costs of a LocalTrainer's modules, their seconds measured in this process alone; for arguments see `calibrated`.
     How they are shared out to forward and backward, and those of units under backpropagation, are by `Roofline`."""
-    planned = planned_costs(trainer.plan, trainer.model, measured_roofline(trainer.device, trainer.precision), units)
-    took = measured_seconds(trainer, images, labels, ROUNDS)
+    return _measured(_planned(trainer, units), trainer, images, labels)
+
+
+@on_its_own()
+def _planned(trainer, units):
+    return planned_costs(trainer.plan, trainer.model, measured_roofline(trainer.device, trainer.precision), units)
+
+
+@on_its_own()
+def _measured(planned, trainer, images, labels):
+    """Planned Costs with the seconds that are measured."""
+    took = measured_seconds(trainer, images, labels, STEPS, statistics.fmean)
     modules = []
     for piece, seconds, module in zip(planned.modules, took, trainer.local_modules, strict=True):
         step = optimizer_seconds(trainer.plan.origin.optimizer, module, trainer.device)
         modules.append(replace(piece.scaled(seconds / (piece.forward + piece.backward)), step=step))
     factor = sum(took) / (total(planned.modules, "forward") + total(planned.modules, "backward"))
     return replace(planned, modules=tuple(modules), units=planned.scaled(factor).units)
-
-
-def measured_slowdown(run: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """How much longer the ranks take when all work than when one does: they may share a processor's memory, power or
-    cores. Every rank must call it; 1.0 at least.
-
-    Args:
-        run: what takes the time, the same on every rank; it waits for its device.
-    """
-    place, alone = world(), 0.0
-    run()  # warms up
-    for rank in range(place.size):
-        gathered(None, "its turn to be measured")
-        if rank == place.rank:
-            alone = _seconds(run, rounds)
-    gathered(None, "its turn to be measured")
-    together = _seconds(run, rounds)
-    run()  # so that none that is done early leaves the others alone
-    ones, all_at_once = zip(*gathered((alone, together), "the seconds of every rank"), strict=True)
-    return max(1.0, sum(all_at_once) / sum(ones))
-
-
-def _seconds(run, rounds):
-    took = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        took.append(time.perf_counter() - began)
-    return statistics.median(took)
 
 
 def measured_link(size: int = MESSAGE, rounds: int = ROUNDS, device: str | torch.device = "cpu") -> Link:
@@ -115,4 +98,9 @@ def _there_and_back(message, rank, rounds):
                 torch.cuda.synchronize(message.device)
 
     run()
-    return _seconds(run, rounds)
+    took = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)

@@ -54,8 +54,8 @@ def optimizer_seconds(factory, module, device):
 
 @on_its_own()
 @torch.inference_mode(False)
-def measured_seconds(trainer, images, labels, rounds=ROUNDS):
-    """Seconds of forward and backward of each local module, medians over rounds behind one that warms up. Weights,
+def measured_seconds(trainer, images, labels, rounds=ROUNDS, middle=statistics.median):
+    """Seconds of forward and backward of each local module, in the middle of rounds behind one that warms up. Weights,
     statistics, gradients and random number generators are as before; the optimizers' steps are not in it."""
     buffers = [(buffer, buffer.clone()) for module in trainer.local_modules for buffer in module.buffers()]
     took = [[] for _ in trainer.local_modules]
@@ -71,7 +71,7 @@ def measured_seconds(trainer, images, labels, rounds=ROUNDS):
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    return [statistics.median(seconds[1:]) for seconds in took]
+    return [middle(seconds[1:]) for seconds in took]
 
 
 def _now(device):

@@ -8,7 +8,7 @@ from auglocal_ext import LocalTrainer, models
 from auglocal_ext.distributed.group import on_its_own
 from auglocal_ext.planning.roofline import Roofline
 from auglocal_ext.stages import calibration
-from auglocal_ext.stages.calibration import calibrated, measured_costs, measured_link, measured_slowdown
+from auglocal_ext.stages.calibration import calibrated, measured_costs, measured_link
 from auglocal_ext.stages.pieces import Link, total
 from auglocal_ext.stages.planned_costs import planned_costs
 from auglocal_ext.stages.simulate import predicted
@@ -56,11 +56,12 @@ def test_frozen_modules_take_no_step():
     assert calibration.optimizer_seconds(None, torch.nn.Linear(2, 2).requires_grad_(False), "cpu") == 0
 
 
-@pytest.mark.parametrize(("seconds", "slowdown"), [((2.0, 3.0), 1.5), ((2.0, 1.9), 1.0)])
-def test_ranks_that_all_work_are_slower_by(monkeypatch, seconds, slowdown):
-    left = list(seconds)
-    monkeypatch.setattr(calibration, "_seconds", lambda run, rounds: left.pop(0))
-    assert measured_slowdown(lambda: None) == slowdown
+def test_of_several_ranks_it_is_the_mean(monkeypatch):
+    monkeypatch.setattr(calibration, "optimizer_seconds", lambda *given: 0.5)
+    monkeypatch.setattr(calibration, "measured_seconds", lambda *given: [1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(calibration, "gathered", lambda ours, what: [ours, ours and ours.scaled(2)])
+    costs, _ = calibrated(trainer(), *batch())
+    assert [piece.seconds for piece in costs.modules] == pytest.approx([2.25, 3.75, 5.25, 6.75])
 
 
 def test_alone_a_link_takes_no_time():
