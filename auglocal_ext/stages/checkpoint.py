@@ -5,8 +5,10 @@ A checkpoint is a folder in the given one, `step-<number>`. The newest whole one
 behind it, so that a kill at any moment leaves one.
 """
 
+import contextlib
 import io
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ def save(trainer, folder, more):
         parts["more"] = _as_bytes(more)
         folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{place}"
-    with answering("the checkpoint"):
+    with answering("the checkpoint"), _quietly_alone():
         dcp.save(parts, checkpoint_id=str(target), no_dist=world().alone)
     if world().first and last is not None:
         shutil.rmtree(last, ignore_errors=True)
@@ -69,7 +71,7 @@ def load(trainer, folder):
         )
         for name, ours in wanted.items()
     }
-    with answering("the checkpoint"):
+    with answering("the checkpoint"), _quietly_alone():
         dcp.load(read, checkpoint_id=str(found), no_dist=world().alone)
     with torch.no_grad():
         for name, ours in trainer.parts.held.items():
@@ -87,8 +89,17 @@ def more_of(checkpoint):
     """What `save` was given more, of a checkpoint that `newest` found; by one process, without a trainer."""
     kept = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata["more"]
     read = {"more": torch.empty(kept.size, dtype=kept.properties.dtype)}
-    dcp.load(read, checkpoint_id=str(checkpoint), no_dist=True)
+    with _quietly_alone():
+        dcp.load(read, checkpoint_id=str(checkpoint), no_dist=True)
     return _from_bytes(read["more"])
+
+
+@contextlib.contextmanager
+def _quietly_alone():
+    """Within, torch does not warn that one process is taken for one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _optimizers(trainer):

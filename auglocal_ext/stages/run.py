@@ -12,9 +12,10 @@ from ..distributed.group import among
 from ..training.divergence import check_learnt
 from ..training.lines import epoch_line
 from ..training.loaders import length_of, set_epoch
-from ..training.ranks import of_all_ranks
+from ..training.ranks import of_all_ranks, tell_of_others
 from ..training.rates import ByFunction
 from ..training.state import random_state, set_random_state
+from ..training.stepping import first_learning_rates, set_first_learning_rates
 from .checkpoint import newest
 from .trainer import StageTrainer
 
@@ -52,11 +53,19 @@ class Run:
             self._resume()
 
     def _resume(self):
+        stage, grid = self.trainer.stage, self.trainer.grid
+        given = first_learning_rates(stage.optimizers)
         saved = self.trainer.load(self.checkpoint)
-        self.history, self.batches, self.length = saved["history"], self.loader, saved["length"]
-        losses = self.history[-1]["module_losses"]
-        self.trainer.stage.watch.begin_with([losses[index] for index in self.trainer.stage.span])
-        _draw_on(saved["random"], self.trainer)
+        self.history, self.batches = saved["history"], self.loader
+        losses, states = self.history[-1]["module_losses"], saved["random"]
+        stage.watch.begin_with([losses[index] for index in stage.span])
+        if grid.stage == 0 and grid.replica < len(states):
+            set_random_state(states[grid.replica], self.trainer.device)
+        if len(states) == grid.replicas:
+            self.length = saved["length"]
+        else:
+            tell_of_others(self.checkpoint, len(states), grid.replicas, "pipeline")
+            set_first_learning_rates(stage.optimizers, given)
         if self.progress:
             tqdm.write(f"going on behind epoch {len(self.history)}/{self.epochs}, from {self.checkpoint}")
 
@@ -103,18 +112,6 @@ def _random_states(trainer):
         return None
     with among(trainer.grid.copies):
         return of_all_ranks(random_state(trainer.device))
-
-
-def _draw_on(states, trainer):
-    """Puts the random number generators where `_random_states` found them."""
-    grid = trainer.grid
-    if len(states) != grid.replicas:
-        raise ValueError(
-            f"the checkpoint is of {len(states)} pipeline{'s' * (len(states) > 1)}, each with its own batches, given "
-            f"{grid.replicas}: start as many, of any number of stages"
-        )
-    if grid.stage == 0:
-        set_random_state(states[grid.replica], trainer.device)
 
 
 def _plan_line(trainer):

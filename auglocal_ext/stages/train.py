@@ -85,7 +85,8 @@ def train_stages(
         stage_schedule, max_lag, balance: see `StageTrainer`.
         progress: on rank 0 a line for the plan and one for every epoch.
         checkpoint: a folder that all ranks see. It is written after every epoch; a training that has one there goes on
-            from it, by any number of stages, and as many pipelines, as one that was never stopped: on a CPU to the bit.
+            from it, by any number of stages and pipelines; by as many pipelines as one that was never stopped, on a CPU
+            to the bit.
         options: StageTrainer's nonfinite; LocalTrainer's others: rule, modules, auxiliary, precision, criterion, ...
 
     Raises:

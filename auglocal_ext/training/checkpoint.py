@@ -13,10 +13,11 @@ from ..common.files import check_writable, write_whole
 from ..common.messages import first_line
 from ..distributed.agree import check_alike
 from ..distributed.group import world
-from .loaders import is_resumable, set_epoch
-from .ranks import of_all_ranks
+from .loaders import is_resumable, length_of, set_epoch
+from .ranks import of_all_ranks, tell_of_others
 from .result import accuracy_of
 from .state import check_state, random_state, set_random_state
+from .stepping import first_learning_rates, set_first_learning_rates
 
 __all__ = ["Checkpoints", "Resumed"]
 
@@ -42,7 +43,8 @@ class Resumed:
 class Checkpoints:
     """The files last.pt and best.pt of a folder; best: of the highest validation accuracy, of training where there is
     no validation. Of several ranks the first one writes them, and every rank reads them: beside what all have alike
-    they have each rank's random numbers, its loader's place and, within an epoch, what it has come to.
+    they have each rank's random numbers, its loader's place and, within an epoch, what it has come to. Another number
+    of ranks goes on from the beginning of an epoch.
 
     Args:
         folder: made where there is none; what is in it already is gone on from.
@@ -70,9 +72,9 @@ class Checkpoints:
             names = "trainer", "epoch", "history", "sums", "peak", "length", "loader"
             found = {"rates": saved.get("rates")} | {name: saved[name] for name in names}
             others = saved.get("others", [])
-            if 0 < world().rank <= len(others):  # of as many ranks, or it is refused with the trainer's state
+            if 0 < world().rank <= len(others):
                 _put_own(found, others[world().rank - 1])
-            return found
+            return found | {"ranks": 1 + len(others)}
         except Exception as error:
             raise ValueError(
                 f"{path} is no checkpoint of a training, or is damaged ({first_line(error)}): remove it to train from "
@@ -89,6 +91,7 @@ class Checkpoints:
         if self.saved is None:
             return None
         saved, self.saved = self.saved, None
+        moves = saved["ranks"] != world().size
         if saved["epoch"] > epochs or (saved["epoch"] == epochs and saved["sums"]):
             within = " and is within the next" if saved["sums"] else ""
             raise ValueError(
@@ -100,20 +103,36 @@ class Checkpoints:
                 f"{self.folder} was left within epoch {saved['epoch'] + 1} by a loader with a state_dict, this one has "
                 f"none: give the same kind of loader, or another folder"
             )
+        if moves:
+            self._move(saved, trainer)
         check_state(trainer, saved["trainer"])
         rates.check(saved["rates"])
-        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder, rates.sets)
+        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder, (*rates.sets, *["lr"] * moves))
         if saved["loader"] is not None and self.within_epochs:
             self.loader.load_state_dict(saved["loader"])
         set_epoch(self.loader, saved["epoch"])
+        given = first_learning_rates(trainer.optimizers)
         trainer.load_state_dict(saved["trainer"])
         rates.load(saved["rates"])
+        if moves and saved["rates"] is None:  # schedulers have their own
+            set_first_learning_rates(trainer.optimizers, given)
         batches = self.loader
         if saved["sums"]:
             # A loader's start may draw from the generators, which it had done before the state was put away.
             batches = () if saved["sums"]["over"] else iter(self.loader)
             set_random_state(saved["trainer"]["random"], trainer.device)
         return Resumed(saved["history"], saved["sums"], batches, saved["peak"], saved["length"])
+
+    def _move(self, saved, trainer):
+        """Makes what another number of ranks has saved a state of these, at the beginning of an epoch. Ranks that were
+        not there draw their random numbers as in a training's beginning."""
+        again = f"; epoch {saved['epoch'] + 1}, which was under way, begins again" if saved["sums"] else ""
+        tell_of_others(self.folder, saved["ranks"], world().size, "rank", again)
+        state = saved["trainer"]
+        state["stepper"] |= {"count": 0, "spoilt": [], "gradients": [[] for _ in trainer.local_modules]}
+        if world().rank >= saved["ranks"]:
+            state["random"] = random_state(trainer.device)
+        saved |= {"sums": None, "loader": None, "length": length_of(self.loader)}
 
     def at_the_end(self, trainer):
         """To be called when an epoch's batches are all trained on: a checkpoint during the validation behind it goes on

@@ -24,6 +24,7 @@ __all__ = [
     "in_step",
     "of_all_ranks",
     "spread_buffers",
+    "tell_of_others",
     "totals",
 ]
 
@@ -140,6 +141,16 @@ def spread_buffers(trainer):
     for model in (trainer.model, trainer.aux_nets, trainer.ema_model):
         if model is not None:
             broadcast(model.buffers(), "rank 0's running statistics")
+
+
+def tell_of_others(folder, before, now, who, more=""):
+    """Warns, on rank 0, that a checkpoint of a number of ranks, or of `who`, is gone on from by another number."""
+    if world().first:
+        warnings.warn(
+            f"{folder} has a training by {before} {who}{'s' * (before > 1)}, which goes on with {now}: learning rates "
+            f"are by the optimizer that is given now, and what is drawn at random differs{more}",
+            stacklevel=2,
+        )
 
 
 def of_all_ranks(value):

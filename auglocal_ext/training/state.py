@@ -45,8 +45,14 @@ def check_state(trainer, state):
             f"on with the release that wrote it, or train from the beginning"
         )
     theirs = {"ranks": 1, "sync_batch_norm": False} | state["made_of"]  # which older states do not tell
+    ranks = trainer.stepping.ranks
+    if state["stepper"]["count"] and theirs["ranks"] != ranks:
+        raise ValueError(
+            f"the state is within a group of batches that {theirs['ranks']} ranks accumulate together, this trainer is "
+            f"of {ranks}: save behind the group's last batch, or go on with as many"
+        )
     for name, ours in _made_of(trainer).items():
-        if theirs.get(name) != ours:
+        if name != "ranks" and theirs.get(name) != ours:
             raise ValueError(
                 f"the state was saved with {name} {theirs.get(name)}, this trainer has {ours}: make the model and the "
                 f"trainer as they were then"
@@ -63,8 +69,8 @@ def check_state(trainer, state):
 
 
 def load_state(trainer, state):
-    """Puts a trainer and the random number generators where `state_of` found them; ValueError, with nothing changed, as
-    `check_state`."""
+    """Puts a trainer and the random number generators where `state_of` found them, of as many ranks or others; ValueError,
+    with nothing changed, as `check_state`."""
     check_state(trainer, state)
     both = _both(trainer)
     for name, parameter in both.named_parameters():

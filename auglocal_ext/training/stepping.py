@@ -10,7 +10,14 @@ from ..optim import begin_momentum, make_optimizer
 from .divergence import UndoWhereNotFinite
 from .ema import ModelAverage
 
-__all__ = ["Stepper", "optimizers_of", "set_learning_rate_factor", "step_module"]
+__all__ = [
+    "Stepper",
+    "first_learning_rates",
+    "optimizers_of",
+    "set_first_learning_rates",
+    "set_learning_rate_factor",
+    "step_module",
+]
 
 
 def optimizers_of(factory, model, aux_nets, modules):
@@ -25,6 +32,18 @@ def set_learning_rate_factor(optimizers, factor):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def first_learning_rates(optimizers):
+    """Of each group of each optimizer, before any factor."""
+    return [[group.get("initial_lr", group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def set_first_learning_rates(optimizers, rates):
+    """Puts them where `first_learning_rates` found them."""
+    for optimizer, own in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = group["initial_lr"] = rate
 
 
 def step_module(program, stepper, index, inputs, labels, images, skip, name):

@@ -13,6 +13,7 @@ from ranks import free_ports
 from auglocal_ext import models
 from auglocal_ext.cli.program import main
 from auglocal_ext.cli.ranks import device_of_rank
+from auglocal_ext.optim import cosine
 
 SMALL = ["--data", "fake:60", "--batch-size", "8", "--depth", "2", "--modules", "2"]
 
@@ -100,6 +101,17 @@ def test_one_model_in_parts(both):
         *("model.pt", "settings.json", "history.json", "history.csv", "learning_curve.png", "checkpoint"),
     }
     models.resnet20().load_state_dict(torch.load(run / "model.pt"))
+
+
+def test_one_process_goes_on_with_a_run_of_two(both, capsys):
+    """By the learning rate that the run was begun with."""
+    run = both[0] / "runs" / "a"
+    with pytest.warns(UserWarning, match="has a training by 2 ranks, which goes on with 1: learning rates are by the "):
+        assert main(["resume", str(run), "--epochs", "3", "--quiet"]) == 0
+    history = json.loads((run / "history.json").read_text())
+    # Of 60 images 12 are held out; the last step's place in three epochs.
+    first, last = (cosine(epoch + 1 - 1 / steps, epochs) for epoch, steps, epochs in ((1, 3, 2), (2, 6, 3)))
+    assert [entry["lr"] for entry in history[1:]] == pytest.approx([0.0125 * first, 0.0125 * last])
 
 
 def test_stages_that_do_not_divide_the_processes(both):

@@ -169,9 +169,15 @@ def test_a_loss_that_is_not_finite_in_one_pipeline_ends_all(of_four_ranks):
     assert 3 <= read[0] == read[2] < 20 and read[1] == read[3] == 0
 
 
-def test_a_checkpoint_of_more_pipelines_is_refused(of_four_ranks, folder):
-    with pytest.raises(ValueError, match="the checkpoint is of 2 pipelines, each with its own batches, given 1"):
-        train_stages(model(), batches(), checkpoint=folder / "checkpoint", **COMMON)
+def test_one_pipeline_goes_on_from_two(of_four_ranks, folder, tmp_path):
+    """As one process on all images, which it is from there on."""
+    made = [model(), model()]
+    for epochs in (2, 3):
+        train(made[0], batches(), checkpoint=tmp_path, **COMMON | {"epochs": epochs})
+    with pytest.warns(UserWarning, match="has a training by 2 pipelines, which goes on with 1: learning rates are by"):
+        train_stages(made[1], batches(), checkpoint=folder / "checkpoint", **COMMON | {"epochs": 3})
+    for name, expected in made[0].state_dict().items():
+        torch.testing.assert_close(made[1].state_dict()[name], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_pipeline_with_more_batches_ends_all(of_four_ranks):

@@ -1,6 +1,7 @@
 """`train` by two ranks: what they end with, what is written, where it goes on, and what ends all of them."""
 
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -12,10 +13,12 @@ import torch
 from ranks import Raised, together
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from auglocal_ext import data, models, train
+from auglocal_ext import LocalTrainer, data, models, train
 from auglocal_ext.distributed.group import world
 
-OPTIONS = {"depth": 2, "modules": 2, "seed": 3, "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9)}
+CUT = {"depth": 2, "modules": 2, "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9)}
+OPTIONS = CUT | {"seed": 3}
+STEPS = {"clip_norm": 1.0, "accumulate": 2}
 
 
 def model():
@@ -39,10 +42,12 @@ def in_memory():
     """A loader with a place, from which a training can go on."""
     pixels, labels = torch.randint(0, 256, (24, 3, 8, 8), generator=torch.Generator().manual_seed(1)), images(24)[1]
     given = torch.full((3,), 0.5), torch.full((3,), 0.2)
-    return data.DeviceLoader(pixels.to(torch.uint8), labels, 4, *given, augment=True, pad=1, part=(world().rank, 2))
+    return data.DeviceLoader(
+        pixels.to(torch.uint8), labels, 4, *given, augment=True, pad=1, part=(world().rank, world().size)
+    )
 
 
-def state(net):
+def state_of(net):
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
@@ -62,12 +67,12 @@ def trained(folder):
         warnings.simplefilter("always")
         result = train(nets[0], loader(), val_loader=part, on_step=on_step, on_epoch=entries.append, **options)
     found["warned"] = [str(one.message) for one in warned if "DistributedSampler" in str(one.message)]
-    found["state"], found["ema"], found["history"] = state(nets[0]), state(result.ema_model), result.history
+    found["state"], found["ema"], found["history"] = state_of(nets[0]), state_of(result.ema_model), result.history
     found["statistics"], found["bytes"] = own_statistics[0], (result.plan.peak_bytes, result.peak_bytes)
     assert entries == result.history
     nets.append(model())
     again = train(nets[-1], loader(), val_loader=[(pixels, labels)], **options, progress=False)
-    found["whole"] = state(nets[-1]), [entry["val_accuracy"] for entry in again.history]
+    found["whole"] = state_of(nets[-1]), [entry["val_accuracy"] for entry in again.history]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         train(model(), loader(distributed=False), epochs=1, **OPTIONS)
@@ -80,14 +85,14 @@ def trained(folder):
 def checkpoints(folder):
     """The weights of a training that was never stopped, of one that went on behind an epoch, and of those that were
     stopped within one, on rank 1 by Ctrl-C or on both by the clock, or in a validation, and went on."""
-    options, ends = OPTIONS | {"clip_norm": 1.0, "accumulate": 2, "schedule": None}, []
+    options, ends = OPTIONS | STEPS | {"schedule": None}, []
     net = model()
     train(net, in_memory(), epochs=2, **options)
-    ends.append(state(net))
+    ends.append(state_of(net))
     for epochs in (1, 2):
         net = model()
         train(net, in_memory(), epochs=epochs, checkpoint=folder / "epochs", **options)
-    ends.append(state(net))
+    ends.append(state_of(net))
 
     def interrupts(epoch, step, result):
         if (epoch, step, world().rank) == (2, 1, 1):
@@ -112,9 +117,11 @@ def checkpoints(folder):
             how.append(str(error))
         saved = torch.load(where / "last.pt", weights_only=True)
         how.append((saved["epoch"], saved["sums"]["steps"], len(saved["others"])))
+        if world().first:
+            shutil.copytree(where, folder / "within" / where.name)
         net = model()
         train(net, in_memory(), epochs=2, checkpoint=where, **options)
-        ends.append((state(net), how))
+        ends.append((state_of(net), how))
     return ends
 
 
@@ -125,8 +132,12 @@ def default_rate():
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def both(folder):
     found = together(trained, folder / "ranks", folder, seconds=30, limit=300)
     assert not any(isinstance(one, Raised) for one in found), found
     return found
@@ -184,6 +195,38 @@ def test_a_training_goes_on_to_the_bit_as_one_that_was_never_stopped(both):
             ["training interrupted after 0 whole epochs", (0, 3, 1)],
         ]
     assert same(both[0]["checkpoints"][0], both[1]["checkpoints"][0])
+
+
+@pytest.mark.parametrize(
+    ("where", "epoch", "again"),
+    [("epochs", 2, None), ("within/max_seconds", 0, "; epoch 1, which was under way, begins again")],
+    ids=["behind an epoch", "within one"],
+)
+def test_one_process_goes_on_from_two(both, folder, where, epoch, again):
+    """From the weights and momenta that they left, with batches of its own from an epoch's beginning."""
+    where, expected = folder / where, model()
+    state = torch.load(where / "last.pt", weights_only=True)["trainer"]
+    trainer = LocalTrainer(expected, image_size=8, **CUT, **STEPS)
+    if again:
+        with pytest.raises(ValueError, match="the state is within a group of batches that 2 ranks accumulate together"):
+            trainer.load_state_dict(state)
+        state["stepper"] |= {"count": 0, "gradients": [[], []]}
+    trainer.load_state_dict(state)
+    torch.manual_seed(OPTIONS["seed"])
+    batches = in_memory()
+    batches.set_epoch(epoch)
+    for given in batches:
+        trainer.step(*given)
+    net = model()
+    with pytest.warns(
+        UserWarning, match="has a training by 2 ranks, which goes on with 1: learning rates are "
+    ) as told:
+        result = train(
+            net, in_memory(), epochs=epoch + 1, checkpoint=where, schedule=None, progress=False, **OPTIONS, **STEPS
+        )
+    [told] = [str(one.message) for one in told if "goes on with" in str(one.message)]
+    assert again is None or told.endswith(again)
+    assert len(result.history) == epoch + 1 and same(state_of(net), state_of(expected))
 
 
 # ---- what ends all ranks ---------------------------------------------------------------------------------------------
