@@ -4,6 +4,7 @@ python docs/results.py       rewrites what is between its two markers, and draws
 """
 
 import os
+import re
 import statistics
 import sys
 from dataclasses import asdict
@@ -104,7 +105,7 @@ def _read(file):
 
 _INTERVALS = (
     "*to BP*: points, with the 95 % interval over other seeds (Student's, one standard deviation for all\n"
-    "rows). *paper*: its accuracy after 400 epochs."
+    "rows). *paper*: its accuracy after 400 epochs; *paper's gap*: that less its backpropagation's."
 )
 
 
@@ -128,7 +129,8 @@ def _machines(made):
     """Where and by which versions records and analyses were made, a line each."""
     commits = {}
     for machine in (one["machine"] for one in made):
-        where = f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}"
+        device = re.sub("(?<= 1 thread)s", "", machine["device"])
+        where = f"{device}, torch {machine['torch']}, Python {machine['python']}"
         commits.setdefault(where, {})[machine["commit"]] = None
     return [f"{where}, commit {', '.join(ones)}." for where, ones in commits.items()]
 
@@ -171,9 +173,10 @@ def _learnt(lines, file, page):
 
 
 _FIGURES = (
-    "Linear CKA of each unit with the same unit of backpropagation's model of seed 0 on 10,000 test images, and test\n"
-    "accuracy of linear probes trained on 10,000 training images. Early, middle and late units are ResNet-32's three\n"
-    "stages. Other seeds of backpropagation are the ceiling: what another beginning alone changes."
+    "Linear CKA (how alike features are, 0 to 1) of each unit with the same unit of backpropagation's model of seed 0\n"
+    "on 10,000 test images, and test accuracy of linear probes (linear classifiers on a unit's features) trained on\n"
+    "10,000 training images. Early, middle and late units are those at ResNet-32's three resolutions. Other seeds of\n"
+    "backpropagation are the ceiling: what another beginning alone changes."
 )
 
 
