@@ -162,7 +162,8 @@ def train(
     val_loader, the whole of the images or its part, and what they count is added up. The history is of all ranks, and
     ends alike on each, as does the model. Rank 0 prints and writes checkpoints; each rank reads them, and goes on with
     its own random numbers. Another number of ranks goes on from them too, from the beginning of an epoch, with the
-    learning rate of the optimizer that it is given. `on_step` and `on_epoch` are called on every rank. A rank that fails ends all of them.
+    learning rate of the optimizer that it is given. `on_step` and `on_epoch` are called on every rank. A rank that
+    fails ends all of them.
 
     Returns:
         TrainResult

@@ -69,8 +69,8 @@ def check_state(trainer, state):
 
 
 def load_state(trainer, state):
-    """Puts a trainer and the random number generators where `state_of` found them, of as many ranks or others; ValueError,
-    with nothing changed, as `check_state`."""
+    """Puts a trainer and the random number generators where `state_of` found them, of as many ranks or others.
+    ValueError, with nothing changed, as `check_state`."""
     check_state(trainer, state)
     both = _both(trainer)
     for name, parameter in both.named_parameters():
