@@ -5,14 +5,15 @@
 ResNet-32 in float64 on real images, ROOT with a folder of them per class. Of every rule and number of ranks: data
 parallel with synchronised BatchNorm against one process on the whole batches, the largest difference of a weight after
 the first step and after all; layer parallel, synchronous and decoupled, whose weights have to be those of one process
-to the bit. Then a rank is killed in the third step of the second epoch: how long the others take to end, what they say,
-and whether the training goes on from its checkpoint, with one rank less too.
+to the bit. Then a rank is killed in the third step of the second epoch, in both forms: how long the others take to end,
+what they say, and whether the training goes on from its checkpoint, with one rank less too.
 
 Ranks add in another order than one process does, so data parallel differs by rounding. Training makes rounding grow,
 backpropagation of a fresh network by 1e14 in twenty steps. How much that is, one process shows: on the same batches,
 their images in other orders, which changes nothing but the order of sums. Ten times that is the bound.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -125,26 +126,35 @@ def _largest(ours, theirs):
 # ---- a rank that is killed -------------------------------------------------------------------------------------------
 
 
-def killed(settings, folder, dies):
-    """Trains two epochs of four steps by stages; the last rank is killed in its third step of the second one if it is
-    to die."""
-    given = batches(settings)[:4]
+IN_A_STEP = {"layer parallel": (Stage, "run"), "data parallel": (auglocal_ext.LocalTrainer, "step")}  # of each form
+
+
+def killed(settings, form, images, folder, dies):
+    """Trains two epochs of four steps by batches of so many images, together; the last rank is killed in its third step
+    of the second one if it is to die."""
+    given = [(x[:images], labels[:images]) for x, labels in batches(settings)[:4]]
 
     def after_epoch(entry):
         if dies and entry["epoch"] == 1 and dist.get_rank() == dist.get_world_size() - 1:
-            run, steps = Stage.run, []
+            steps, (owner, name) = [], IN_A_STEP[form]
+            step = getattr(owner, name)
 
             def until_the_third(*arguments):
                 steps.append(None)
                 if len(steps) == 3:
                     os._exit(9)
-                return run(*arguments)
+                return step(*arguments)
 
-            Stage.run = until_the_third
+            setattr(owner, name, until_the_third)
 
-    result = auglocal_ext.train_stages(
-        model(), given, epochs=2, checkpoint=folder, on_epoch=after_epoch, progress=False, seed=0, **CUTS["auglocal"]
-    )
+    options = {"epochs": 2, "checkpoint": folder, "on_epoch": after_epoch, "progress": False, "seed": 0}
+    options |= CUTS["auglocal"]
+    if form == "layer parallel":
+        result = auglocal_ext.train_stages(model(), given, **options)
+    else:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        own = [(x.chunk(ranks)[rank], labels.chunk(ranks)[rank]) for x, labels in given]
+        result = auglocal_ext.train(model(), own, sync_batch_norm=True, **options)
     return [entry["loss"] for entry in result.history]
 
 
@@ -182,24 +192,27 @@ def _text(found):
     return " and ".join(f"{value:.1e}" for value in found) if isinstance(found, list) else found
 
 
-def check_a_kill(settings, ranks, notes):
+def check_a_kill(settings, form, ranks, notes):
+    images = settings.batch_size // (ranks * (ranks - 1)) * ranks * (ranks - 1)  # equal shares, of one rank less too
+    exact = form == "layer parallel"  # else ranks add in another order
     with tempfile.TemporaryDirectory() as folder:
 
         def train(count, name, dies=False):
-            return by_ranks(killed, count, settings, f"{folder}/{name}", dies, seconds=TIMEOUT)
+            return by_ranks(killed, count, settings, form, images, f"{folder}/{name}", dies, seconds=TIMEOUT)
 
         straight = train(ranks, "straight")[0][0]
         found, lag = train(ranks, "killed", True)
         told = [one for one in found if one is not None]
         ok = lag < KILL_SECONDS and len(told) == ranks - 1 and all("RankFailed" in str(one) for one in told)
-        line = f"one of {ranks} ranks is killed: the others ended within {lag:.1f} s: {told[0]}"
-        notes.add(ok, line, ranks=ranks, lag=lag)
+        line = f"{form}, one of {ranks} ranks is killed: the others ended within {lag:.1f} s: {told[0]}"
+        notes.add(ok, line, form=form, ranks=ranks, lag=lag)
         for fewer in (ranks, ranks - 1):
             shutil.copytree(Path(folder, "killed"), Path(folder, f"killed-{fewer}"))
             again = train(fewer, f"killed-{fewer}")[0][0]
-            ok = isinstance(straight, list) and again == straight
-            line = f"gone on from by {fewer} ranks: losses {again}, never stopped {straight}"
-            notes.add(ok, line, ranks=ranks, gone_on_by=fewer)
+            ok = isinstance(again, list) and isinstance(straight, list)
+            ok = ok and (again == straight if exact else all(map(math.isclose, again, straight)))
+            line = f"{form}, gone on from by {fewer} of {ranks} ranks: losses {again}, never stopped {straight}"
+            notes.add(ok, line, form=form, ranks=ranks, gone_on_by=fewer)
 
 
 def check(settings):
@@ -218,7 +231,8 @@ def check(settings):
             rounding[rule] = found if isinstance(found, list) else [0.0, 0.0]
         for ranks in settings.ranks:
             check_trainings(settings, ranks, weights, rounding, notes)
-            check_a_kill(settings, ranks, notes)
+            for form in IN_A_STEP:
+                check_a_kill(settings, form, ranks, notes)
     if settings.json:
         about = {"steps": settings.steps, "batch_size": settings.batch_size, **machine("cpu")}
         write_json(settings.json, {**about, "rows": notes.rows})
