@@ -1,6 +1,6 @@
 """What several processes gain: layer parallel local learning beside one process, and beside a GPipe of backpropagation.
 
-    python python/bench_stages.py [--ranks 2] [--modules 8] [--micro-batches 8] [--json FILE]
+    python python/bench_stages.py [--ranks 2] [--modules 12] [--micro-batches 8] [--json FILE]
 
 ResNet-32 on random images of CIFAR's size, one CPU thread a process: images per second of local learning by one
 process, and by several, layer parallel (decoupled and synchronous) and data parallel; of plain backpropagation by one
@@ -282,7 +282,7 @@ def parse(arguments=None):
     parser = Parser("bench_stages", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ranks", type=whole(2), default=2, help="processes (default: %(default)s)")
-    add("--modules", type=whole(2), default=8, help="local modules, with light nets (default: %(default)s)")
+    add("--modules", type=whole(2), default=12, help="local modules, with light nets (default: %(default)s)")
     add("--batch-size", type=whole(2), default=128, help="(default: %(default)s)")
     add("--micro-batches", type=whole(1), default=8, help="of GPipe (default: %(default)s)")
     add("--steps", type=whole(1), default=12, help="in a measurement (default: %(default)s)")
