@@ -104,8 +104,8 @@ def _read(file):
 
 
 _INTERVALS = (
-    "*to BP*: points, with the 95 % interval over other seeds (Student's, one standard deviation for all\n"
-    "rows). *paper*: its accuracy after 400 epochs; *paper's gap*: that less its backpropagation's."
+    "*to BP*: points, with the 95 % interval over other seeds (Student's t, one pooled standard deviation for all\n"
+    "rows). *paper*: its accuracy after 400 epochs; *paper's gap*: that minus the paper's own backpropagation."
 )
 
 
@@ -167,16 +167,16 @@ def _learnt(lines, file, page):
         f"{_FIGURES} Models analysed: {len(lines)}.",
         markdown(study_analysis.table(lines)),
         *_pictures(study_analysis.pictures(file), page),
-        "What the paper lets expect, by means over the early units or over all of them; intervals as above:",
+        "What the paper leads one to expect, by means over the early units or over all of them; intervals as above:",
         markdown(expectations(lines)),
     ]
 
 
 _FIGURES = (
-    "Linear CKA (how alike features are, 0 to 1) of each unit with the same unit of backpropagation's model of seed 0\n"
+    "Linear centered kernel alignment, CKA (how alike features are, 0 to 1), of each unit with the same unit of backpropagation's model of seed 0\n"
     "on 10,000 test images, and test accuracy of linear probes (linear classifiers on a unit's features) trained on\n"
-    "10,000 training images. Early, middle and late units are those at ResNet-32's three resolutions. Other seeds of\n"
-    "backpropagation are the ceiling: what another beginning alone changes."
+    "10,000 training images. Early, middle and late units are those at ResNet-32's three resolutions. CKA\n"
+    "between seeds of backpropagation is the ceiling: they differ by initial weights and order of images alone."
 )
 
 
