@@ -249,7 +249,7 @@ def draw(lines, file):
         drawn.append(cka)
     mapped = [(row.name, row.matrix) for cut in MAPPED for row in found if row.cut == cut]
     if mapped:
-        cka_maps_picture(mapped, found[0].units, maps, title, "unit of the row", f"unit of {REFERENCE}")
+        cka_maps_picture(mapped, found[0].units, maps, title, "its unit", f"unit of {REFERENCE}")
         drawn.append(maps)
     probed = _panels([(row, _named(row.name, row.units, row.probes)) for row in found])
     own = [_named(REFERENCE, line["units"], line["probes"]) for line in lines if is_reference(line)]

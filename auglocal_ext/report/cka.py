@@ -69,9 +69,11 @@ def cka_maps_picture(maps, units, path, title, row_label="unit", column_label="u
         axes.set_yticks(shown, [_short(units[index]) for index in shown], fontsize=7)
     for axes in grid.flat[len(maps) :]:
         axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(row_label, fontsize=9)
+    for column in range(wide):  # below the last map of each column
+        grid.flat[max(range(column, len(maps), wide))].set_xlabel(column_label, fontsize=9)
     figure.colorbar(image, ax=grid, shrink=0.7, label="linear CKA")
-    figure.supxlabel(column_label, fontsize=10)
-    figure.supylabel(row_label, fontsize=10)
     save(figure, path)
 
 

@@ -196,6 +196,7 @@ def test_small_heat_maps_of_one_scale_whose_names_do_not_meet(drawn, tmp_path):
     assert shown[3].images[0].get_array()[2, 2] == 0.75
     assert {(axes.images[0].get_clim(), axes.images[0].origin) for axes in shown} == {((0, 1), "lower")}
     assert [label.get_text() for label in shown[0].get_xticklabels()] == units
+    assert [(axes.get_ylabel(), axes.get_xlabel()) for axes in shown] == [("A", ""), ("", "B"), ("", "B"), ("A", "B")]
     figure.draw_without_rendering()
     boxes = [axes.get_tightbbox() for axes in shown]
     assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
