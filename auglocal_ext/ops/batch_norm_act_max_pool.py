@@ -31,17 +31,20 @@ def batch_norm_act_max_pool(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
-        kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d; windows of up to 16 x 16.
+        kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d, in pixels, a number or (height,
+            width); windows of up to 16 x 16. stride None: kernel_size.
         eps: added to the variance, at least 0.
 
     Returns:
         (y, mean, var): y (N, C, pooled H, pooled W) in x's dtype and layout; mean and biased variance as
-        `batch_norm_act` returns them.
+        `batch_norm_act` returns them, not differentiable.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or window that does not fit.
+        ValueError: a shape, device or window that does not fit, or eps below 0.
+        TypeError: x, weight or bias of another dtype.
+        RuntimeError: differentiated twice.
 
-    Equivalent to `batch_norm_act_max_pool_reference`. Not differentiable twice.
+    Equivalent to `batch_norm_act_max_pool_reference`. Formulas: as `batch_norm_act`, and torch's of MaxPool2d.
     """
     op = "batch_norm_act_max_pool"
     check(op, x, {"weight": weight, "bias": bias}, {}, eps)
@@ -75,7 +78,14 @@ def batch_norm_act_max_pool_reference(
     ceil_mode: bool = False,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`batch_norm_act_max_pool` in plain torch, differentiated by autograd; returns (y, mean, var)."""
+    """`batch_norm_act_max_pool` in plain torch, differentiated by autograd.
+
+    Args:
+        x, weight, bias, kernel_size, stride, padding, ceil_mode, eps: see `batch_norm_act_max_pool`.
+
+    Returns:
+        (y, mean, var): see `batch_norm_act_max_pool`.
+    """
     y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps)
     return F.max_pool2d(y, kernel_size, stride, padding, ceil_mode=ceil_mode), mean, var
 

@@ -20,14 +20,21 @@ __all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_r
 
 
 class PooledCrossEntropy(NamedTuple):
-    """What `pooled_cross_entropy` returns; None for what was not asked for. Only the loss is differentiable."""
+    """What `pooled_cross_entropy` returns, all in linear_weight's dtype. Only the loss is differentiable.
 
-    loss: torch.Tensor  # ()
-    logits: torch.Tensor  # (N, K)
-    mean: torch.Tensor | None  # (C,), of x over (N, H, W)
-    var: torch.Tensor | None  # biased, as torch's BatchNorm normalises by
-    head_mean: torch.Tensor | None  # (C,), of the pooled features over N
-    head_var: torch.Tensor | None  # biased
+    Attributes:
+        loss: (), the mean over the rows that are not ignored.
+        logits: (N, K).
+        mean, var: (C,), mean and biased variance of x over (N, H, W); None without bn.
+        head_mean, head_var: (C,), those of the pooled features over N; None without head_bn.
+    """
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    head_mean: torch.Tensor | None
+    head_var: torch.Tensor | None
 
 
 def pooled_cross_entropy(
@@ -77,9 +84,11 @@ def pooled_cross_entropy(
         give the same bits.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option that does not fit. On the CPU also a label out of
-        range. On CUDA, where reading labels would stall the host and torch's own assertion would kill the context,
-        such a label makes the loss NaN; its row is ignored otherwise.
+        ValueError: a shape, device or option that does not fit; one value per channel for bn, one image for head_bn; on
+            the CPU also a label out of range. On CUDA, where reading labels would stall the host and torch's own
+            assertion would kill the context, such a label makes the loss NaN; its row is ignored otherwise.
+        TypeError: another dtype of x, labels, or what goes with linear_weight.
+        RuntimeError: differentiated twice.
 
     Equivalent to `pooled_cross_entropy_reference`. Formulas: Lin et al. 2013 (arXiv:1312.4400), section 3.2 (the
     pool); Szegedy et al. 2015 (arXiv:1512.00567), section 7 (label smoothing: the target is
@@ -134,7 +143,15 @@ def pooled_cross_entropy_reference(
     ignore_index: int = -100,
     class_weight: torch.Tensor | None = None,
 ) -> PooledCrossEntropy:
-    """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
+    """`pooled_cross_entropy` in plain torch, differentiated by autograd.
+
+    Args:
+        x, linear_weight, linear_bias, labels: see `pooled_cross_entropy`.
+        bn, residual, relu, eps, head_bn, label_smoothing, ignore_index, class_weight: see there too.
+
+    Returns:
+        PooledCrossEntropy, whose logits are differentiable too.
+    """
     mean = var = head_mean = head_var = None
     if bn is not None:
         x, mean, var = batch_norm_act_reference(x, *bn, residual, eps=eps, act=relu)

@@ -18,7 +18,8 @@ class Grid:
     """Ranks are numbered pipeline after pipeline, so that a message goes to the next one, mostly on the same machine.
 
     Attributes:
-        replicas: how many pipelines; each has the whole model, and its own batches. stages: how many ranks each has.
+        replicas: how many pipelines; each has the whole model, and its own batches.
+        stages: how many ranks each pipeline has.
         rank: this process's number.
     """
 
@@ -33,11 +34,12 @@ class Grid:
 
     @property
     def stage(self) -> int:
+        """Which part of the model this rank has, from 0."""
         return self.rank % self.stages
 
     @property
     def pipeline(self) -> range:
-        """This rank's."""
+        """The ranks of this rank's pipeline."""
         return self.rows[self.replica]
 
     @property
