@@ -30,8 +30,9 @@ def conv_batch_norm_act(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`conv2d(relu(batch_norm(x)))` in training mode, with the batch's own statistics.
 
-    The convolutions are torch's own. For the backward pass it keeps x, not the activation. The backward makes the activation again, elementwise, for
-    the weight gradient, drops it, and only then takes the data gradient, over which BatchNorm's is written.
+    The convolutions are torch's own. For the backward pass it keeps x, not the activation. The backward makes the
+    activation again, elementwise, for the weight gradient, drops it, and only then takes the data gradient, over which
+    BatchNorm's is written.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).

@@ -68,7 +68,8 @@ class StageTrainer:
             "memory", by the plan.
         nonfinite: "stop": `epoch` raises NotFinite. "skip": of one pipeline, see `auglocal_ext.train`; every module is
             left out by itself, as nothing that a step does is of all of them.
-        options: LocalTrainer's others: depth, rule, modules, ... With sync_batch_norm a BatchNorm goes by the images of all pipelines.
+        options: LocalTrainer's others: depth, rule, modules, ... With sync_batch_norm a BatchNorm goes by the images of
+            all pipelines.
 
     Attributes:
         grid: which rank is which, `Grid`. stage: this rank's `Stage`. plan: of the whole model, on one rank of such a
@@ -76,8 +77,8 @@ class StageTrainer:
         odd: what of this rank's tensors was not finite from the start.
 
     Raises:
-        ValueError, TypeError: see `LocalTrainer`; fewer local modules than stages; ranks with other models or settings; what one rank cannot know:
-            clip="global", ema, aux nets whose readout follows the classifier's.
+        ValueError, TypeError: see `LocalTrainer`; fewer local modules than stages; ranks with other models or settings;
+            what one rank cannot know: clip="global", ema, aux nets whose readout follows the classifier's.
         RankFailed: another rank stopped, or did not answer for the time that the process group was given.
     """
 

@@ -96,9 +96,9 @@ def train(
         modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
             per unit or nearly so; of another network the fewest that need less memory than backpropagation.
         units: names, to say what the units are; see `as_backbone`.
-        memory_budget: None, or the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
-            arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
-            `auglocal_ext.plan`.
+        memory_budget: None, or the bytes that a step may take, as "6GB" or a number: the model is cut where that costs
+            the least arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto".
+            See `auglocal_ext.plan`.
         prefer: with a budget, what is least in the cut that is chosen: "arithmetic", "memory" or "time"; see
             `auglocal_ext.plan`.
         recompute: True: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing

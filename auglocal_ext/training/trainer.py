@@ -79,8 +79,8 @@ class LocalTrainer:
         accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`. Every accumulate-th `step` steps the
             optimizers, and `flush` does by a group that is not whole.
         image_size: pixels along a side of the images, or (height, width), for a rule whose nets depend on it (predsim,
-            dgl, infopro). Default: 32 for the CIFAR networks, for others 224, or where the model takes none of these the
-            size that it takes. Other sizes may follow where they need no other nets.
+            dgl, infopro). Default: 32 for the CIFAR networks, for others 224, or where the model takes none of these
+            the size that it takes. Other sizes may follow where they need no other nets.
 
     Attributes:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
