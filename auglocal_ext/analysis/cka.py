@@ -107,13 +107,14 @@ class Products:
         self.sums = torch.zeros(count, count, dtype=torch.float64)
 
     def add(self, grams: torch.Tensor) -> None:
-        """Of a batch: (units of all models, n, n), each by `centred_gram`; n is the same for all batches."""
+        """Adds a batch of n images; grams: (units of all models, n, n), each by `centred_gram`. n is the same for all
+        batches."""
         flat = grams.flatten(1)
         self.sums += (flat @ flat.T).cpu()
         self.images += grams.shape[1]
 
     def between(self, one: int, other: int) -> CKA:
-        """The CKA of the models of these indices."""
+        """The CKA of two models, `one` and `other` their numbers. FloatingPointError where features were not finite."""
         rows, columns = self._place(one), self._place(other)
         own = self.sums.diagonal()
         if not own.isfinite().all():
@@ -187,7 +188,7 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
 
 
 def centred(gram: torch.Tensor) -> torch.Tensor:
-    """U(K) of K, (n, n), which is overwritten by it; its diagonal is 0."""
+    """U(K) of a gram matrix K, (n, n), which is overwritten by it; its diagonal is 0."""
     means = gram.fill_diagonal_(0).sum(1) / (len(gram) - 2)
     gram += means.sum() / (len(gram) - 1) - means[:, None] - means
     return gram.fill_diagonal_(0)

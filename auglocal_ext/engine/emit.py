@@ -215,7 +215,7 @@ class Emit:
         return self._gradient_of.pop(value)
 
     def gradient_of(self, value):
-        """As `take`, for a reader that is not the last one."""
+        """As `take`, for a reader of the value's gradient that is not the last one."""
         return self._gradient_of[value]
 
     def give(self, value):

@@ -92,7 +92,7 @@ class Node:
         raise NotImplementedError
 
     def backward(self, emit):
-        """Emits its steps of the backward pass: takes the gradient of `out`, gives its sources theirs."""
+        """Emits its steps of the backward pass: takes the gradient of `out`, gives its sources theirs; emit: `Emit`."""
         raise NotImplementedError
 
     @classmethod
@@ -225,7 +225,7 @@ def is_torchvisions(module, name):
 
 
 def is_torchvisions_function(function, name):
-    """The same of a function."""
+    """Whether a function or class is torchvision's of this name."""
     home, own = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{home}.{own}" == f"torchvision.{name}"
 
@@ -236,5 +236,6 @@ def trained(*parameters):
 
 
 def has_own_weight(module):
-    """False where a hook computes weight or bias from other parameters: torch.nn.utils.spectral_norm, for instance."""
+    """Whether a module's weight and bias are parameters of its own: not where a hook computes one from others, as
+    torch.nn.utils.spectral_norm does."""
     return isinstance(module.weight, nn.Parameter) and isinstance(module.bias, nn.Parameter | None)

@@ -39,7 +39,7 @@ def wrapped(sentence):
 
 
 def plan_table(plan):
-    """Lines about every local module of a `Plan`, with its header and totals; a list of str."""
+    """Lines about every local module of a plan, with its header and totals; a list of str. plan: a `Plan`."""
     aux = "aux net: unit (width, stride)" if plan.rule == "auglocal" else "aux net"
     header = ("module", "units", "output", aux, "parameters", "aux parameters")
     header += ("kept", "activations", "step's peak", "MACs / BP")
@@ -62,7 +62,7 @@ def plan_table(plan):
 
 
 def brief_table(plan):
-    """`plan_table` without its widest columns, so that it mostly fits into WIDTH columns."""
+    """`plan_table` without its widest columns, so that it mostly fits into WIDTH columns; plan: a `Plan`."""
 
     def rest(part):
         aux = f" (+{part.aux_parameters:,})" if part.aux_parameters else ""

@@ -83,7 +83,7 @@ class AugLocal(Rule):
         return range(len(backbone.units) - joint)
 
     def sample(self, backbone, unit):
-        """The `auxiliary.Sample` behind a unit."""
+        """Which units the net behind a unit copies, an `auxiliary.Sample`; unit: its number in the backbone."""
         pyramid = self._pyramid(backbone)
         blocks = aux_depth(unit, len(backbone.units), self.depth - 1, pyramid)
         return sample_units(backbone.units, unit, blocks, pyramid, self.auxiliary)
@@ -100,7 +100,7 @@ class AugLocal(Rule):
         return border.backbone.feature_shapes(border.image_shape)[border.unit]
 
     def net_key(self, border):
-        """What tells which net `aux_net` makes: borders of equal keys have nets alike."""
+        """What tells which net `aux_net` makes of a border: those of equal keys have nets alike."""
         if not isinstance(self.auxiliary, Auxiliary):
             return border.unit
         sample, backbone = self.sample(border.backbone, border.unit), border.backbone

@@ -70,8 +70,9 @@ class Grid:
             make_groups(STATISTICS, self.columns)
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """This layout as torch has it, of dimensions "replica" and "stage"; its groups end with this package's. Every
-        rank must call it. It holds its groups: who keeps it keeps a rank that fails from ending their connections."""
+        """This layout as torch has it, of dimensions "replica" and "stage", for tensors on a device of this type; its
+        groups end with this package's. Every rank must call it. It holds its groups: who keeps it keeps a rank that
+        fails from ending their connections."""
         parts = {"replica": self.copies, "stage": self.pipeline}
         make_groups("mesh", [*self.columns, *self.rows])
         groups = []
