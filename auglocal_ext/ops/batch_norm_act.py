@@ -63,10 +63,7 @@ def batch_norm_act(
     Equivalent to `batch_norm_act_reference`. Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1.
     """
     check("batch_norm_act", x, {"weight": weight, "bias": bias}, {"residual": residual}, eps)
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
-        )
+    check_count("batch_norm_act", x)
     act = _code("batch_norm_act", act, negative_slope)
     return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, act, negative_slope)
 
@@ -239,8 +236,14 @@ def check(op, x, channels, like_x, eps):
     for name, given in (channels | like_x).items():
         if given is not None and given.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, given {given.device}")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, given {eps}")
+
+
+def check_count(op, x):
+    """Refuses what has no batch statistics, as torch's BatchNorm in training mode does."""
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
 
 
 # ---- definitions ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch.nn.modules.utils import _pair
 
 from . import _fallbacks
 from ._library import define, define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["batch_norm_act_max_pool", "batch_norm_act_max_pool_reference"]
 
@@ -40,7 +40,7 @@ def batch_norm_act_max_pool(
         `batch_norm_act` returns them, not differentiable.
 
     Raises:
-        ValueError: a shape, device or window that does not fit, or eps below 0.
+        ValueError: a shape, device or window that does not fit, eps below 0, or one value per channel only.
         TypeError: x, weight or bias of another dtype.
         RuntimeError: differentiated twice.
 
@@ -48,6 +48,7 @@ def batch_norm_act_max_pool(
     """
     op = "batch_norm_act_max_pool"
     check(op, x, {"weight": weight, "bias": bias}, {}, eps)
+    check_count(op, x)
     kernel, padding = _pair(kernel_size), _pair(padding)
     stride = kernel if stride is None else _pair(stride)
     if not all(1 <= size <= 16 for size in kernel):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from ._library import define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["conv_batch_norm_act", "conv_batch_norm_act_reference"]
 
@@ -49,7 +49,8 @@ def conv_batch_norm_act(
         `batch_norm_act` returns them, not differentiable.
 
     Raises:
-        ValueError: x, weight, bias or conv_weight of a shape or on a device that does not fit, or eps below 0.
+        ValueError: x, weight, bias or conv_weight of a shape or on a device that does not fit, eps below 0,
+            or one value per channel only.
         TypeError: x, weight or bias of another dtype.
         RuntimeError: torch's, of what else the convolution does not take; or it is differentiated twice.
 
@@ -57,6 +58,7 @@ def conv_batch_norm_act(
     """
     op = "conv_batch_norm_act"
     check(op, x, {"weight": weight, "bias": bias}, {}, eps)
+    check_count(op, x)
     if conv_weight.dim() != 4 or conv_weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
             f"{op}: conv_weight must be (K, {x.shape[1]} / {groups} groups, kernel H, kernel W), given shape "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from . import _fallbacks
 from ._library import LIBRARY, _say_once_what_is_slower, define, define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_reference"]
 
@@ -106,13 +106,13 @@ def pooled_cross_entropy(
         raise ValueError(f"{op}: x must have values to average over, given shape {tuple(x.shape)}")
     if bn is None and residual is not None:
         raise ValueError(f"{op}: residual must be None where bn is None, given a tensor")
-    if bn is not None and n * height * width == 1:
-        raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
+    if bn is not None:
+        check_count(op, x)
     if head_bn is not None and n == 1:
         raise ValueError(f"{op}: head_bn needs more than one sample, given shape {tuple(x.shape)}")
     if head_bn is not None and x.shape[1] == 0:
         raise ValueError(f"{op}: head_bn needs channels, given shape {tuple(x.shape)}")
-    if head_bn is not None and head_bn[2] < 0:
+    if head_bn is not None and not head_bn[2] >= 0:
         raise ValueError(f"{op}: the eps of head_bn must be at least 0, given {head_bn[2]}")
 
     mean = var = head_mean = head_var = None
