@@ -22,19 +22,17 @@ __all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_r
 class PooledCrossEntropy(NamedTuple):
     """What `pooled_cross_entropy` returns, all in linear_weight's dtype. Only the loss is differentiable.
 
-    Attributes:
-        loss: (), the mean over the rows that are not ignored.
-        logits: (N, K).
-        mean, var: (C,), mean and biased variance of x over (N, H, W); None without bn.
-        head_mean, head_var: (C,), those of the pooled features over N; None without head_bn.
+    loss, (), is the mean over the rows that are not ignored; logits are (N, K). mean and var, (C,), are mean and biased
+    variance of x over (N, H, W), None without bn; head_mean and head_var, (C,), those of the pooled features over N,
+    None without head_bn.
     """
 
-    loss: torch.Tensor
-    logits: torch.Tensor
-    mean: torch.Tensor | None
-    var: torch.Tensor | None
-    head_mean: torch.Tensor | None
-    head_var: torch.Tensor | None
+    loss: torch.Tensor  #: ()
+    logits: torch.Tensor  #: (N, K)
+    mean: torch.Tensor | None  #: (C,)
+    var: torch.Tensor | None  #: (C,)
+    head_mean: torch.Tensor | None  #: (C,)
+    head_var: torch.Tensor | None  #: (C,)
 
 
 def pooled_cross_entropy(

@@ -124,8 +124,8 @@ class Plan:
 
     @property
     def state_bytes(self):
-        """Bytes that live between steps: parameters, buffers and optimizer state, of the model and the aux nets; with
-        `accumulate` their gradients, with `ema` the averaged model."""
+        """Bytes that live between steps. These are parameters, buffers and optimizer state, of the model and the aux
+        nets; with `accumulate` their gradients, with `ema` the averaged model."""
         return sum(module.state_bytes + module.optimizer_bytes for module in self.modules) + self.stepping_bytes
 
     @property
@@ -135,8 +135,8 @@ class Plan:
 
     @property
     def peak_bytes(self):
-        """Bytes of a step at its highest moment, everything in it: state, batch, activations, gradients, the
-        optimizer's scratch."""
+        """Bytes of a step at its highest moment, with everything in it. These are state, batch, activations, gradients
+        and the optimizer's scratch."""
         return max(module.peak_bytes for module in self.modules)
 
     @property
@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def borders(self):
-        """The number of the last unit of each module but the last, from 0: what `LocalTrainer` takes to cut the same
+        """The number of the last unit of each module but the last, from 0, which `LocalTrainer` takes to cut the same
         way."""
         ends, last = [], -1
         for module in self.modules[:-1]:

@@ -42,7 +42,7 @@ class Border:
 
     @property
     def layout(self):
-        """What the dimensions of the features mean: "maps", "maps, channels last" or "tokens", see
+        """What the dimensions of the features mean, as "maps", "maps, channels last" or "tokens"; see
         `backbone.layouts`."""
         return self.backbone.units[self.unit].layout
 
@@ -180,7 +180,7 @@ class Rule:
             border: see `Border`.
 
         Returns:
-            nn.Module: features (N, *border.shape) -> logits (N, border.num_classes).
+            nn.Module: features, (N, ...) with the rest as border.shape says, -> logits (N, border.num_classes).
 
         Raises:
             NotImplementedError: the subclass does not define it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 API = Path(__file__).resolve().parents[2] / "docs" / "api.md"
-DIRECTIVE = re.compile(r"^\.\. auto(\w+):: (\S+)\n(?:   :members:(.*)\n)?", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. auto\w+:: (\S+)\n(?:   :members:(.*)\n)?", re.MULTILINE)
 UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -38,23 +38,17 @@ def public(parent):
 def listed(text):
     """{path: object} of what a page in the form of docs/api.md shows, in its order."""
     shown = {}
-    for _, path, members in DIRECTIVE.findall(text):
+    for path, members in (match.groups() for match in DIRECTIVE.finditer(text)):
         shown[path] = parent = found(path)
-        if f"{path}\n   :members:" in text:
+        if members is not None:
             names = [name.strip() for name in members.split(",") if name.strip()] or public(parent)
             shown |= {f"{path}.{name}": inspect.getattr_static(parent, name) for name in names}
-    return {path: _function(value) for path, value in shown.items()}
-
-
-def _function(value):
-    """Of a method or a property what carries the docstring."""
-    value = value.fget if isinstance(value, property) else value
-    return value.__func__ if isinstance(value, classmethod | staticmethod) else value
+    return shown
 
 
 def parameters(given):
     """Names of what a function or a class is called with, or has as fields."""
-    if inspect.ismodule(given):
+    if inspect.ismodule(given) or isinstance(given, property):
         return []
     if dataclasses.is_dataclass(given):
         return [field.name for field in dataclasses.fields(given) if not field.name.startswith("_")]
@@ -65,12 +59,9 @@ def parameters(given):
         if not inspect.isfunction(makes):  # object's, or an exception's
             return []
         given = makes
-        return [name for name, one in [*inspect.signature(given).parameters.items()][1:] if one.kind not in UNNAMED]
-    return [
-        name
-        for name, one in inspect.signature(given).parameters.items()
-        if name not in ("self", "cls") and one.kind not in UNNAMED
-    ]
+    given = getattr(given, "__func__", given)  # of a classmethod
+    taken = inspect.signature(given).parameters.items()
+    return [name for name, one in taken if name not in ("self", "cls") and one.kind not in UNNAMED]
 
 
 def faults(given):
@@ -78,8 +69,8 @@ def faults(given):
     text = vars(given).get("__doc__") if inspect.isclass(given) else given.__doc__
     if not text or (inspect.isclass(given) and text.startswith(f"{given.__name__}(")):  # made by dataclass
         return ["no docstring of its own"]
-    if inspect.isclass(given):
-        text += vars(given).get("__init__").__doc__ or "" if "__init__" in vars(given) else ""
+    if isinstance(given, property) and ": " in text.partition("\n")[0]:
+        return ["a first line whose beginning the page takes for a type"]
     return [f"nothing about {name}" for name in parameters(given) if not re.search(rf"\b{name}\b", text)]
 
 
@@ -105,7 +96,7 @@ def test_faults_are_found():
     def undocumented(a): ...
 
     def partly(a, b=0, *others, **options):
-        """Of a alone; what is `absent` is not b's."""
+        """Of a alone; what is `absent` is none of them."""
 
     @dataclasses.dataclass
     class Generated:
@@ -124,7 +115,8 @@ def test_faults_are_found():
         def __init__(self, a, c):
             self.a, self.c = a, c
 
-    partly.__doc__ = partly.__doc__.replace("b's", "its")
     assert faults(undocumented) == faults(Generated) == ["no docstring of its own"]
     assert faults(partly) == ["nothing about b"]
     assert faults(Documented) == faults(Made) == ["nothing about c"]
+    assert faults(property(undocumented)) == ["no docstring of its own"]
+    assert faults(property(undocumented, doc="Bytes: of what lives.")) and not faults(property(undocumented, doc="A."))
