@@ -29,7 +29,14 @@ __all__ = [
 
 
 class BasicBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN, plus the shortcut, then ReLU."""
+    """conv-BN-ReLU-conv-BN, plus the shortcut, then ReLU: (N, in_channels, H, W) -> (N, channels, H / stride, W /
+    stride), rounded up.
+
+    Args:
+        in_channels, channels: of what it is given and of what it puts out.
+        stride: of the first convolution; where it is not 1, or channels change, the shortcut is a 1x1 convolution and a
+            BatchNorm.
+    """
 
     def __init__(self, in_channels, channels, stride=1):
         super().__init__()
@@ -51,7 +58,13 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers for small images: (N, in_channels, H, W) -> (N, num_classes)."""
+    """ResNet of 6n + 2 layers for small images: (N, in_channels, H, W) -> logits (N, num_classes).
+
+    Args:
+        blocks_per_stage: n, of `BasicBlock`, in each of the three stages.
+        num_classes: how many logits.
+        in_channels: of the images.
+    """
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
@@ -75,7 +88,13 @@ class CifarResNet(nn.Module):
 
 
 def init_weights(module):
-    """The paper's initialisation: convolutions N(0, sqrt(2 / (k^2 c_out))), BatchNorm weight 1 and bias 0."""
+    """The initialisation of the paper's code, in place: weights of convolutions are drawn from a normal distribution
+    of mean 0 and deviation sqrt(2 / (kernel H x kernel W x out channels)) (He et al. 2015, arXiv:1502.01852, section
+    2.2, of the backward pass), weights of BatchNorms are 1, their biases 0; nothing else changes.
+
+    Args:
+        module: an nn.Module, all of whose Conv2d and BatchNorm2d are initialised.
+    """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             k = part.kernel_size[0] * part.kernel_size[1]
@@ -86,29 +105,34 @@ def init_weights(module):
 
 
 def initialised(*layers):
-    """A net of these layers, by `init_weights`; a single one as it is."""
+    """A net of these layers, an nn.Sequential or a single one itself, initialised by `init_weights`."""
     net = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
     init_weights(net)
     return net
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A new ResNet-20 for small images, untrained; num_classes and in_channels: see `CifarResNet`."""
     return CifarResNet(3, num_classes, in_channels)
 
 
 def resnet32(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A new ResNet-32 for small images, untrained; num_classes and in_channels: see `CifarResNet`."""
     return CifarResNet(5, num_classes, in_channels)
 
 
 def resnet44(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A new ResNet-44 for small images, untrained; num_classes and in_channels: see `CifarResNet`."""
     return CifarResNet(7, num_classes, in_channels)
 
 
 def resnet56(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A new ResNet-56 for small images, untrained; num_classes and in_channels: see `CifarResNet`."""
     return CifarResNet(9, num_classes, in_channels)
 
 
 def resnet110(num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+    """A new ResNet-110 for small images, untrained; num_classes and in_channels: see `CifarResNet`."""
     return CifarResNet(18, num_classes, in_channels)
 
 
@@ -119,7 +143,8 @@ TIMM = "timm:"  # begins the name of a model of timm's
 
 
 def names() -> list[str]:
-    """The names of what `create` makes, timm's left out: the CIFAR ResNets, then torchvision's classifiers."""
+    """The names of what `create` makes, timm's left out: the CIFAR ResNets, then torchvision's classifiers. ImportError
+    without torchvision."""
     from .common.torchvision import import_torchvision
 
     models = import_torchvision("a list of all models").models
@@ -127,7 +152,7 @@ def names() -> list[str]:
 
 
 def timm_names() -> list[str]:
-    """The names of timm's models, as `create` takes them."""
+    """The names of timm's models, as `create` takes them. ImportError without timm."""
     from .common.timm import import_timm
 
     return [TIMM + name for name in import_timm("a list of timm's models").list_models()]
@@ -136,6 +161,13 @@ def timm_names() -> list[str]:
 def create(name: str, num_classes: int) -> nn.Module:
     """A new model by name, untrained: one of the CIFAR ResNets here, torchvision's classifier of that name, or as
     "timm:resnet50d" one of timm's.
+
+    Args:
+        name: one of `names` or `timm_names`.
+        num_classes: how many logits it puts out.
+
+    Returns:
+        nn.Module, on the CPU (or the device that torch makes tensors on), in training mode.
 
     Raises:
         ValueError: there is none, or it is no image classifier.
@@ -191,8 +223,15 @@ _VGGS = {(1, 1, 2, 4): "vgg11", (2, 2, 2, 4): "vgg13", (2, 2, 3, 6): "vgg16", (2
 
 
 def name_of(model: nn.Module) -> str:
-    """What a model is called: "resnet32", or "wide_resnet50_2" where torchvision's function of that name builds such a
-    one, with other classes or another stem too; "timm:resnet50d" where timm has made it; else the name of its class."""
+    """What a model is called.
+
+    Args:
+        model: any module.
+
+    Returns:
+        "resnet32", or "wide_resnet50_2" where torchvision's function of that name builds such a one, with other classes
+        or another stem too; "timm:resnet50d" where timm has made it; else the name of its class.
+    """
     kind, name = type(model), None
     if kind is CifarResNet:
         name = _cifar_name(model)

@@ -34,7 +34,14 @@ OPTIMIZERS = {
 
 
 def sgd(batch_size):
-    """The paper's optimizer as a factory: SGD, Nesterov momentum 0.9, weight decay 1e-4, lr 0.1 x batch / 128."""
+    """The paper's optimizer as a factory: SGD, Nesterov momentum 0.9, weight decay 1e-4, lr 0.1 x batch / 128.
+
+    Args:
+        batch_size: images that one step of the optimizer goes by: of all ranks, and of batches accumulated together.
+
+    Returns:
+        parameters -> torch.optim.SGD.
+    """
     return named_optimizer("sgd", 0.1 * batch_size / 128)
 
 
@@ -42,12 +49,19 @@ def named_optimizer(name, lr, momentum=None, weight_decay=None, norm_weight_deca
     """An optimizer as a factory, for `auglocal_ext.train`.
 
     Args:
-        name: one of OPTIMIZERS.
+        name: one of OPTIMIZERS: "sgd", "adam", "adamw", "nadam", "radam", "adagrad", "rmsprop".
         lr: the learning rate; None: torch's default for it.
-        momentum: of "sgd", where it is Nesterov's and 0.9 by default, and of "rmsprop".
+        momentum: of "sgd", where it is Nesterov's and 0.9 by default, and of "rmsprop", torch's by default; the others
+            have none.
         weight_decay: by default 1e-4 for "sgd", for the others torch's.
         norm_weight_decay, bias_weight_decay: of normalisations and of biases; None: as of the others. See
             `no_decay_on_norms`.
+
+    Returns:
+        parameters -> torch.optim.Optimizer; with one of the last two [(name, parameter)] -> torch.optim.Optimizer.
+
+    Raises:
+        KeyError: there is no such name. What else does not fit torch tells when an optimizer is made.
     """
     given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     given = {option: value for option, value in given.items() if value is not None}
@@ -79,6 +93,8 @@ def no_decay_on_norms(factory, norm_weight_decay=0.0, bias_weight_decay=0.0):
         norm_weight_decay: of normalisations: of weights of one dimension and the biases beside them. None: as others.
         bias_weight_decay: of every bias, those of normalisations included. None: as of what it is beside.
 
+    Both go by names: a bias is what ends in "bias", a weight what is called "weight".
+
     Returns:
         [(name, parameter)] -> torch.optim.Optimizer, with the groups that are not empty.
     """
@@ -106,32 +122,59 @@ def _decay_apart(named, factory, norm, bias):
 
 
 def cosine(epoch, epochs, warmup=None):
-    """The paper's schedule: cosine from 1 to 0, with a warm-up from 0.01 over the first tenth, at most 10 epochs.
+    """A schedule from 1 to 0 along a cosine, with a warm-up from 0.01, as the paper has it; `paper` is its very code's.
+
+    The cosine is (1 + cos(pi epoch / epochs)) / 2: Loshchilov and Hutter 2017 (arXiv:1608.03983), equation 5, without
+    restarts.
 
     Args:
         epoch: epochs done so far, a fraction of one included.
         epochs: of the whole training.
-        warmup: over so many epochs instead; 0: none.
+        warmup: epochs that the warm-up takes; None: a tenth of the training, at most 10; 0: none.
 
     Returns:
-        what to multiply the learning rate by.
+        What to multiply the learning rate by.
     """
     warmup = min(10, epochs / 10) if warmup is None else warmup
     return _warmed_up(0.5 * (1 + math.cos(math.pi * epoch / epochs)), epoch, warmup)
 
 
 def step(epoch, epochs, warmup=0):
-    """A schedule that goes down to a tenth after each third of the training; for arguments see `cosine`."""
+    """A schedule that goes down to a tenth after each third of the training: 1, 0.1, 0.01.
+
+    Args:
+        epoch, epochs: see `cosine`.
+        warmup: epochs that a warm-up from 0.01 takes.
+
+    Returns:
+        What to multiply the learning rate by.
+    """
     return _warmed_up(0.1 ** min(2, int(3 * epoch / epochs)), epoch, warmup)
 
 
 def exponential(epoch, epochs, warmup=0):
-    """A schedule from 1 to 0.01, by the same factor in every epoch; for arguments see `cosine`."""
+    """A schedule from 1 to 0.01, by the same factor in every epoch: 0.01 ** (epoch / epochs).
+
+    Args:
+        epoch, epochs: see `cosine`.
+        warmup: epochs that a warm-up from 0.01 takes.
+
+    Returns:
+        What to multiply the learning rate by.
+    """
     return _warmed_up(0.01 ** (epoch / epochs), epoch, warmup)
 
 
 def constant(epoch, epochs, warmup=0):
-    """A schedule that leaves the learning rate as it is; for arguments see `cosine`."""
+    """A schedule that leaves the learning rate as it is.
+
+    Args:
+        epoch, epochs: see `cosine`.
+        warmup: epochs that a warm-up from 0.01 takes.
+
+    Returns:
+        1, in a warm-up less.
+    """
     return _warmed_up(1.0, epoch, warmup)
 
 
@@ -148,13 +191,14 @@ def paper(lr):
     """The schedule of the paper's code: cosine per epoch, with a warm-up of w = min(10, epochs // 10) epochs.
 
     In epoch e = 1..w the learning rate is 0.5 lr (1 + cos(pi e / E)) (e - 1) / w + 0.01 (w + 1 - e) / w, where 0.01 is
-    a learning rate, not a share of one; then 0.5 lr (1 + cos(pi e / E)), which is 0 in the last epoch, E.
+    a learning rate, not a share of one; then 0.5 lr (1 + cos(pi e / E)), which is 0 in the last epoch, E. With less
+    than 10 epochs there is no warm-up.
 
     Args:
         lr: the learning rate that the factor is of, above 0.
 
     Returns:
-        (epoch, epochs) -> factor, for `auglocal_ext.train`.
+        (epoch, epochs) -> factor, for `auglocal_ext.train`; the same all through an epoch.
     """
 
     def factor(epoch, epochs):
@@ -166,7 +210,14 @@ def paper(lr):
 
 
 def takes_names(factory):
-    """Whether a factory is to be given (name, parameter) pairs: its first argument is `named` or `named_parameters`."""
+    """Whether a factory is to be given (name, parameter) pairs: its first argument is `named` or `named_parameters`.
+
+    Args:
+        factory: see `make_optimizer`.
+
+    Returns:
+        True or False; False too for a callable without a signature.
+    """
     try:
         first = next(iter(inspect.signature(factory).parameters), None)
     except (TypeError, ValueError):  # a callable that has no signature
@@ -182,8 +233,12 @@ def make_optimizer(factory, named):
             is called `named` or `named_parameters` is given the list of pairs instead.
         named: (name, parameter) of the module, its aux net's included.
 
+    Returns:
+        torch.optim.Optimizer. State that it loads gets its parameters' strides.
+
     Raises:
-        TypeError, ValueError: it is no such factory, or makes what cannot step a module.
+        TypeError: it is no factory, or makes no torch.optim.Optimizer.
+        ValueError: the optimizer has other parameters than those given, or needs the loss again in its step, as LBFGS.
     """
     if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
         raise TypeError(
@@ -214,7 +269,11 @@ def make_optimizer(factory, named):
 def begin_momentum(optimizer):
     """Before a step: gives what has a gradient its momentum, zero, where torch's fused SGD would make it. That fails
     where only some parameters of a group have theirs, the others having been frozen until now; and where gradients of a
-    first step have overflown, it leaves memory as it was found. The step's numbers are the same."""
+    first step have overflown, it leaves memory as it was found. The step's numbers are the same.
+
+    Args:
+        optimizer: changed in place; any other than a fused SGD with momentum and no dampening is left as it is.
+    """
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("momentum") and not group.get("dampening"):
             for parameter in group["params"]:

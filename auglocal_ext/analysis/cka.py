@@ -1,9 +1,9 @@
 """Linear CKA between the units of two models: how alike their features are, up to rotation and scale.
 
-Centred kernel alignment (Kornblith et al. 2019) with the unbiased estimate of HSIC (Song et al. 2012), summed over
-mini-batches and divided once at the end (Nguyen et al. 2021): the biased one calls features alike that are not, where
-they outnumber the images, and a mean of the batches' own ratios is biased too. Between two sets of features of the same
-n images, with gram matrices K and L,
+Centred kernel alignment (Kornblith et al. 2019, arXiv:1905.00414) with the unbiased estimate of HSIC (Song et al.
+2012), summed over mini-batches and divided once at the end (Nguyen et al. 2021, arXiv:2010.15327): the biased one calls
+features alike that are not, where they outnumber the images, and a mean of the batches' own ratios is biased too.
+Between two sets of features of the same n images, with gram matrices K and L,
 
     HSIC = sum over i != j of U(K)[i, j] U(L)[i, j] / (n (n - 3)),
     U(K)[i, j] = K[i, j] - sum_l K[i, l] / (n - 2) - sum_l K[l, j] / (n - 2) + sum_lm K[l, m] / ((n - 1) (n - 2)),
@@ -36,10 +36,11 @@ LEAST = 4  # images in a batch that the estimate is defined for
 class CKA:
     """What `cka` returns.
 
-    matrix: (units of one model, units of the other), float64, on the CPU: about 0 for unrelated features, a little
-        below too, as the estimate is unbiased; 1 for features that are equal up to rotation, scale and an offset.
-    rows, columns: the units' names.
-    images: how many were used.
+    Attributes:
+        matrix: (units of one model, units of the other), float64, on the CPU: about 0 for unrelated features, a little
+            below too, as the estimate is unbiased; 1 for features that are equal up to rotation, scale and an offset.
+        rows, columns: the units' names.
+        images: how many were used.
     """
 
     matrix: torch.Tensor
@@ -48,7 +49,17 @@ class CKA:
     images: int
 
     def save_picture(self, path, title="linear CKA", row_label="unit", column_label="unit") -> None:
-        """Draws the matrix as an image file; its suffix says of which kind."""
+        """Draws the matrix as an image file.
+
+        Args:
+            path: its suffix says which kind of image: .png, .pdf, .svg or another that matplotlib knows.
+            title: above the picture, followed by the number of images.
+            row_label, column_label: what the units are of.
+
+        Raises:
+            ValueError: another suffix.
+            OSError: the file cannot be written.
+        """
         labels = {"row_label": row_label, "column_label": column_label}
         cka_picture(self.matrix.numpy(), self.rows, self.columns, path, f"{title}, {self.images:,} images", **labels)
 
@@ -74,8 +85,10 @@ def cka(
         warning names it, and its entries are 0.
 
     Raises:
-        ValueError, TypeError: a model has no units, a batch does not fit it, or is too small.
+        ValueError, TypeError: a model has no units, a batch does not fit it or is too small, or there is none.
         FloatingPointError: features are not finite.
+
+    The formula and its sources are in the docstring of the module `auglocal_ext.analysis.cka`.
     """
     models = [Features(model_a)] if model_a is model_b else [Features(model_a), Features(model_b)]
     return products(models, loader, images, progress).between(0, len(models) - 1)
@@ -94,13 +107,14 @@ class Products:
         self.sums = torch.zeros(count, count, dtype=torch.float64)
 
     def add(self, grams: torch.Tensor) -> None:
-        """Of a batch: (units of all models, n, n), each by `centred_gram`; n is the same for all batches."""
+        """Adds a batch of n images; grams: (units of all models, n, n), each by `centred_gram`. n is the same for all
+        batches."""
         flat = grams.flatten(1)
         self.sums += (flat @ flat.T).cpu()
         self.images += grams.shape[1]
 
     def between(self, one: int, other: int) -> CKA:
-        """The CKA of the models of these indices."""
+        """The CKA of two models, `one` and `other` their numbers. FloatingPointError where features were not finite."""
         rows, columns = self._place(one), self._place(other)
         own = self.sums.diagonal()
         if not own.isfinite().all():
@@ -174,7 +188,7 @@ def centred_gram(features: torch.Tensor) -> torch.Tensor:
 
 
 def centred(gram: torch.Tensor) -> torch.Tensor:
-    """U(K) of K, (n, n), which is overwritten by it; its diagonal is 0."""
+    """U(K) of a gram matrix K, (n, n), which is overwritten by it; its diagonal is 0."""
     means = gram.fill_diagonal_(0).sum(1) / (len(gram) - 2)
     gram += means.sum() / (len(gram) - 1) - means[:, None] - means
     return gram.fill_diagonal_(0)

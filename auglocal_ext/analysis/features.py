@@ -26,6 +26,9 @@ class Features:
 
     Attributes:
         names: of the units.
+
+    Raises:
+        ValueError, TypeError: the model has no units, see `as_backbone`.
     """
 
     def __init__(self, model: nn.Module, before=None) -> None:

@@ -29,7 +29,8 @@ def probe(
 
     Args:
         model: what `as_backbone` takes.
-        train_loader: an iterable of (images, labels) to train the classifiers on, once through.
+        train_loader: an iterable of (images, labels), as `auglocal_ext.evaluate` takes, to train the classifiers on,
+            once through. All images' pooled features are held at once.
         test_loader: likewise, to test them on.
         progress: progress bars.
 
@@ -37,7 +38,8 @@ def probe(
         [(unit, accuracy from 0 to 1)], in the order of the units.
 
     Raises:
-        ValueError, TypeError: the model has no units, a batch does not fit it, or the images are of one class.
+        ValueError, TypeError: the model has no units, a batch does not fit it, a loader gives none, or the training
+            images are of one class.
         ImportError: scikit-learn is needed and does not import.
     """
     return accuracies(Features(model), train_loader, test_loader, progress)

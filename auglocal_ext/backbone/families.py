@@ -25,7 +25,11 @@ def as_backbone(model, units=None):
             it: a unit begins where each of these begins, and reaches to the next one's; the first begins with the
             images, the last ends before the classifier. Default: as the model's own blocks and layers are.
 
+    Returns:
+        Backbone, whose units have the model's own submodules.
+
     Raises:
+        TypeError: model is no nn.Module.
         ValueError: its forward cannot be followed, or has nothing to cut at, or no unit can begin so; says why.
     """
     if not isinstance(model, nn.Module):

@@ -27,29 +27,43 @@ __all__ = ["Backbone", "Shapes", "Unit"]
 @dataclass(frozen=True)
 class Unit:
     """A part of the backbone: (N, in, H, W) -> (N, out_channels, H / stride, W / stride), or what `takes` and `layout`
-    say: maps whose channels come last, or tokens (N, L, C)."""
+    say: maps whose channels come last, or tokens (N, L, C).
+
+    Attributes:
+        name: mostly a path in the model, "layer1.0"; one that several units lie in has a number behind.
+        module: the model's own, or several of its in a row.
+        width: base width, before a bottleneck's expansion (the paper's ch, torchvision's planes).
+        out_channels: of its output.
+        reduction: image pixels per output pixel, along a side.
+        kept: convolution output elements per image pixel: what its backward keeps, by the main part.
+        copy: (in_channels, stride, width=its own) -> new block like it, of that base width; None: the stem.
+        plain: whether it is the conv-[BN-]ReLU of a VGG, no residual block.
+        least_width: that a copy can have.
+        takes: the layout of its input, see `layouts`.
+        layout: of its output.
+    """
 
     name: str
     module: nn.Module
-    width: int  # base width, before a bottleneck's expansion (the paper's ch, torchvision's planes)
+    width: int
     out_channels: int
-    reduction: int  # image pixels per output pixel, along a side
-    kept: float  # convolution output elements per image pixel: what its backward keeps, by the main part
-    # (in_channels, stride, width=its own) -> new block like it, of that base width; None: the stem
+    reduction: int
+    kept: float
     copy: Callable[..., nn.Module] | None
-    plain: bool = False  # conv-[BN-]ReLU of a VGG, no residual block
-    least_width: int = 1  # that a copy can have
-    takes: str = MAPS  # the layout of its input, see `layouts`
-    layout: str = MAPS  # of its output
+    plain: bool = False
+    least_width: int = 1
+    takes: str = MAPS
+    layout: str = MAPS
 
     def copied_channels(self, width, stride):
-        """Of what a copy of that base width and stride puts out."""
+        """How many channels a copy of that base width and stride puts out."""
         if isinstance(self.copy, Copies):
             return self.copy.channels(width, stride)
         return width * (self.out_channels // self.width)
 
     def trace(self, x):
-        """The output for x, both on the meta device: shapes without arithmetic, the module untouched.
+        """The output for x, (N, in, H, W) or as `takes` says, both on the meta device: shapes without arithmetic, the
+        module untouched.
 
         Raises:
             ValueError: the unit cannot take x.
@@ -59,19 +73,24 @@ class Unit:
 
 @dataclass(frozen=True)
 class Backbone:
-    """`classifier` takes the last unit's output to (N, num_classes).
+    """A model as units, one after another, and a classifier.
 
-    form: None where they used none.
-    image_side: pixels along a side of images that the model takes, and of which the units' numbers are.
-    class_token: whether the classifier reads the first one of tokens.
-    left_out: names of what the model puts out besides logits while it is trained, and is not trained here.
+    Attributes:
+        units: a `Unit` each, from the images on.
+        classifier: the last unit's output -> logits (N, num_classes).
+        image_channels: of the images.
+        num_classes: how many logits.
+        form: the AugLocal form that its authors used for such a network: "cifar" or "imagenet"; None: they used none.
+        image_side: pixels along a side of images that the model takes, and of which the units' numbers are.
+        class_token: whether the classifier reads the first one of tokens.
+        left_out: names of what the model puts out besides logits while it is trained, and is not trained here.
     """
 
     units: tuple[Unit, ...]
     classifier: nn.Module
     image_channels: int
     num_classes: int
-    form: str | None  # the AugLocal form its authors used for such a network: "cifar" or "imagenet"
+    form: str | None
     image_side: int = 224
     class_token: bool = False
     left_out: tuple[str, ...] = ()
@@ -103,7 +122,11 @@ class Backbone:
         return families - {nn.Sequential, nn.Conv2d} | {Segment, BasicBlock, TokenBlock}
 
     def feature_shapes(self, image_shape):
-        """The shape of each unit's output without the batch, for images of image_shape, (C, H, W)."""
+        """The shape of each unit's output without the batch, for images of image_shape, (C, H, W); a list of tuples.
+
+        Raises:
+            ValueError: a unit cannot take what images of this shape come to.
+        """
         image_shape = tuple(image_shape)
         if image_shape not in self._shapes:
             shapes = []

@@ -35,6 +35,9 @@ class DeviceLoader(Resumable):
             the epoch's order, which is the same on all ranks; with `augment` the first ones again at the end, so that
             every rank has as many.
 
+    Attributes:
+        images, labels: on the device, as bytes and int64. mean, std: there too, (C,), float32.
+
     Raises:
         ValueError, TypeError: naming the argument that is none of this.
     """
@@ -95,8 +98,13 @@ class DeviceLoader(Resumable):
         return images.sub_(mean).div_(std)
 
     def sample(self, count: int, seed: int = 0) -> "DeviceLoader":
-        """A loader of `count` of the images, or all where there are fewer, not augmented, each time in the same random
-        order: of which a batch shows all classes, and not one folder's."""
+        """A loader of some of the images, not augmented, each time in the same random order: of which a batch shows all
+        classes, and not one folder's.
+
+        Args:
+            count: how many images; all where there are fewer.
+            seed: of which, and of their order.
+        """
         chosen = drawn(len(self.images), count, seed).to(self.images.device)
         images, labels, device = self.images[chosen], self.labels[chosen], self.images.device
         given = self.batch_size, self.mean, self.std
@@ -122,6 +130,10 @@ def crop_and_flip(images, top, left, mirrored, pad):
         images: (N, C, H, W), of any dtype; pad is less than H and W.
         top, left: (N,), int64, from 0 to 2 * pad: where the crop begins in the padded image.
         mirrored: (N,), bool: which crops are flipped left to right.
+        pad: pixels, at least 0.
+
+    Returns:
+        (N, C, H, W), new, contiguous.
     """
     channels, height, width = images.shape[1:]
     rows = torch.arange(height, device=images.device) + top[:, None] - pad
@@ -138,7 +150,18 @@ def _reflected(index, size):
 
 
 def mean_and_std(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(C,) and (C,): mean and deviation of each channel of images (N, C, H, W), uint8, scaled to 0..1."""
+    """Mean and deviation of each channel of images, as `DeviceLoader` takes them.
+
+    Args:
+        images: (N, C, H, W), uint8.
+
+    Returns:
+        (mean, std): (C,), float32, of the images scaled to 0..1; std at least 0.001. Exact: by counting.
+
+    Raises:
+        TypeError: images is no tensor.
+        ValueError: of another shape or dtype, or without a pixel.
+    """
     check_bytes(images)
     values = torch.arange(256, dtype=torch.float64) / 255
     # By counting, a channel at a time: exact, and no image becomes float.

@@ -23,11 +23,19 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and std of its i
 
 
 def image_folders(root):
-    """torchvision's ImageFolders of ROOT/train and of ROOT/test or ROOT/val, which have a folder of images per class;
-    they name a file that cannot be read.
+    """Two folders of images as datasets: the training and the test images.
+
+    Args:
+        root: the folder ROOT. ROOT/train and ROOT/test or ROOT/val have a folder of images per class.
+
+    Returns:
+        [train, test]: torchvision's ImageFolders, of (RGB PIL image, label). Where a file cannot be read they raise a
+        ValueError that names it.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: with what is expected and what to do.
+        FileNotFoundError: there are no such folders, or no images in them.
+        ValueError: the two have different classes.
+        ImportError: torchvision does not import.
     """
     torchvision, root = import_torchvision("data 'imagefolder:ROOT'"), Path(root)
     train_root, test_root = root / "train", next((root / d for d in ("test", "val") if (root / d).is_dir()), None)
@@ -74,9 +82,10 @@ def large_images(
 
     Args:
         train, test: datasets of (PIL image, label), for instance `image_folders(ROOT)`.
+        batch_size: images in a batch. Where an epoch would end in a batch of one, that is left out in training.
         classes: their names.
         workers: processes that read and transform. What is drawn does not depend on their number.
-        image_size: instead of 224; for testing images are resized to 8/7 of it.
+        image_size: pixels along a side, from 8 to 4096, instead of 224; for testing images are resized to 8/7 of it.
         val_split: the share of the training images that is held out as `Data.val` and seen as those for testing: of
             each class where the dataset has `targets`, as an ImageFolder has, and each class enough images.
         normalisation: (mean, std) of images scaled to 0..1; None: ImageNet's.
@@ -85,7 +94,11 @@ def large_images(
 
     Returns:
         Data, whose loaders have `set_epoch`, `state_dict` and `load_state_dict`; see `Resumable`. Only the images that
-        are still to come are read where one goes on.
+        are still to come are read where one goes on. Batches are on the CPU, pinned where there is CUDA.
+
+    Raises:
+        ValueError: an argument is out of its range, or val_split leaves too few images.
+        ImportError: torchvision does not import.
     """
     v2 = import_torchvision("large images").transforms.v2
     batch_size = whole_batch_size(batch_size)

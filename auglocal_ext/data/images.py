@@ -30,13 +30,17 @@ def images_in_memory(dataset, progress=False, image_size=None):
             number from 0. A transform that the dataset has is applied once. PIL's palettes become colours, 16-bit grey
             becomes 8-bit.
         progress: a progress bar.
-        image_size: pixels along a side that each image is resized to, which may then be of different sizes.
+        image_size: pixels along a side that each image is resized to, which may then be of different sizes; None: they
+            stay as they are.
 
     Returns:
-        (N, C, H, W) uint8 images, (N,) int64 labels.
+        (images, labels): (N, C, H, W), uint8, and (N,), int64, on the CPU.
 
     Raises:
-        ValueError, TypeError: naming the image that does not fit, or cannot be read.
+        ValueError: the dataset is empty, or an image, which is named, cannot be read or has another size, or its label
+            is no whole number from 0.
+        TypeError: an image, which is named, is neither PIL's nor a (C, H, W) tensor of bytes.
+        ImportError: torchvision does not import.
     """
     torchvision = import_torchvision("reading images")  # and with it PIL
     to_tensor = torchvision.transforms.v2.functional.pil_to_tensor

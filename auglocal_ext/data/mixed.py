@@ -24,8 +24,8 @@ class Mixed:
         mixup, cutmix: alpha of the Beta distribution that shares are drawn from, 0: not to be done.
 
     Raises:
-        ValueError: neither is above 0.
-        ImportError: there is no torchvision.
+        ValueError: one of them is below 0 or not finite, or neither is above 0.
+        ImportError: torchvision does not import.
     """
 
     def __init__(self, loader: Iterable, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:

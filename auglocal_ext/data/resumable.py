@@ -45,18 +45,25 @@ class Resumable:
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch, from 0; one that a loaded state is in the middle of goes on."""
+        """The next pass is this epoch, from 0; one that a loaded state is in the middle of goes on.
+
+        Raises:
+            ValueError: epoch is no whole number of at least 0.
+        """
         epoch = whole_number(epoch, "epoch must be a whole number of at least 0", 0)
         if not (self._resumes and epoch == self._epoch):
             self._epoch, self._batch, self._resumes = epoch, 0, False
 
     def state_dict(self) -> dict:
-        """Where the loader is: "seed" (None before the first batch), "epoch", "batch", how many the epoch has given so
-        far, and "images" and "batch_size" that it was made with."""
+        """Where the loader is, as a dict: "seed" (None before the first batch), "epoch" (from 0), "batch" (how many the
+        epoch has given so far), and "images" and "batch_size" that it was made with."""
         return {"seed": self._seed, "epoch": self._epoch, "batch": self._batch, **self._made_of}
 
     def load_state_dict(self, state: dict) -> None:
         """The next pass goes on with the batch behind those that were given when the state was saved.
+
+        Args:
+            state: from `state_dict`.
 
         Raises:
             ValueError: it is no such state, or of other data or another batch size. Nothing has changed then.

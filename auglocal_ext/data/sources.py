@@ -53,7 +53,10 @@ def load(
         source: "digits" (scikit-learn's 1,797 8x8 digits, embedded), "cifar10:ROOT", "cifar100:ROOT", "svhn:ROOT",
             "stl10:ROOT", "mnist:ROOT" or "fashionmnist:ROOT" (torchvision's; the labelled images, no extra ones; grey
             ones get three channels), "imagefolder:ROOT" (ROOT/train and ROOT/test or ROOT/val, a folder per class), or
-            "fake:N" (N random 32x32 images of 10 classes that can be told apart).
+            "fake:N" (N random 32x32 images of 10 classes that can be told apart, N from 20 to 100,000). digits, cifar10
+            and the like are of small images; those of an imagefolder are small where its first one is at most 96 pixels
+            along a side.
+        batch_size: images in a batch.
         device: where small images are held and batches made; batches of large ones are on the CPU.
         workers: DataLoader processes, for large images.
         download: fetch torchvision's data if it is not at ROOT.
@@ -67,8 +70,13 @@ def load(
             training images, of large ones ImageNet's.
         seed, part: of the loaders; see `DeviceLoader`.
 
+    Returns:
+        Data, with loaders of images (N, 3, H, W), float32, normalised, and labels (N,), int64.
+
     Raises:
-        ValueError, FileNotFoundError, ImportError: with what was given, what is expected and what to do.
+        ValueError: there is no such source, an argument is out of its range, or an image cannot be read or does not
+        fit. FileNotFoundError: nothing is at ROOT. OSError: what is there cannot be read, or cannot be fetched.
+        ImportError: torchvision is needed and does not import.
     """
     batch_size, val_split = whole_batch_size(batch_size), check_share(val_split)
     image_size = None if image_size is None else check_image_size(image_size)

@@ -1,4 +1,8 @@
-"""What the ranks of a training tell each other beside gradients: weights, sums, and what any of them wants."""
+"""What the ranks of a training tell each other beside gradients: weights, sums, and what any of them wants.
+
+Every rank of `world()` must call these at the same point. `what` is what is waited for, as the message of a RankFailed
+calls it, which they raise where another rank stopped, or did not answer.
+"""
 
 from collections.abc import Iterable
 

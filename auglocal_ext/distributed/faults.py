@@ -16,7 +16,7 @@ GRACE = 2.0  # seconds in which every rank that is still there has noticed that 
 
 
 class RankFailed(RuntimeError):
-    """Another rank stopped, or did not answer; the message names it and says why."""
+    """Another rank stopped, or did not answer; the message names it and says why. Raised on every other rank."""
 
 
 def store():

@@ -10,30 +10,48 @@ __all__ = ["Emit", "Phase", "Recipe", "Step", "again"]
 
 
 class Phase(enum.Enum):
+    """In which pass a step is; the loss is in the forward pass."""
+
     FORWARD = "forward"
     BACKWARD = "backward"
 
 
 @dataclass
 class Step:
-    """One instruction. run(*reads) -> the writes, one value or a tuple; in order."""
+    """One instruction.
 
-    kind: str  # for people
+    Attributes:
+        kind: what it does, for people.
+        phase: forward or backward.
+        rebuilds: whether it makes again what was there already.
+        part: the unit it belongs to, "head" or "extra".
+        run: (*values read) -> the values written, one or a tuple; in the order of `reads` and `writes`.
+        reads, writes: names of values.
+        macs: (values read, values written) -> multiply-accumulates. None: those of the operators that it calls.
+        frees: names of values that nothing reads after it.
+    """
+
+    kind: str
     phase: Phase
-    rebuilds: bool  # what was there already
-    part: str  # the unit or aux net it belongs to
+    rebuilds: bool
+    part: str
     run: Callable
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    # (values read, values written) -> multiply-accumulates. None: those of the operators that it calls.
     macs: Callable | None = None
-    frees: tuple[str, ...] = ()  # values that nothing reads after it
+    frees: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a value that is dropped is made again: run(over, *reads), over telling which of the reads may be written
-    over. By a convolution: it then stays until its last reader. Alias: it may be a view of what it is made from."""
+    """How a value that is dropped is made again.
+
+    Attributes:
+        kind, part, reads, writes, macs: see `Step`.
+        run: (over, *values read) -> the values written; over: a bool for each of the reads, whether it may be written
+        over. by_convolution: whether a convolution makes it: it then stays until its last reader. alias: whether it may
+        be a view of what it is made from.
+    """
 
     kind: str
     part: str
@@ -46,7 +64,8 @@ class Recipe:
 
 
 def again(run, _over, *reads):
-    """The run of a Recipe that does what a step's run does, and writes over nothing: partial(again, run)."""
+    """The run of a Recipe that does what a step's run does, and writes over nothing: partial(again, run). run: the
+    step's; _over: see `Recipe`, not used; reads: the values."""
     return run(*reads)
 
 
@@ -60,7 +79,9 @@ class Emit:
         autocast, recomputed, device_type: see `program.build`.
 
     Attributes:
-        steps: so far.
+        steps: so far, a list of `Step`.
+        phase: of the steps that are added now.
+        losses: names of the terms of the loss.
         gradients: name of a gradient's value -> the parameter it is of.
         recipes: name of a value that can be made again -> its Recipe.
         pinned: names of such values that are never dropped, between their births and their last readers: of what is
@@ -76,7 +97,7 @@ class Emit:
         self.source, self.features = source, features
         self.autocast, self.recomputed, self.device_type = autocast, recomputed, device_type
         self.pinned, self.constants, self.readers = set(), {source}, {}
-        self.losses = []  # names of the terms of the loss
+        self.losses = []
         self._one_loss = sum(node.is_a_loss for node in nodes) == 1
         self.phase = Phase.FORWARD
         self._gradient_of = {}  # a value -> the name of its gradient so far
@@ -109,7 +130,14 @@ class Emit:
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def step(self, node, kind, run, reads, writes, macs=None):
-        """Adds a step; in the backward pass also what sums the gradients that it contributes."""
+        """Adds a step; in the backward pass also what sums the gradients that it contributes.
+
+        Args:
+            node: whose it is.
+            kind, run, macs: see `Step`.
+            reads, writes: names of values: of `sources` and `out`, of its own, such as f"{node.out}.mean", or what
+                `take`, `give` and `gradient_names` return.
+        """
         self.steps.append(Step(kind, self.phase, False, node.part, run, tuple(reads), tuple(writes), macs))
         for name in writes:
             value = name.rpartition(_GRADIENT)[0]
@@ -132,12 +160,12 @@ class Emit:
             self._gradient_of[value] = name
 
     def loss_name(self, name):
-        """The name for a term of the loss: the one given, but where it is the only term."""
+        """The name for a term of the loss: the one given; of a single term "loss"."""
         self.losses.append("loss" if self._one_loss else name)
         return self.losses[-1]
 
     def begin_backward(self, last):
-        """After the last node's forward."""
+        """After the forward of the last node, `last`: sums the terms of the loss, and turns to the backward pass."""
         if len(self.losses) > 1:
             self.step(last, "add", torch.add, self.losses, ["loss"])
         self.phase = Phase.BACKWARD
@@ -147,6 +175,7 @@ class Emit:
         makes the others nothing is kept.
 
         Args:
+            node, kind, reads, writes, macs: see `step`.
             run, by_convolution, alias: see `Recipe`.
             like: the name of a value of the shape and layout of the first one, for where only those are needed.
         """
@@ -160,7 +189,7 @@ class Emit:
             self._layouts[writes[0]] = self._layouts.get(like, like)
 
     def is_from_before(self, value, part):
-        """Whether another part than this one made a value, or it is the module's input."""
+        """Whether another part than `part` made a value, or it is the module's input; value: its name."""
         return value == self.source or self._parts.get(value, part) != part
 
     def layout_of(self, value):
@@ -170,8 +199,8 @@ class Emit:
     # ---- gradients -----------------------------------------------------------------------------------------------
 
     def gradient_names(self, *parameters):
-        """A name for each parameter's gradient; none for None. What is frozen has one too where it comes with another,
-        which nothing reads."""
+        """A list of a name for each parameter's gradient; none for None. What is frozen has one too where it comes with
+        another, which nothing reads."""
         names = []
         for parameter in parameters:
             if parameter is not None:
@@ -182,15 +211,15 @@ class Emit:
         return names
 
     def take(self, value):
-        """The name of a value's whole gradient, for its only reader."""
+        """The name of the whole gradient of a value, for its only reader; value: its name. KeyError: it has none."""
         return self._gradient_of.pop(value)
 
     def gradient_of(self, value):
-        """The same for a reader that is not the last one."""
+        """As `take`, for a reader of the value's gradient that is not the last one."""
         return self._gradient_of[value]
 
     def give(self, value):
-        """A name for one contribution to a value's gradient."""
+        """A new name for one contribution to a value's gradient, for a step to write; contributions are added up."""
         self._given += 1
         return f"{value}{_GRADIENT}{self._given}"
 
@@ -198,8 +227,10 @@ class Emit:
         """Adds a step that gives a contribution to a value's gradient which need not be made as a map of its own.
 
         Args:
+            node, kind, reads: see `step`.
             first: (*reads) -> the gradient, where nothing was given yet.
             add: (the gradient so far, *reads) -> the gradient, written over the one so far.
+            value: the name of the value.
         """
         before = self._gradient_of.get(value)
         if before is None:
@@ -214,7 +245,12 @@ class Emit:
 
     def postpone(self, source, emit_data_gradient):
         """A convolution's data gradient, until the weight gradients of all that read the same map are emitted: the map,
-        rebuilt for them, is then gone before a gradient of its size is born."""
+        rebuilt for them, is then gone before a gradient of its size is born.
+
+        Args:
+            source: the name of the map.
+            emit_data_gradient: () -> None, emits the steps.
+        """
         self._postponed.append((source, emit_data_gradient))
 
     def settle(self, node):

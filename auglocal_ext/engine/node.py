@@ -26,21 +26,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Node:
-    """Derive, and define `source` or `sources`, `plain`, `forward` and `backward`; where tracing shall find it also
-    `match`.
+    """One value of a local module. Derive, and define `source` or `sources`, `plain`, `forward` and `backward`; where
+    tracing shall find it also `match`.
 
-    out: the name of its value.
-    part: the unit or aux net it belongs to.
+    Attributes:
+        out: the name of its value.
+        part: the unit it belongs to, "head" or "extra".
+        output_is_ours: of the class: nobody but its readers knows its value, and their backward may write over it.
+        data_gradient_waits: of the class, see `Emit.postpone`.
+        keeps_its_source: of the class: what it reads of another part, one that is recomputed, is a checkpoint.
+        is_a_loss: of the class: it is a term of the module's loss.
+        holds_attributes: of the class: it may be given parameters and buffers, not only values.
     """
 
     out: str
     part: str
 
-    output_is_ours: ClassVar[bool] = False  # nobody but its readers knows its value: their backward may write over it
-    data_gradient_waits: ClassVar[bool] = False  # see `Emit.postpone`
-    keeps_its_source: ClassVar[bool] = True  # what it reads of another part, one that is recomputed, is a checkpoint
-    is_a_loss: ClassVar[bool] = False  # a term of the module's loss
-    holds_attributes: ClassVar[bool] = False  # it may be given parameters and buffers, not only values
+    output_is_ours: ClassVar[bool] = False
+    data_gradient_waits: ClassVar[bool] = False
+    keeps_its_source: ClassVar[bool] = True
+    is_a_loss: ClassVar[bool] = False
+    holds_attributes: ClassVar[bool] = False
 
     @property
     def sources(self):
@@ -60,16 +66,25 @@ class Node:
 
     @classmethod
     def takes_whole(cls, module):
-        """Whether a node of this kind may be the whole of a module of more than one layer: none looks into it."""
+        """Whether a node of this kind may be the whole of `module`, which has more than one layer, so that tracing
+        does not look into it. Default: no."""
         return False
 
     @classmethod
     def match(cls, at):
-        """(node, the last fx node that it takes in) where a node of this kind begins at `at`, an `At`; else None."""
+        """Looks for a node of this kind.
+
+        Args:
+            at: an `At`, the place in the graph.
+
+        Returns:
+            (node, the last fx node that it takes in) where one begins there; else None.
+        """
         return None
 
     def plain(self, *values):
-        """What it computes, in plain torch and by what is known of the kind, not by its module's forward."""
+        """What it computes of the values of its `sources`, in plain torch and by what is known of the kind, not by its
+        module's forward. Planning compares the model's own forward with this."""
         raise NotImplementedError
 
     def forward(self, emit):
@@ -77,7 +92,7 @@ class Node:
         raise NotImplementedError
 
     def backward(self, emit):
-        """Emits its steps of the backward pass: takes the gradient of `out`, gives its sources theirs."""
+        """Emits its steps of the backward pass: takes the gradient of `out`, gives its sources theirs; emit: `Emit`."""
         raise NotImplementedError
 
     @classmethod
@@ -88,29 +103,33 @@ class Node:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A parameter or buffer that a forward uses directly."""
+    """A parameter or buffer that a forward uses directly: what `owner` has under `name`."""
 
     owner: nn.Module
     name: str
 
     @property
     def value(self):
+        """The tensor, or None."""
         return getattr(self.owner, self.name)
 
     @property
     def trained(self):
+        """Whether it needs a gradient."""
         return self.value.requires_grad
 
 
 @dataclass(frozen=True)
 class At:
-    """A place in an fx graph, where a node may begin.
+    """A place in an fx graph, where a node may begin. Its methods are of an fx node, `node`, this place's if none is
+    given.
 
-    node: the fx node.
-    modules: path -> module, of the traced root.
-    values: fx node -> the name of its value, of all that was computed before.
-    out, part: of the Node to be made.
-    sync_batch_norm: whether BatchNorms of other kinds than nn.SyncBatchNorm are synchronised too.
+    Attributes:
+        node: the fx node.
+        modules: path -> module, of the traced root.
+        values: fx node -> the name of its value, of all that was computed before.
+        out, part: of the Node to be made.
+        sync_batch_norm: whether BatchNorms of other kinds than nn.SyncBatchNorm are synchronised too.
     """
 
     node: torch.fx.Node
@@ -121,19 +140,20 @@ class At:
     sync_batch_norm: bool = False
 
     def module(self, node=None):
-        """The module that an fx node calls, this place's if none is given; None: it calls none."""
+        """The module that an fx node calls; None: it calls none."""
         node = node or self.node
         return self.modules.get(node.target) if node.op == "call_module" else None
 
     def calls(self, kind, node=None):
-        """The module of an fx node if it `computes` what a kind of module does, and is given one value alone."""
+        """The module of an fx node if it `computes` what a kind of module does, nn.ReLU for instance, and is given one
+        value alone; else None."""
         node = node or self.node
         module = self.module(node)
         alone = len(node.all_input_nodes) == 1 and len(node.args) == 1 and not node.kwargs
         return module if module is not None and computes(module, kind) and alone else None
 
     def as_module(self, kind, function, node=None):
-        """The same, or where an fx node calls the function that such modules run, one of the kind, made with what the
+        """As `calls`, or where an fx node calls the function that such modules run, one of the kind, made with what the
         function is given; None: neither."""
         node = node or self.node
         if node.op != "call_function":
@@ -147,6 +167,7 @@ class At:
 
     @staticmethod
     def is_attribute(node):
+        """Whether an fx node stands for a parameter or buffer."""
         return node.op == "get_attr"
 
     def attribute(self, node):
@@ -204,7 +225,7 @@ def is_torchvisions(module, name):
 
 
 def is_torchvisions_function(function, name):
-    """The same of a function."""
+    """Whether a function or class is torchvision's of this name."""
     home, own = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{home}.{own}" == f"torchvision.{name}"
 
@@ -215,5 +236,6 @@ def trained(*parameters):
 
 
 def has_own_weight(module):
-    """False where a hook computes weight or bias from other parameters: torch.nn.utils.spectral_norm, for instance."""
+    """Whether a module's weight and bias are parameters of its own: not where a hook computes one from others, as
+    torch.nn.utils.spectral_norm does."""
     return isinstance(module.weight, nn.Parameter) and isinstance(module.bias, nn.Parameter | None)

@@ -42,8 +42,8 @@ def batch_norm_act(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
-        residual: None, or a tensor of x's shape and dtype, added before the activation. With one, only a ReLU and
-            no activation at all can be differentiated.
+        residual: None, or a tensor of x's shape and dtype, added before the activation; copied where its layout is not
+            x's. With one, only a ReLU and no activation at all can be differentiated.
         eps: added to the variance, at least 0.
         act: True for a ReLU, False for a plain BatchNorm, or one of ACTIVATIONS: "none", "relu", "silu", "hardswish",
             "relu6", "leaky_relu", "gelu" (with erf).
@@ -54,16 +54,16 @@ def batch_norm_act(
         weight's dtype, not differentiable. Two calls on the same input give the same bits.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or activation that does not fit; one value per channel only.
+        ValueError: a shape or device that does not fit, a residual of another dtype, an act that there is not, eps or
+            negative_slope below 0, or one value per channel only. Also another act than a ReLU or none, where there is
+            a residual and a gradient is needed.
+        TypeError: x, weight or bias of another dtype.
+        RuntimeError: differentiated twice.
 
     Equivalent to `batch_norm_act_reference`. Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1.
-    Not differentiable twice.
     """
     check("batch_norm_act", x, {"weight": weight, "bias": bias}, {"residual": residual}, eps)
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"batch_norm_act: batch statistics need more than one value per channel, given shape {tuple(x.shape)}"
-        )
+    check_count("batch_norm_act", x)
     act = _code("batch_norm_act", act, negative_slope)
     return torch.ops.auglocal_ext.batch_norm_act(x, weight, bias, residual, eps, act, negative_slope)
 
@@ -78,7 +78,14 @@ def batch_norm_act_reference(
     act: bool | str = True,
     negative_slope: float = 0.01,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
+    """`batch_norm_act` in plain torch, differentiated by autograd, as often as you like.
+
+    Args:
+        x, weight, bias, residual, eps, act, negative_slope: see `batch_norm_act`; a residual goes with every act.
+
+    Returns:
+        (y, mean, var): see `batch_norm_act`.
+    """
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     if residual is not None:
         y = y + residual
@@ -87,10 +94,20 @@ def batch_norm_act_reference(
 
 
 def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a BatchNorm in training mode normalises by, alone: (mean, biased variance) over (N, H, W), each (C,).
+    """The statistics alone that a BatchNorm in training mode normalises by.
 
-    x: (N, C, H, W), float32, bfloat16, float16 or float64. The result is float64 for float64 x and float32 otherwise,
-    the same bits as `batch_norm_act` returns, and not differentiable.
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
+
+    Returns:
+        (mean, var): mean and biased variance over (N, H, W), each (C,), float64 for float64 x and else float32; the
+        same bits as `batch_norm_act` returns. Not differentiable.
+
+    Raises:
+        ValueError: x is not (N, C, H, W).
+        TypeError: x is of another dtype.
+
+    Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, the first two lines.
     """
     check("batch_norm_statistics", x, {}, {}, 0)
     return torch.ops.auglocal_ext.batch_norm_statistics(x)
@@ -114,10 +131,15 @@ def batch_norm_act_apply(
     Args:
         x, weight, bias, residual, eps, act, negative_slope: as `batch_norm_act` was given them.
         mean, var: as it returned them.
-        out: None, or where to write: a tensor like x and in its layout, x itself and residual included.
+        out: None, or where to write: a tensor like x and in its layout, x itself and residual included. x and residual
+            must then be contiguous or channels_last, both alike.
 
     Returns:
-        y, `out` where it was given. Not differentiable.
+        y, like x; `out` where it was given. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm_act`; out, mean or var that does not fit.
+        RuntimeError: with out, by the compiled kernels: x, residual or out lies otherwise. Or it is differentiated.
     """
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
     check("batch_norm_act_apply", x, channels, {"residual": residual, "out": out}, eps)
@@ -143,7 +165,7 @@ def batch_norm_act_backward(
     dx: torch.Tensor | None = None,
     dresidual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The gradients of `batch_norm_act`.
+    """The gradients of `batch_norm_act`. Two calls on the same input give the same bits.
 
     Args:
         grad: of y, (N, C, H, W) like x; where nothing is given to write into, of any strides.
@@ -151,11 +173,21 @@ def batch_norm_act_backward(
         mean, var: as it returned them.
         y: its output, where it had a residual and a ReLU: the mask is y's sign. Without a residual what the
             activation was of is recomputed from x, to the bit.
-        dx: None, or where to write x's gradient: a tensor like x and in its layout, x itself and grad included.
+        dx: None, or where to write x's gradient: a tensor like x and in its layout, x itself and grad included. grad,
+            x and y must then be in that layout too.
         dresidual: likewise for the residual's gradient, where y is given; not the tensor given as dx.
 
     Returns:
-        (dx, dresidual, dweight, dbias); dresidual is None without y: it is then grad itself.
+        (dx, dresidual, dweight, dbias): dx and dresidual like x, dweight and dbias (C,) like weight. dresidual is None
+        without y: with a residual and no activation it is grad itself. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm_act`; y with another act than a ReLU; dresidual without y or dx, or y and
+            dx without dresidual.
+        RuntimeError: with dx, by the compiled kernels: grad, x, y, dx or dresidual lies otherwise. Or it is
+            differentiated.
+
+    Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3, the chain rule below algorithm 1.
     """
     channels = {"weight": weight, "bias": bias, "mean": mean, "var": var}
     like_x = {"grad": grad, "y": y, "dx": dx, "dresidual": dresidual}
@@ -204,8 +236,14 @@ def check(op, x, channels, like_x, eps):
     for name, given in (channels | like_x).items():
         if given is not None and given.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} like x, given {given.device}")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, given {eps}")
+
+
+def check_count(op, x):
+    """Refuses what has no batch statistics, as torch's BatchNorm in training mode does."""
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
 
 
 # ---- definitions ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch.nn.modules.utils import _pair
 
 from . import _fallbacks
 from ._library import define, define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["batch_norm_act_max_pool", "batch_norm_act_max_pool_reference"]
 
@@ -31,20 +31,24 @@ def batch_norm_act_max_pool(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
-        kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d; windows of up to 16 x 16.
+        kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d, in pixels, a number or (height,
+            width); windows of up to 16 x 16. stride None: kernel_size.
         eps: added to the variance, at least 0.
 
     Returns:
         (y, mean, var): y (N, C, pooled H, pooled W) in x's dtype and layout; mean and biased variance as
-        `batch_norm_act` returns them.
+        `batch_norm_act` returns them, not differentiable.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or window that does not fit.
+        ValueError: a shape, device or window that does not fit, eps below 0, or one value per channel only.
+        TypeError: x, weight or bias of another dtype.
+        RuntimeError: differentiated twice.
 
-    Equivalent to `batch_norm_act_max_pool_reference`. Not differentiable twice.
+    Equivalent to `batch_norm_act_max_pool_reference`. Formulas: as `batch_norm_act`, and torch's of MaxPool2d.
     """
     op = "batch_norm_act_max_pool"
     check(op, x, {"weight": weight, "bias": bias}, {}, eps)
+    check_count(op, x)
     kernel, padding = _pair(kernel_size), _pair(padding)
     stride = kernel if stride is None else _pair(stride)
     if not all(1 <= size <= 16 for size in kernel):
@@ -75,7 +79,14 @@ def batch_norm_act_max_pool_reference(
     ceil_mode: bool = False,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`batch_norm_act_max_pool` in plain torch, differentiated by autograd; returns (y, mean, var)."""
+    """`batch_norm_act_max_pool` in plain torch, differentiated by autograd.
+
+    Args:
+        x, weight, bias, kernel_size, stride, padding, ceil_mode, eps: see `batch_norm_act_max_pool`.
+
+    Returns:
+        (y, mean, var): see `batch_norm_act_max_pool`.
+    """
     y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps)
     return F.max_pool2d(y, kernel_size, stride, padding, ceil_mode=ceil_mode), mean, var
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from ._library import define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["conv_batch_norm_act", "conv_batch_norm_act_reference"]
 
@@ -30,28 +30,35 @@ def conv_batch_norm_act(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`conv2d(relu(batch_norm(x)))` in training mode, with the batch's own statistics.
 
-    For the backward pass it keeps x, not the activation. The backward makes the activation again, elementwise, for
-    the weight gradient, drops it, and only then takes the data gradient, over which BatchNorm's is written.
+    The convolutions are torch's own. For the backward pass it keeps x, not the activation. The backward makes the
+    activation again, elementwise, for the weight gradient, drops it, and only then takes the data gradient, over which
+    BatchNorm's is written.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: BatchNorm's, (C,), float32, or float64 where x is float64.
         conv_weight: (K, C / groups, kernel H, kernel W); cast to x's dtype where it has another.
-        conv_bias: None or (K,).
-        stride, padding, dilation, groups: as in torch.nn.functional.conv2d; padding in pixels.
+        conv_bias: None or (K,), cast likewise.
+        stride, padding, dilation, groups: as in torch.nn.functional.conv2d, numbers or (height, width); padding in
+            pixels.
         eps: added to the variance, at least 0.
         relu: False for a convolution of the plain BatchNorm.
 
     Returns:
-        (y, mean, var): the convolution's result, and mean and biased variance as `batch_norm_act` returns them.
+        (y, mean, var): the convolution's result, (N, K, out H, out W) in x's dtype; mean and biased variance as
+        `batch_norm_act` returns them, not differentiable.
 
     Raises:
-        ValueError, TypeError, RuntimeError: a shape, dtype or device that does not fit.
+        ValueError: x, weight, bias or conv_weight of a shape or on a device that does not fit, eps below 0,
+            or one value per channel only.
+        TypeError: x, weight or bias of another dtype.
+        RuntimeError: torch's, of what else the convolution does not take; or it is differentiated twice.
 
-    Equivalent to `conv_batch_norm_act_reference`. Not differentiable twice.
+    Equivalent to `conv_batch_norm_act_reference`. Formulas: as `batch_norm_act`, and torch's of Conv2d.
     """
     op = "conv_batch_norm_act"
     check(op, x, {"weight": weight, "bias": bias}, {}, eps)
+    check_count(op, x)
     if conv_weight.dim() != 4 or conv_weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
             f"{op}: conv_weight must be (K, {x.shape[1]} / {groups} groups, kernel H, kernel W), given shape "
@@ -79,7 +86,15 @@ def conv_batch_norm_act_reference(
     eps: float = 1e-5,
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`conv_batch_norm_act` in plain torch, differentiated by autograd; returns (y, mean, var)."""
+    """`conv_batch_norm_act` in plain torch, differentiated by autograd.
+
+    Args:
+        x, weight, bias, conv_weight, conv_bias, stride, padding, dilation, groups, eps, relu: see
+            `conv_batch_norm_act`; conv_weight and conv_bias of x's dtype.
+
+    Returns:
+        (y, mean, var): see `conv_batch_norm_act`.
+    """
     y, mean, var = batch_norm_act_reference(x, weight, bias, eps=eps, act=relu)
     return F.conv2d(y, conv_weight, conv_bias, stride, padding, dilation, groups), mean, var
 

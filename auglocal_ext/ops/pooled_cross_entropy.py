@@ -14,20 +14,25 @@ import torch.nn.functional as F
 
 from . import _fallbacks
 from ._library import LIBRARY, _say_once_what_is_slower, define, define_composite, not_differentiable
-from .batch_norm_act import batch_norm_act_reference, check, memory_format
+from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_reference"]
 
 
 class PooledCrossEntropy(NamedTuple):
-    """What `pooled_cross_entropy` returns; None for what was not asked for. Only the loss is differentiable."""
+    """What `pooled_cross_entropy` returns, all in linear_weight's dtype. Only the loss is differentiable.
 
-    loss: torch.Tensor  # ()
-    logits: torch.Tensor  # (N, K)
-    mean: torch.Tensor | None  # (C,), of x over (N, H, W)
-    var: torch.Tensor | None  # biased, as torch's BatchNorm normalises by
-    head_mean: torch.Tensor | None  # (C,), of the pooled features over N
-    head_var: torch.Tensor | None  # biased
+    loss, (), is the mean over the rows that are not ignored; logits are (N, K). mean and var, (C,), are mean and biased
+    variance of x over (N, H, W), None without bn; head_mean and head_var, (C,), those of the pooled features over N,
+    None without head_bn.
+    """
+
+    loss: torch.Tensor  #: ()
+    logits: torch.Tensor  #: (N, K)
+    mean: torch.Tensor | None  #: (C,)
+    var: torch.Tensor | None  #: (C,)
+    head_mean: torch.Tensor | None  #: (C,)
+    head_var: torch.Tensor | None  #: (C,)
 
 
 def pooled_cross_entropy(
@@ -77,9 +82,11 @@ def pooled_cross_entropy(
         give the same bits.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option that does not fit. On the CPU also a label out of
-        range. On CUDA, where reading labels would stall the host and torch's own assertion would kill the context,
-        such a label makes the loss NaN; its row is ignored otherwise.
+        ValueError: a shape, device or option that does not fit; one value per channel for bn, one image for head_bn; on
+            the CPU also a label out of range. On CUDA, where reading labels would stall the host and torch's own
+            assertion would kill the context, such a label makes the loss NaN; its row is ignored otherwise.
+        TypeError: another dtype of x, labels, or what goes with linear_weight.
+        RuntimeError: differentiated twice.
 
     Equivalent to `pooled_cross_entropy_reference`. Formulas: Lin et al. 2013 (arXiv:1312.4400), section 3.2 (the
     pool); Szegedy et al. 2015 (arXiv:1512.00567), section 7 (label smoothing: the target is
@@ -97,13 +104,13 @@ def pooled_cross_entropy(
         raise ValueError(f"{op}: x must have values to average over, given shape {tuple(x.shape)}")
     if bn is None and residual is not None:
         raise ValueError(f"{op}: residual must be None where bn is None, given a tensor")
-    if bn is not None and n * height * width == 1:
-        raise ValueError(f"{op}: batch statistics need more than one value per channel, given shape {tuple(x.shape)}")
+    if bn is not None:
+        check_count(op, x)
     if head_bn is not None and n == 1:
         raise ValueError(f"{op}: head_bn needs more than one sample, given shape {tuple(x.shape)}")
     if head_bn is not None and x.shape[1] == 0:
         raise ValueError(f"{op}: head_bn needs channels, given shape {tuple(x.shape)}")
-    if head_bn is not None and head_bn[2] < 0:
+    if head_bn is not None and not head_bn[2] >= 0:
         raise ValueError(f"{op}: the eps of head_bn must be at least 0, given {head_bn[2]}")
 
     mean = var = head_mean = head_var = None
@@ -134,7 +141,15 @@ def pooled_cross_entropy_reference(
     ignore_index: int = -100,
     class_weight: torch.Tensor | None = None,
 ) -> PooledCrossEntropy:
-    """`pooled_cross_entropy` in plain torch, differentiated by autograd; the logits are differentiable too."""
+    """`pooled_cross_entropy` in plain torch, differentiated by autograd.
+
+    Args:
+        x, linear_weight, linear_bias, labels: see `pooled_cross_entropy`.
+        bn, residual, relu, eps, head_bn, label_smoothing, ignore_index, class_weight: see there too.
+
+    Returns:
+        PooledCrossEntropy, whose logits are differentiable too.
+    """
     mean = var = head_mean = head_var = None
     if bn is not None:
         x, mean, var = batch_norm_act_reference(x, *bn, residual, eps=eps, act=relu)

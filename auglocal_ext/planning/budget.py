@@ -33,17 +33,21 @@ PREFER = ("arithmetic", "memory", "time")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search under a budget found.
+    """What a search under a budget found; cuts are `planning.search.Point`.
 
-    point: the cut that was chosen, as it is planned: what fits under its peak is kept, not run again, which can make
-        it better than what was found.
-    rule: whose aux nets it has.
-    front: for each number of modules, its cuts that no other of them beats in both bytes and cost.
-    next_cheaper: the cut of least bytes that needs less arithmetic, or None: there is none cheaper.
-    next_smaller: the cut of least arithmetic that needs fewer bytes, or None.
-    more: what cheaper nets and recomputation would reach within the budget, (arguments, Point); None: no less.
-    prefer: what was to be least, see `auglocal_ext.plan`; points' costs are nanoseconds with "time".
-    bp_macs: of backpropagation; known, as is comparison, what the step costs otherwise, once the choice is planned.
+    Attributes:
+        budget: bytes.
+        point: the cut that was chosen, as it is planned: what fits under its peak is kept, not run again, which can
+            make it better than what was found.
+        rule: whose aux nets it has.
+        front: for each number of modules, its cuts that no other of them beats in both bytes and cost.
+        next_cheaper: the cut of least bytes that costs less, or None: there is none cheaper.
+        next_smaller: the cut of least cost that needs fewer bytes, or None.
+        more: what cheaper nets and recomputation would reach within the budget, (arguments in words, Point); None: they
+            would not cost less.
+        prefer: what was to be least, see `auglocal_ext.plan`; costs are multiply-accumulates, with "time" nanoseconds.
+        bp_macs: of backpropagation; known, as is comparison, once the choice is planned.
+        comparison: what the step costs otherwise.
     """
 
     budget: int

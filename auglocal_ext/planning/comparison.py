@@ -14,8 +14,13 @@ __all__ = ["Comparison", "Cost", "compared"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step. bytes: at its peak, everything in it. macs: multiply-accumulates / backpropagation's; None:
-    not known. milliseconds: predicted; None: nobody asked for times."""
+    """What one training step costs.
+
+    Attributes:
+        bytes: at its peak, everything in it.
+        macs: multiply-accumulates / backpropagation's; None: not known.
+        milliseconds: predicted; None where no times were asked for.
+    """
 
     bytes: int
     macs: float | None
@@ -24,13 +29,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One training step at one batch shape, done in several ways; `print` shows a line for each.
+    """One training step at one batch shape, done in several ways, each a `Cost`; `print` shows a line for each.
 
-    modules: how many the cut has.
-    cut: as planned.
-    bp, checkpoint: backpropagation on this engine, rule "bp", and with every unit checkpointed, rule "checkpoint".
-    eager, eager_checkpoint: backpropagation in eager PyTorch, and with every unit behind the stem checkpointed.
-    warning: a sentence where the cut needs more memory than `bp`, which names what needs less; else None.
+    Attributes:
+        modules: how many the cut has.
+        cut: as planned.
+        bp, checkpoint: backpropagation on this engine, rule "bp", and with every unit checkpointed, rule "checkpoint".
+        eager, eager_checkpoint: backpropagation in eager PyTorch, and with every unit behind the stem checkpointed.
+        warning: a sentence where the cut needs more memory than `bp`, which names what needs less; else None.
     """
 
     modules: int

@@ -14,8 +14,14 @@ __all__ = ["Origin", "fingerprint"]
 
 @dataclass(frozen=True)
 class Origin:
-    """rule, recompute, optimizer, criterion, memory_format, soft_labels, stepping, sync_batch_norm: what the plan was
-    made with. model: the `fingerprint` of its model."""
+    """What a plan was made of and with.
+
+    Attributes:
+        rule, recompute, optimizer, criterion, memory_format, soft_labels, sync_batch_norm: as `plan` was given them, or
+            chose them.
+        model: the `fingerprint` of its model.
+        stepping: accumulate, clip_norm, clip_value, clip, ema, and the number of ranks.
+    """
 
     rule: Rule
     recompute: bool | tuple[str, ...]

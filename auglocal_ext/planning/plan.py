@@ -52,11 +52,12 @@ def plan(
     """Plans a training without running it; the model is not changed.
 
     Args:
-        model: see `as_backbone`.
+        model: see `as_backbone`. In eval mode as a whole it is planned in training mode.
         input_shape: of a batch of images, (N, C, H, W).
         depth, rule, form, auxiliary, modules, units, precision, recompute, optimizer: see `auglocal_ext.train`. With a
             budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
-            and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least.
+            and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least;
+            modules is then how many the cut has to have, None: any number.
         criterion: the loss of every local module's head and of the classifier, see `auglocal_ext.train`.
         sync_batch_norm: see `auglocal_ext.train`; a plan is of one rank's step.
         accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`; input_shape is of one of the batches
@@ -69,11 +70,13 @@ def plan(
             predicted by what `auglocal calibrate` has measured on this machine.
 
     Returns:
-        Plan
+        Plan, with a comparison to backpropagation and checkpointing; with a budget its `choice` too.
 
     Raises:
-        ValueError: the model cannot be cut, an argument is out of the range that it allows, or nothing fits the
-            budget: it then says the least that would, and the batch size that would fit.
+        ValueError: the model cannot be cut, an argument is out of the range that it allows, prefer="time" without a
+            calibration, or nothing fits the budget: it then says the least that would, and the batch size that would
+            fit.
+        TypeError: model is no nn.Module, or input_shape no sequence of numbers.
     """
     stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
     backbone = as_backbone(model, units)

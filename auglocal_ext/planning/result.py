@@ -18,30 +18,55 @@ MOST_NAMES = 8  # of what runs by autograd, that are printed
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One local module. Bytes are those of one training step, from the second step on."""
+    """One local module of a `Plan`. Bytes are those of one training step, from the second step on.
+
+    Attributes:
+        index: its number, from 0.
+        units: names of its backbone units.
+        recomputed: those of them whose convolutions run again in the backward.
+        output_shape: of its last unit's features, with the batch: (N, C, H, W).
+        aux_net: in words; empty: the classifier is its head.
+        parameters: how many its units have, in the last module with the classifier's.
+        frozen_parameters: those of them that do not train.
+        trains: else it runs forward only, because its units are frozen; its aux net, if any, is there but unused.
+        aux_parameters: how many its aux net has.
+        state_bytes: parameters and buffers, its own and its aux net's.
+        gradient_bytes: of the parameters' gradients.
+        optimizer_bytes: the optimizer's state.
+        optimizer_scratch: bytes that the optimizer and clipping need for a moment in the module's step.
+        kept_bytes: what the forward pass leaves for the backward, the input included.
+        activation_bytes: at the highest moment, without the parameters' gradients.
+        peak_bytes: of the whole step while this module runs: state, batch, losses, activations, gradients.
+        macs: multiply-accumulates of forward and backward, convolutions and linear layers.
+        rebuild_share: from 0 to 1, of its memory traffic: what goes into rebuilding what was dropped.
+        islands: what runs by autograd, because no instruction describes it.
+        timeline: what lives when, see `engine.timeline.Timeline`.
+        kept_gaps: see `engine.program.build`.
+        nanoseconds: predicted, the optimizer's step included; None where no times were asked for.
+    """
 
     index: int
-    units: tuple[str, ...]  # names of its backbone units
-    recomputed: tuple[str, ...]  # those of them whose convolutions run again in the backward
-    output_shape: tuple[int, ...]  # of its last unit, (N, C, H, W)
-    aux_net: str  # in words; empty: the classifier is its head
-    parameters: int  # of its units, and of the classifier in the last module
-    frozen_parameters: int  # those of them that do not train
-    trains: bool  # else it runs forward only, because its units are frozen: its aux net, if any, is there but unused
+    units: tuple[str, ...]
+    recomputed: tuple[str, ...]
+    output_shape: tuple[int, ...]
+    aux_net: str
+    parameters: int
+    frozen_parameters: int
+    trains: bool
     aux_parameters: int
-    state_bytes: int  # parameters and buffers, its own and its aux net's
-    gradient_bytes: int  # of the parameters
-    optimizer_bytes: int  # the optimizer's state
-    optimizer_scratch: int  # what the optimizer and clipping need for a moment in the module's step
-    kept_bytes: int  # what the forward pass leaves for the backward, the input included
-    activation_bytes: int  # highest, without the parameters' gradients
-    peak_bytes: int  # highest of the whole step while this module runs: state, batch, losses, activations, gradients
-    macs: int  # multiply-accumulates of forward and backward, convolutions and linear layers
-    rebuild_share: float  # of its memory traffic: what goes into rebuilding what was dropped
-    islands: tuple[str, ...]  # what runs by autograd, because no instruction describes it
+    state_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    optimizer_scratch: int
+    kept_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    macs: int
+    rebuild_share: float
+    islands: tuple[str, ...]
     timeline: Timeline = field(repr=False)
-    kept_gaps: frozenset = field(repr=False)  # see `engine.program.build`
-    nanoseconds: int | None = None  # predicted, the optimizer's step included; None: nobody asked for times
+    kept_gaps: frozenset = field(repr=False)
+    nanoseconds: int | None = None
 
     def by_autograd(self):
         """What runs by autograd, as a sentence."""
@@ -52,59 +77,76 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of one network, and what its step holds; `print(plan)` shows it as a table."""
+    """The cut of one network, and what its step holds; `print(plan)` shows it as a table.
+
+    Attributes:
+        model: the model's name, see `auglocal_ext.models.name_of`.
+        rule: the rule's name.
+        depth: of the aux nets; None where the rule has none, or they differ.
+        precision: of the features: "fp32", "bf16" or "fp16".
+        input_shape: of a batch of images, (N, C, H, W).
+        modules: a `ModulePlan` for each local module, from the input to the output.
+        batch_bytes: of images and labels.
+        bp_macs: multiply-accumulates of a step of backpropagation through the same network.
+        origin: what it was made of and with.
+        comparison: what the step costs otherwise, `planning.comparison.Comparison`; None where nobody asked.
+        choice: what the search under a memory budget found, `planning.budget.Choice`; None without one.
+        stepping_bytes: that stay between steps: gradients that are accumulated, averaged weights.
+    """
 
     model: str
     rule: str
-    depth: int | None  # of the aux nets, where the rule has one
+    depth: int | None
     precision: str
     input_shape: tuple[int, ...]
     modules: tuple[ModulePlan, ...]
-    batch_bytes: int  # images and labels
-    bp_macs: int  # of backpropagation through the same network
-    origin: Origin = field(compare=False, repr=False)  # what it was made of
-    comparison: Comparison | None = field(default=None, compare=False, repr=False)  # None where nobody asked
-    choice: Choice | None = field(default=None, compare=False, repr=False)  # with a memory budget: what was found
-    stepping_bytes: int = 0  # that stay between steps: gradients that are accumulated, averaged weights
+    batch_bytes: int
+    bp_macs: int
+    origin: Origin = field(compare=False, repr=False)
+    comparison: Comparison | None = field(default=None, compare=False, repr=False)
+    choice: Choice | None = field(default=None, compare=False, repr=False)
+    stepping_bytes: int = 0
 
     @property
     def parameters(self):
-        """Parameters of the model itself."""
+        """How many parameters the model itself has."""
         return sum(module.parameters for module in self.modules)
 
     @property
     def frozen_parameters(self):
-        """Those of the model's that do not train."""
+        """How many of the model's parameters do not train."""
         return sum(module.frozen_parameters for module in self.modules)
 
     @property
     def aux_parameters(self):
-        """Parameters of the aux nets, which exist during training only."""
+        """How many parameters the aux nets have, which exist during training only."""
         return sum(module.aux_parameters for module in self.modules)
 
     @property
     def state_bytes(self):
-        """What lives between steps: parameters, buffers and optimizer state, of the model and the aux nets; with
-        `accumulate` their gradients, with `ema` the averaged model."""
+        """Bytes that live between steps. These are parameters, buffers and optimizer state, of the model and the aux
+        nets; with `accumulate` their gradients, with `ema` the averaged model."""
         return sum(module.state_bytes + module.optimizer_bytes for module in self.modules) + self.stepping_bytes
 
     @property
     def activation_bytes(self):
-        """The highest of what a step makes besides parameters' gradients."""
+        """Bytes of what a step makes besides parameters' gradients, at the highest moment."""
         return max(module.activation_bytes for module in self.modules)
 
     @property
     def peak_bytes(self):
-        """Predicted peak of a step, everything in it: state, batch, activations, gradients, optimizer's scratch."""
+        """Bytes of a step at its highest moment, with everything in it. These are state, batch, activations, gradients
+        and the optimizer's scratch."""
         return max(module.peak_bytes for module in self.modules)
 
     @property
     def macs(self):
+        """Multiply-accumulates of a step, of convolutions and linear layers, forward and backward, of aux nets too."""
         return sum(module.macs for module in self.modules)
 
     @property
     def milliseconds(self):
-        """Predicted time of a step, the optimizers' included; None: nobody asked for times."""
+        """Predicted time of a step, the optimizers' included; None but for prefer="time"."""
         times = [module.nanoseconds for module in self.modules]
         return None if None in times else sum(times) / 1e6
 
@@ -115,7 +157,8 @@ class Plan:
 
     @property
     def borders(self):
-        """The last unit of each module but the last: what `LocalTrainer` takes to cut the same way."""
+        """The number of the last unit of each module but the last, from 0, which `LocalTrainer` takes to cut the same
+        way."""
         ends, last = [], -1
         for module in self.modules[:-1]:
             last += len(module.units)
@@ -123,11 +166,28 @@ class Plan:
         return tuple(ends)
 
     def save_picture(self, path):
-        """Draws live bytes over the time of one step, stacked by kind, and writes them as an image."""
+        """Draws live bytes over the instructions of one step, stacked by kind, and writes them as an image.
+
+        Args:
+            path: its suffix says which kind of image: .png, .pdf, .svg or another that matplotlib knows.
+
+        Raises:
+            ValueError: another suffix.
+            OSError: the file cannot be written.
+        """
         report.memory_picture(self, path)
 
     def save_front(self, path):
-        """Draws what every number of modules costs, memory against arithmetic, and writes it as an image."""
+        """Draws what every number of modules costs, memory against arithmetic, with prefer="time" against predicted
+        time, and writes it as an image.
+
+        Args:
+            path: see `save_picture`.
+
+        Raises:
+            ValueError: the plan was made without a memory budget, or path has another suffix.
+            OSError: the file cannot be written.
+        """
         if self.choice is None:
             raise ValueError("save_front draws the search under a memory budget: plan with memory_budget='6GB'")
         report.front_picture(self, path)
@@ -139,7 +199,8 @@ class Plan:
         return "\n".join([self.title, *table, "", self._peak_line(), *told])
 
     def brief(self):
-        """The table without its widest columns, within 100, and what the step costs otherwise."""
+        """The table without its widest columns, at most 100 characters wide, and what the step costs otherwise; a str
+        of several lines."""
         return "\n".join([self.title, *report.brief_table(self), "", *self._frozen(), *self._again(), *self._costs()])
 
     def _frozen(self):
@@ -164,6 +225,7 @@ class Plan:
 
     @property
     def title(self):
+        """Model, rule, nets, number of modules and batch shape, in one line."""
         count = len(self.modules)
         what = f", depth {self.depth}" if self.depth else ""
         nets = nets_of(self.origin.rule)

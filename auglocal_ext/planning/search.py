@@ -24,14 +24,23 @@ __all__ = ["MISSING", "Point", "cheapest", "front", "fronts", "next_cheaper", "n
 
 @dataclass(frozen=True)
 class Point:
-    """One cut and what it costs."""
+    """One cut and what it costs.
+
+    Attributes:
+        modules: how many.
+        bytes: of a step at its peak.
+        cost: multiply-accumulates of a step; nanoseconds where the table is of these.
+        borders: the last unit of every module but the last.
+        heads: which of the table's heads stands behind each of them.
+        again: the units whose convolutions run again.
+    """
 
     modules: int
     bytes: int
-    cost: int  # multiply-accumulates; nanoseconds where the table is of these
-    borders: tuple[int, ...]  # the last unit of every module but the last
-    heads: tuple[int, ...] = ()  # which of the table's heads stands behind each of them
-    again: tuple[int, ...] = ()  # the units whose convolutions run again
+    cost: int
+    borders: tuple[int, ...]
+    heads: tuple[int, ...] = ()
+    again: tuple[int, ...] = ()
 
 
 def _load():

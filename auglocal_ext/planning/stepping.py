@@ -19,10 +19,14 @@ CLIPS = ("module", "global")
 
 @dataclass(frozen=True)
 class Stepping:
-    """How optimizers step; for the fields see `auglocal_ext.train`. ValueError where one is out of its range, or they
-    do not go together.
+    """How optimizers step.
 
-    ranks: how many processes' gradients are averaged, those of the running process group.
+    Attributes:
+        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`.
+        ranks: how many processes' gradients are averaged, those of the running process group.
+
+    Raises:
+        ValueError: one of them is out of its range, or they do not go together.
     """
 
     accumulate: int = 1

@@ -21,6 +21,9 @@ def cka_picture(matrix, rows, columns, path, title, row_label="unit", column_lab
         path: the file to write.
         title: above the picture.
         row_label, column_label: what the units are of.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     check_picture(path)
     values = numpy.asarray(matrix)
@@ -54,6 +57,9 @@ def cka_maps_picture(maps, units, path, title, row_label="unit", column_label="u
         path: the file to write.
         title: above the picture.
         row_label, column_label: what the units are of.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     check_picture(path)
     wide = min(len(maps), 3)
@@ -86,6 +92,9 @@ def similarity_picture(panels, path, title, reference):
         path: the file to write.
         title: above the picture.
         reference: what the other model is.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     lines_by_unit(panels, path, title, f"linear CKA with {reference}")
 

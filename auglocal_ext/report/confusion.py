@@ -20,6 +20,9 @@ def confusion_picture(confusion, classes, path, title):
         classes: their names.
         path: the file to write.
         title: above the picture.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     check_picture(path)
     counts = numpy.asarray(confusion)

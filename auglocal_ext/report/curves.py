@@ -9,9 +9,12 @@ def learning_curve(history, path, title):
     """Draws a training's accuracy, with its best epoch, and every local module's loss over the epochs.
 
     Args:
-        history: `TrainResult.history`; the loss of validation is drawn where entries have "val_loss".
+        history: `TrainResult.history`, not empty; the loss of validation is drawn where entries have "val_loss".
         path: the file to write.
         title: above the picture.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     from matplotlib.ticker import MaxNLocator
 

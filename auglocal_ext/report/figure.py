@@ -12,11 +12,15 @@ __all__ = ["check_picture", "label_where_free", "new_figure", "save", "scale_of"
 
 
 def check_picture(path, name="path"):
-    """Raises ValueError or OSError unless a picture can be written to that path: to be known before the work for it.
+    """Looks whether a picture can be written to a path: to be known before the work for it.
 
     Args:
         path: its suffix says which kind of picture it is to be.
-        name: what the user gave it by.
+        name: what the user gave it by, for the message.
+
+    Raises:
+        ValueError: matplotlib knows no such suffix.
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

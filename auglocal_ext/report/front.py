@@ -18,7 +18,15 @@ _PLACES = (
 
 
 def front_picture(plan, path):
-    """Draws memory against arithmetic for every number of modules; see `Plan.save_front`."""
+    """Draws memory against arithmetic for every number of modules; see `Plan.save_front`.
+
+    Args:
+        plan: a `Plan` that was made under a memory budget.
+        path: the file to write.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
+    """
     check_picture(path)
     choice = plan.choice
     figure = new_figure(f"{plan.title}\nwhat a step costs, by number of modules K ({plan.precision})", (9, 5.6))

@@ -29,8 +29,11 @@ def gantt_picture(panels, path, title):
         panels: [(name, predicted, traced)]: lists of `stages.events.Event`, or whatever has rank, batch, what, start
             and end in seconds, already cut to what is to be seen. traced: as it was measured, drawn beside on the same
             scale; None for all: only what is predicted.
-        path: its suffix says which kind of picture it is to be.
-        title: of the whole.
+        path: the file to write.
+        title: above the picture.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     check_picture(path)
     traced = any(events is not None for *_, events in panels)

@@ -13,6 +13,9 @@ def probe_picture(panels, path, title):
             names below where all runs have the same ones, else numbers from 0.
         path: the file to write.
         title: above the picture.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     lines_by_unit(panels, path, title, "test accuracy of a linear probe, %", scale=100)
 
@@ -24,6 +27,9 @@ def local_accuracy_picture(runs, path, title):
         runs: [(run, [accuracies from 0 to 1, None of a module that has none])].
         path: the file to write.
         title: above the picture.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     label = "local module; a run's last one has the classifier"
     lines = [(run, [None if value is None else 100 * value for value in values]) for run, values in runs]

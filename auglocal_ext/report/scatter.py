@@ -23,9 +23,14 @@ def accuracy_picture(path, title, runs, baseline=None):
     """Draws test accuracy against arithmetic, the memory of a step as the size of the mark, and writes it as an image.
 
     Args:
+        path: the file to write.
+        title: above the picture.
         runs: [(group, label, multiply-accumulates / BP, bytes, [accuracies of its seeds, 0 to 1])]; a group has a mark
             of its own, several seeds a bar from the lowest to the highest.
-        baseline: a group whose mean accuracy is drawn across.
+        baseline: a group whose mean accuracies are drawn across; None: none.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
     """
     check_picture(path)
     figure = new_figure(title, (9, 6))

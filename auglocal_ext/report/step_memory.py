@@ -18,7 +18,15 @@ _KINDS = {
 
 
 def memory_picture(plan, path):
-    """Draws the live bytes of one training step over its instructions, stacked by kind; see `Plan.save_picture`."""
+    """Draws the live bytes of one training step over its instructions, stacked by kind; see `Plan.save_picture`.
+
+    Args:
+        plan: a `Plan`.
+        path: the file to write.
+
+    Raises:
+        ValueError, OSError: see `check_picture`.
+    """
     check_picture(path)
     figure = new_figure(f"{plan.title}\nlive memory over one training step, {plan.precision}", (11, 5.4))
     axes = figure.subplots()

@@ -11,7 +11,15 @@ WIDTH = 100  # columns, of all but the whole table
 
 
 def cost_lines(rows, warning=None):
-    """Lines of (what, Cost), one a row; then the warning, where there is one."""
+    """Lines about what steps cost.
+
+    Args:
+        rows: [(what, `planning.comparison.Cost`)], a line each.
+        warning: a sentence that stands below them; None: none.
+
+    Returns:
+        list of str.
+    """
     timed = any(cost.milliseconds is not None for _, cost in rows)
     cells = [(what, format_bytes(cost.bytes), _macs(cost), *([_time(cost)] if timed else ())) for what, cost in rows]
     return [*_aligned(cells, left=1), *(wrapped(f"warning: {warning}") if warning else ())]
@@ -26,12 +34,12 @@ def _time(cost):
 
 
 def wrapped(sentence):
-    """Its lines, of at most WIDTH columns."""
+    """The lines of a sentence, of at most WIDTH columns; a list of str."""
     return textwrap.wrap(sentence, WIDTH)
 
 
 def plan_table(plan):
-    """Lines about every local module; see `Plan`."""
+    """Lines about every local module of a plan, with its header and totals; a list of str. plan: a `Plan`."""
     aux = "aux net: unit (width, stride)" if plan.rule == "auglocal" else "aux net"
     header = ("module", "units", "output", aux, "parameters", "aux parameters")
     header += ("kept", "activations", "step's peak", "MACs / BP")
@@ -54,7 +62,7 @@ def plan_table(plan):
 
 
 def brief_table(plan):
-    """Lines of what of it fits into WIDTH columns."""
+    """`plan_table` without its widest columns, so that it mostly fits into WIDTH columns; plan: a `Plan`."""
 
     def rest(part):
         aux = f" (+{part.aux_parameters:,})" if part.aux_parameters else ""
@@ -66,7 +74,15 @@ def brief_table(plan):
 
 
 def stages_table(rows):
-    """Lines of [(ranks, what they do, Prediction)]; None: they cannot."""
+    """Lines about trainings by several ranks.
+
+    Args:
+        rows: [(ranks, what they do, `stages.simulate.Prediction`)], a line each; instead of the last None where they
+            cannot.
+
+    Returns:
+        list of str, the header first.
+    """
     cells = [("ranks", "training", "images/s", "idle", "highest rank's memory")]
     for ranks, what, way in rows:
         told = ("-", "-", "fewer units or images")

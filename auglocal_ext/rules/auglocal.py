@@ -17,16 +17,22 @@ FORMS = ("cifar", "imagenet")
 
 
 class AugLocal(Rule):
-    """Aux nets that are uniform samples of the layers behind the module (arXiv:2402.17318).
+    """Aux nets that are uniform samples of the layers behind the module (arXiv:2402.17318): behind unit l of L,
+    numbered from 0, the net copies units round(l + i (L - 1 - l) / b), i = 1 to b, and ends in a linear classifier. b
+    is d - 1, or less: toward the output with form "cifar", by the share of an `Auxiliary`, and where fewer units are
+    left.
 
     Args:
-        depth: the paper's d, the aux nets' layers with their linear classifier: d - 1 sampled units.
+        depth: the paper's d, the aux nets' layers with their linear classifier: d - 1 sampled units; at least 2.
         form: "cifar" (one module per unit, aux nets less deep toward the output, the last `depth` units and
             the classifier trained jointly), "imagenet" (one module per unit, an aux net of constant depth after
             every unit but the last), or None: what the authors used for such a network.
         auxiliary: "paper", "light", another member of the family `Auxiliary`, also as text, or a function
             (`Border`) -> nn.Module, features -> logits, which under a memory budget may go by the border's unit and
             shape alone.
+
+    Raises:
+        ValueError: depth, form or auxiliary is none of these. Whether depth fits a network is told when that is cut.
     """
 
     takes_any_layout = True
@@ -42,6 +48,7 @@ class AugLocal(Rule):
 
     @property
     def shares_readout(self):
+        """Whether the aux nets' last layers follow the classifier's, as the `Auxiliary` says."""
         return isinstance(self.auxiliary, Auxiliary) and self.auxiliary.readout == "shared"
 
     def check(self, backbone):
@@ -76,7 +83,7 @@ class AugLocal(Rule):
         return range(len(backbone.units) - joint)
 
     def sample(self, backbone, unit):
-        """The `auxiliary.Sample` behind a unit."""
+        """Which units the net behind a unit copies, an `auxiliary.Sample`; unit: its number in the backbone."""
         pyramid = self._pyramid(backbone)
         blocks = aux_depth(unit, len(backbone.units), self.depth - 1, pyramid)
         return sample_units(backbone.units, unit, blocks, pyramid, self.auxiliary)
@@ -93,7 +100,7 @@ class AugLocal(Rule):
         return border.backbone.feature_shapes(border.image_shape)[border.unit]
 
     def net_key(self, border):
-        """What tells which net `aux_net` makes: borders of equal keys have nets alike."""
+        """What tells which net `aux_net` makes of a border: those of equal keys have nets alike."""
         if not isinstance(self.auxiliary, Auxiliary):
             return border.unit
         sample, backbone = self.sample(border.backbone, border.unit), border.backbone

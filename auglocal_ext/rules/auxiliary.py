@@ -38,7 +38,7 @@ PLAIN_WIDTH = 512  # of the linear layers in a VGG's aux nets of the paper
 class Auxiliary:
     """How an aux net of AugLocal differs from the paper's, which is the one without arguments.
 
-    Attributes:
+    Args:
         pooled: the features are averaged to the network's last resolution first, where the copies then run; a VGG's net
             ends in pooling and one linear layer, as others do, instead of three.
         width: of the copies, as a factor, above 0 and at most 4.
@@ -47,7 +47,10 @@ class Auxiliary:
         readout: "own", or "shared": the linear layer is a copy of the network's own from the step before, which the
             module does not train. Copies of another width than the network's last unit then end in a 1 x 1 convolution.
 
-    As text: "paper", "light", or what differs, as in "pooled width=0.5 separable". ValueError: out of range.
+    As text: "paper", "light", which is "pooled width=0.5", or what differs, as in "pooled width=0.5 separable".
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     pooled: bool = False

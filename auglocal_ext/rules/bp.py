@@ -6,7 +6,7 @@ __all__ = ["BP", "Checkpoint"]
 
 
 class BP(Rule):
-    """Plain backpropagation: one module, the classifier's loss."""
+    """Plain backpropagation: one module of all units, the classifier's loss, no aux net."""
 
     def borders(self, backbone):
         return ()

@@ -14,8 +14,18 @@ RULES = {rule.name: rule for rule in (AugLocal, DGL, PredSim, InfoPro, BP, Check
 
 
 def as_rule(rule, depth=4, form=None, auxiliary="paper"):
-    """The Rule that is meant: one of RULES by name, a subclass of Rule, or an object of one, which is given back as it
-    is. depth, form and auxiliary are AugLocal's and its subclasses'."""
+    """The Rule that is meant.
+
+    Args:
+        rule: one of RULES by name, a subclass of Rule, or an object of one, which is given back as it is.
+        depth, form, auxiliary: of AugLocal and its subclasses, see there.
+
+    Returns:
+        Rule
+
+    Raises:
+        ValueError: it is no rule, or form or auxiliary is given to one that takes none.
+    """
     if isinstance(rule, Rule):
         if auxiliary != "paper":
             raise ValueError("auxiliary goes with a rule by name, given a rule that has its own: leave it out")
@@ -34,6 +44,13 @@ def as_rule(rule, depth=4, form=None, auxiliary="paper"):
 
 
 def for_images(rule, mean, std):
-    """The rule for images normalised by mean and std: InfoPro for them where that is named, which draws images as they
-    were before; else the rule as it was given."""
+    """The rule for images normalised by mean and std.
+
+    Args:
+        rule: a rule, or its name.
+        mean, std: one number per channel, of images scaled to 0..1.
+
+    Returns:
+        InfoPro for them where rule is "infopro", which draws images as they were before; else the rule as it was given.
+    """
     return InfoPro(mean, std) if rule == "infopro" else rule

@@ -11,7 +11,11 @@ __all__ = ["DGL"]
 
 
 class DGL(Rule):
-    """Decoupled greedy learning (Belilovsky et al. 2020, arXiv:1901.08164): a small classifier of 1x1 convolutions."""
+    """Decoupled greedy learning (Belilovsky et al. 2020, arXiv:1901.08164), as the authors of AugLocal ran it. The aux
+    net averages features (N, C, H, W) to a quarter of their height and width; then come three 1x1 convolutions of C
+    channels, an average to 2x2, two linear layers of 4 C features, all with normalisation and ReLU, and a linear
+    classifier.
+    """
 
     def aux_net(self, border):
         channels, height, width = border.shape

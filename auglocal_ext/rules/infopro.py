@@ -19,14 +19,21 @@ _ROUNDING = 0.02  # images may come in bfloat16
 
 
 class InfoPro(Rule):
-    """Information propagation (Wang et al. 2021, arXiv:2101.10832), with softmax: features shall keep what is needed to
-    draw the image again, first more, then less.
+    """Information propagation (Wang et al. 2021, arXiv:2101.10832), with softmax, as the authors of AugLocal ran it:
+    features shall keep what is needed to draw the image again, first more, then less.
+
+    The extra loss is the binary cross-entropy of the image, as it was before its normalisation, and the sigmoid of what
+    two 3x3 convolutions make of the features. Between the first and the last border weights go linearly.
 
     Args:
         mean, std: one number per channel, of the images scaled to 0..1: what they were normalised by. Default: the
             paper's of CIFAR-10.
         first, last: weights (of the image, of the cross-entropy) at the first and the last border. Default: the
             paper's, of ResNet-110 where there are more than 50 units, else of ResNet-32.
+
+    Raises:
+        ValueError: by `check` and `check_images`: mean or std is not one number per channel, or images that they undo
+            the normalisation of do not lie from 0 to 1.
     """
 
     def __init__(

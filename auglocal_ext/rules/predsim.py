@@ -13,8 +13,13 @@ __all__ = ["PredSim"]
 
 
 class PredSim(Rule):
-    """Prediction and similarity losses (Nokland and Eidnes 2019, arXiv:1901.06656), 0.01 and 0.99 of the whole: images
-    of one class shall have features that resemble each other."""
+    """Prediction and similarity losses (Nokland and Eidnes 2019, arXiv:1901.06656), 0.01 and 0.99 of the whole, as the
+    authors of AugLocal ran them. Images of one class shall have features that resemble each other.
+
+    The prediction's aux net averages the features to at most 512 numbers where it can, and classifies these linearly.
+    The similarity loss is the mean of (S(features) - S(labels))^2 over the pairs of images: S has the cosines of
+    centred rows; the rows of features are the deviations, over pixels, of what a 3x3 convolution makes of them.
+    """
 
     def aux_net(self, border):
         channels, *sides = border.shape

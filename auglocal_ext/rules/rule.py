@@ -15,10 +15,12 @@ __all__ = ["Border", "ExtraLoss", "LocalHead", "Rule"]
 class Border:
     """The end of a local module that is not the last one: what a rule may go by.
 
-    backbone: see `auglocal_ext.backbone`; backbone.units[unit] is the module's last unit.
-    index, count: the how-manieth border from the input it is, from 0, and how many there are.
-    shape: (C, H, W) of the features here, as a net of feature maps is given them; of tokens (L, C).
-    image_shape: (C, H, W) of the images.
+    Attributes:
+        backbone: see `auglocal_ext.backbone.Backbone`.
+        unit: the number of the module's last unit, backbone.units[unit].
+        index, count: the how-manieth border from the input it is, from 0, and how many there are.
+        shape: (C, H, W) of the features here, as a net of feature maps is given them; of tokens (L, C).
+        image_shape: (C, H, W) of the images.
     """
 
     backbone: Backbone
@@ -35,11 +37,13 @@ class Border:
 
     @property
     def num_classes(self):
+        """How many logits a net here has to make."""
         return self.backbone.num_classes
 
     @property
     def layout(self):
-        """Of the features, see `backbone.layouts`."""
+        """What the dimensions of the features mean, as "maps", "maps, channels last" or "tokens"; see
+        `backbone.layouts`."""
         return self.backbone.units[self.unit].layout
 
 
@@ -47,7 +51,7 @@ class ExtraLoss(nn.Module):
     """A loss beside the cross-entropy: derive, and define `loss`. All its parameters are its net's.
 
     Args:
-        net: features (N, C, H, W) -> prediction. It runs on the fused ops where they know its layers.
+        net: a module, features (N, C, H, W) -> prediction. It runs on the fused ops where they know its layers.
 
     Attributes:
         takes_inputs: whether `loss` is given a fourth argument, inputs: what the local module was given, which no
@@ -68,18 +72,28 @@ class ExtraLoss(nn.Module):
             prediction: what the net made, at least float32.
             labels: (N,), int64, with those that the criterion ignores; or soft ones, (N, classes).
             images: (N, C, H, W), as the step was given them.
+
+        Returns:
+            The loss, ().
         """
         raise NotImplementedError
 
     def forward(self, features: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        """given: what `loss` is given behind the prediction."""
+        """The loss of features, as autograd would have it; given: what `loss` is given behind the prediction."""
         return self.loss(self.net(features), *given)
 
 
 class LocalHead(nn.Module):
-    """What stands behind a local module: features -> logits, and what the losses count.
+    """What stands behind a local module: features -> logits (N, classes), and what the losses count.
 
-    shares_readout: the net's last layer is a copy of the classifier's, see `follow`.
+    Args:
+        net: features -> logits.
+        extra: an `ExtraLoss`, or None.
+        weights: of the extra loss, and of the cross-entropy.
+        shares_readout: whether the net's last layer is a copy of the classifier's, see `follow`.
+
+    Raises:
+        ValueError: the extra loss has parameters outside its net.
     """
 
     def __init__(self, net, extra=None, weights=(0.0, 1.0), shares_readout=False):
@@ -104,16 +118,17 @@ class LocalHead(nn.Module):
 
 
 class Rule:
-    """A learning rule: give its subclass, or an object of one, as `rule=` to train, plan and LocalTrainer.
+    """A learning rule: give its subclass, or an object of one, as `rule=` to train, plan and LocalTrainer. Derive it,
+    and define `aux_net`; the other methods have defaults.
 
     A local module's loss is weights[0] x the extra loss + weights[1] x the cross-entropy of the aux net's logits. The
     last module's is the cross-entropy of the backbone's own classifier.
 
     Attributes:
         name: for people; the class's in lower case unless it says another.
-        depth: the paper's d, for rules that have one.
+        depth: the paper's d, for rules that have one; else None.
         shares_readout: whether the aux nets' last layers follow the classifier's, see `LocalHead`.
-        recompute: see `LocalTrainer`.
+        recompute: whether convolutions run again in the backward, see `LocalTrainer`.
         takes_any_layout: whether its nets take features as the unit puts them out, see `backbone.layouts`; else they
             are given maps (N, C, H, W), and tokens are refused.
     """
@@ -128,29 +143,78 @@ class Rule:
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
     def check(self, backbone: Backbone) -> None:
-        """Raises ValueError where the rule does not fit a backbone."""
+        """Looks whether the rule fits a backbone, before its nets are made. Default: it does.
+
+        Args:
+            backbone: see `auglocal_ext.backbone.Backbone`.
+
+        Raises:
+            ValueError: it does not.
+        """
 
     def check_images(self, images: torch.Tensor) -> None:
-        """Raises ValueError where the rule does not fit the images of a first batch, (N, C, H, W)."""
+        """Looks whether the rule fits the images of a first batch. Default: it does.
+
+        Args:
+            images: (N, C, H, W), on the model's device.
+
+        Raises:
+            ValueError: it does not.
+        """
 
     def borders(self, backbone: Backbone) -> Iterable[int]:
-        """The last unit of each module but the last one. Default: one module per unit."""
+        """Where the backbone is cut.
+
+        Args:
+            backbone: see `auglocal_ext.backbone.Backbone`.
+
+        Returns:
+            The number of the last unit of each module but the last one, in rising order. Default: one module per unit.
+        """
         return range(len(backbone.units) - 1)
 
     def aux_net(self, border: Border) -> nn.Module:
-        """A new net behind a border: features of border.shape -> (N, border.num_classes)."""
+        """A new net behind a border.
+
+        Args:
+            border: see `Border`.
+
+        Returns:
+            nn.Module: features, (N, ...) with the rest as border.shape says, -> logits (N, border.num_classes).
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define aux_net(border), an nn.Module")
 
     def extra_loss(self, border: Border) -> ExtraLoss | None:
-        """A new ExtraLoss behind a border, or None."""
+        """A new ExtraLoss behind a border, or None, which is the default.
+
+        Args:
+            border: see `Border`.
+        """
         return None
 
     def weights(self, border: Border) -> tuple[float, float]:
-        """(of the extra loss, of the cross-entropy)"""
+        """What the losses behind a border count.
+
+        Args:
+            border: see `Border`.
+
+        Returns:
+            (of the extra loss, of the cross-entropy). Default: 0 and 1.
+        """
         return 0.0, 1.0
 
     def describe(self, border: Border) -> str:
-        """The aux net in a few words, for the plan's table. Default: its layers that have weights, and their width."""
+        """The aux net in a few words, for the plan's table.
+
+        Args:
+            border: see `Border`.
+
+        Returns:
+            str. Default: its convolutions and linear layers, and what they put out.
+        """
         with torch.device("meta"):
             layers = self.aux_net(border).modules()
         widths = {nn.Conv2d: "out_channels", nn.Linear: "out_features"}

@@ -16,12 +16,13 @@ class StagesEpoch:
     """What an epoch came to, the same on every rank.
 
     Attributes:
-        loss: the classifier's, the mean over the images that its criterion does not ignore. train_accuracy: of the
-            training batches, as they were seen.
+        loss: the classifier's, the mean over the images that its criterion does not ignore.
+        train_accuracy: from 0 to 1, of the training batches, as they were seen.
         module_losses, module_accuracies: of each local module's own head; None of one whose units are all frozen.
-        images_per_second: of the last rank, from its first batch to its last.
+        images_per_second: of the last stage, all pipelines together, from its first batch to its last.
         seconds: from the first rank's first batch to the last rank's end.
-        lr: of the last step. skipped_steps: of a local module, with nonfinite="skip".
+        lr: the learning rate of the last step.
+        skipped_steps: how many steps of a local module were left out, with nonfinite="skip".
     """
 
     loss: float

@@ -13,7 +13,13 @@ Key = tuple[str, int, int, int]
 
 
 class Task(NamedTuple):
-    """seconds: how long it takes; after: the tasks that it waits for, besides the one before it in its lane."""
+    """What is to be done.
+
+    Attributes:
+        key: its name, see `Key`.
+        seconds: how long it takes.
+        after: the tasks that it waits for, besides the one before it in its lane.
+    """
 
     key: Key
     seconds: float
@@ -21,8 +27,13 @@ class Task(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a rank did for a batch, in seconds from the beginning; of a pipeline batch is a micro-batch. A real trace is
-    a list of them too."""
+    """What a rank did for a batch; a real trace is a list of them too.
+
+    Attributes:
+        rank, batch: from 0; of a pipeline batch is a micro-batch.
+        what: "forward", "backward", "step", "send" and the like.
+        start, end: in seconds from the beginning.
+    """
 
     rank: int
     batch: int

@@ -18,7 +18,8 @@ class Grid:
     """Ranks are numbered pipeline after pipeline, so that a message goes to the next one, mostly on the same machine.
 
     Attributes:
-        replicas: how many pipelines; each has the whole model, and its own batches. stages: how many ranks each has.
+        replicas: how many pipelines; each has the whole model, and its own batches.
+        stages: how many ranks each pipeline has.
         rank: this process's number.
     """
 
@@ -33,11 +34,12 @@ class Grid:
 
     @property
     def stage(self) -> int:
+        """Which part of the model this rank has, from 0."""
         return self.rank % self.stages
 
     @property
     def pipeline(self) -> range:
-        """This rank's."""
+        """The ranks of this rank's pipeline."""
         return self.rows[self.replica]
 
     @property
@@ -68,8 +70,9 @@ class Grid:
             make_groups(STATISTICS, self.columns)
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """This layout as torch has it, of dimensions "replica" and "stage"; its groups end with this package's. Every
-        rank must call it. It holds its groups: who keeps it keeps a rank that fails from ending their connections."""
+        """This layout as torch has it, of dimensions "replica" and "stage", for tensors on a device of this type; its
+        groups end with this package's. Every rank must call it. It holds its groups: who keeps it keeps a rank that
+        fails from ending their connections."""
         parts = {"replica": self.copies, "stage": self.pipeline}
         make_groups("mesh", [*self.columns, *self.rows])
         groups = []

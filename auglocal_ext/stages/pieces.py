@@ -34,6 +34,7 @@ class Piece:
 
     @property
     def seconds(self) -> float:
+        """Of a batch: forward, backward and step."""
         return self.forward + self.backward + self.step
 
     def scaled(self, factor: float) -> "Piece":
@@ -44,9 +45,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Costs:
-    """A network's, for batches of so many images.
+    """What the pieces of a network cost.
 
     Attributes:
+        images: in a batch.
         modules: its local modules.
         units: its units under backpropagation, the classifier in the last one.
         batch: bytes of images and labels.
@@ -65,17 +67,22 @@ class Costs:
 
 @dataclass(frozen=True)
 class Link:
-    """What one rank sends to another goes through it. bandwidth: bytes a second; latency: seconds of a message."""
+    """What one rank sends to another goes through it.
+
+    Attributes:
+        bandwidth: bytes a second.
+        latency: seconds of an empty message.
+    """
 
     bandwidth: float = 25e9
     latency: float = 5e-6
 
     def seconds(self, size: float) -> float:
-        """Of a message of so many bytes."""
+        """Of a message; size: its bytes."""
         return self.latency + size / self.bandwidth
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Of the sum of so many bytes over a ring of ranks."""
+        """Seconds of the sum of `size` bytes over a ring of ranks: each sends 2 (ranks - 1) / ranks of them."""
         return self.seconds(2 * (ranks - 1) / ranks * size) if ranks > 1 else 0.0
 
 

@@ -35,8 +35,9 @@ class StagesResult:
     Attributes:
         history: one dict per epoch: epoch, what `StagesEpoch` has, and val_loss, val_accuracy and val_top5_accuracy as
             `TrainResult` has them.
-        plan, spans: see `StageTrainer`.
-        rank_bytes: see `StageTrainer`; empty where the training diverged.
+        plan: of the whole model, see `StageTrainer`.
+        spans: of every stage the range of its local modules.
+        rank_bytes: of every rank the bytes of a step at its highest, by the plan; empty where the training diverged.
     """
 
     history: list
@@ -89,8 +90,11 @@ def train_stages(
             to the bit.
         options: StageTrainer's nonfinite; LocalTrainer's others: rule, modules, auxiliary, precision, criterion, ...
 
+    Returns:
+        StagesResult
+
     Raises:
-        ValueError, TypeError, RankFailed: see `StageTrainer`.
+        ValueError, TypeError, RankFailed: see `StageTrainer`. Also a schedule of torch's, which needs the optimizer.
         TrainingDiverged: on every rank: a loss, weight or buffer is not finite, or the classifier has become far worse;
             see `auglocal_ext.train`. The model is then left in its parts.
     """

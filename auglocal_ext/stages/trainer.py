@@ -68,7 +68,8 @@ class StageTrainer:
             "memory", by the plan.
         nonfinite: "stop": `epoch` raises NotFinite. "skip": of one pipeline, see `auglocal_ext.train`; every module is
             left out by itself, as nothing that a step does is of all of them.
-        options: LocalTrainer's others. With sync_batch_norm a BatchNorm goes by the images of all pipelines.
+        options: LocalTrainer's others: depth, rule, modules, ... With sync_batch_norm a BatchNorm goes by the images of
+            all pipelines.
 
     Attributes:
         grid: which rank is which, `Grid`. stage: this rank's `Stage`. plan: of the whole model, on one rank of such a
@@ -76,8 +77,8 @@ class StageTrainer:
         odd: what of this rank's tensors was not finite from the start.
 
     Raises:
-        ValueError: fewer local modules than stages; ranks with other models or settings; what one rank cannot know:
-            clip="global", ema, aux nets whose readout follows the classifier's.
+        ValueError, TypeError: see `LocalTrainer`; fewer local modules than stages; ranks with other models or settings;
+            what one rank cannot know: clip="global", ema, aux nets whose readout follows the classifier's.
         RankFailed: another rank stopped, or did not answer for the time that the process group was given.
     """
 
@@ -155,7 +156,7 @@ class StageTrainer:
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Sets every rank's learning rates to `factor` times what they were at first, from the next batch on that the
-        first stage gives in; on ranks of other stages it does nothing."""
+        first stage gives in; on ranks of other stages it does nothing, as a batch brings its factor with it."""
         self._rate = factor
 
     @telling()
@@ -170,11 +171,15 @@ class StageTrainer:
                 of batches that are accumulated; it may set learning rates.
             title: what warnings and errors call the epoch.
 
+        Returns:
+            StagesEpoch, the same on every rank: losses, accuracies, images per second, seconds.
+
         Raises:
             training.divergence.NotFinite: on every rank, of the first step and local module whose loss was NaN or
                 infinite: no more batches are read then. Or of a weight or buffer that is, behind the epoch. The weights
                 are as the last step left them.
-            ValueError: a batch does not fit, or there is none.
+            ValueError, TypeError: a batch does not fit, or there is none.
+            RankFailed: another rank stopped, or did not answer.
         """
         self.stage.begin()
         began, seen_from = time.monotonic(), None
@@ -250,6 +255,12 @@ class StageTrainer:
         """The model's loss, accuracies and confusion matrix, on every rank, by the loaders of the first stages; see
         `auglocal_ext.evaluation`. Their first batch has to be the largest.
 
+        Args:
+            loader: of (images, labels), on a rank of the first stage; others' are not looked at.
+
+        Returns:
+            Evaluation, of all pipelines' images together.
+
         Raises:
             ValueError: a batch does not fit, or there is none; or the model's forward does something else in eval mode
                 than its layers, which the ranks have.
@@ -261,7 +272,8 @@ class StageTrainer:
 
     @telling()
     def gather(self) -> dict | None:
-        """The whole model's state_dict on rank 0, on the CPU; None on the others."""
+        """The whole model's state_dict on rank 0, tensors by name, on the CPU; None on the others. Every rank must call
+        it."""
         found = self._gathered()
         if found is None:
             return None
@@ -284,10 +296,30 @@ class StageTrainer:
 
     @telling()
     def save(self, folder: str | Path, **more) -> None:
-        """Writes a checkpoint, a folder; see `stages.checkpoint.save`. more: plain values, of rank 0."""
+        """Writes a checkpoint: weights, statistics, auxiliary nets, optimizers. The one before is deleted behind it.
+        Every rank must call it.
+
+        Args:
+            folder: that all ranks see. The checkpoint is a folder in it, of which each rank writes its part.
+            more: plain values to be kept with it, those of rank 0.
+
+        Raises:
+            RankFailed: another rank stopped, or did not answer.
+        """
         save(self, folder, more)
 
     @telling()
     def load(self, folder: str | Path) -> dict:
-        """Goes on from a checkpoint, of as many ranks or others; returns what `save` was given more."""
+        """Goes on from the newest checkpoint, which as many ranks or others have saved. Every rank must call it.
+
+        Args:
+            folder: as `save` was given it.
+
+        Returns:
+            What `save` was given more.
+
+        Raises:
+            ValueError: there is none, or it is of another model or cut; nothing has changed then.
+            RankFailed: another rank stopped, or did not answer.
+        """
         return load(self, folder)

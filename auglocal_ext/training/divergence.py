@@ -23,7 +23,12 @@ __all__ = [
 
 class TrainingDiverged(FloatingPointError):
     """The training went wrong: a loss, a weight or an output is not finite, or the classifier is far worse at the end
-    than at the start. `result`: the TrainResult of the finished epochs; the model is as the last step left it."""
+    than at the start. The model is as the last step left it.
+
+    Args:
+        message: what went wrong, and what to do.
+        result: the TrainResult, of `train_stages` the StagesResult, of the finished epochs; an attribute too.
+    """
 
     def __init__(self, message, result):
         super().__init__(message)

@@ -31,12 +31,14 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluation` returns.
+    """What `evaluation` returns; `print` shows it as a line.
 
-    loss: the mean cross-entropy, without label smoothing or weights, whatever the model was trained by.
-    top1, top5: accuracies, 0 to 1; top5 None for fewer than 6 classes.
-    images: how many there were.
-    confusion: (classes, classes), int64, on the CPU: how many images of the row's class were taken for the column's.
+    Attributes:
+        loss: the mean cross-entropy, without label smoothing or weights, whatever the model was trained by.
+        top1, top5: accuracies, from 0 to 1; top5 None for fewer than 6 classes.
+        images: how many there were.
+        confusion: (classes, classes), int64, on the CPU: how many images of the row's class were taken for the
+            column's.
     """
 
     loss: float
@@ -47,7 +49,8 @@ class Evaluation:
 
     @property
     def per_class(self) -> list[float | None]:
-        """Each class's share of images that were taken for it; None for a class without images."""
+        """Of each class the share of its images, from 0 to 1, that were taken for it; None for a class without
+        images."""
         rows = zip(self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist(), strict=True)
         return [right / images if images else None for right, images in rows]
 
@@ -69,24 +72,36 @@ def evaluate(model: nn.Module, loader: Iterable, *, precision: str = "fp32", pro
     """The model's accuracy on a loader, in eval mode; the modes are restored.
 
     Args:
-        model: any classifier, images -> (N, classes).
-        loader: an iterable of (images, labels): floating-point images of the model's dtype, int64 labels (N,).
+        model: any classifier, images -> (N, classes), evaluated on the device it is on.
+        loader: an iterable of (images, labels): images (N, ...), floating point, of the model's dtype, int64 labels
+            (N,). Batches on the CPU are moved to the model's device.
         precision: "fp32", or "bf16" or "fp16": under autocast.
         progress: a progress bar.
 
     Returns:
-        from 0 to 1.
+        The share of images that were taken for their class, from 0 to 1.
 
     Raises:
-        ValueError, TypeError: a batch does not fit the model, its values are not finite, or there is none.
+        ValueError: a batch or the model's output does not fit, images are not finite, labels are out of range, or there
+            is no image.
+        TypeError: what the loader gives are no pairs of tensors, or of another dtype.
         FloatingPointError: the model's outputs are not finite.
     """
     return evaluation(model, loader, precision=precision, progress=progress).top1
 
 
 def evaluation(model: nn.Module, loader: Iterable, *, precision: str = "fp32", progress: bool = False) -> Evaluation:
-    """The model's loss, accuracies and confusion matrix on a loader, in eval mode; for arguments and errors see
-    `evaluate`."""
+    """The model's loss, accuracies and confusion matrix on a loader, in eval mode; the modes are restored.
+
+    Args:
+        model, loader, precision, progress: see `evaluate`.
+
+    Returns:
+        Evaluation
+
+    Raises:
+        ValueError, TypeError, FloatingPointError: see `evaluate`.
+    """
     checks.check_precision(precision)
     return evaluated(Validation(model, precision), loader, progress, threading.Event())
 

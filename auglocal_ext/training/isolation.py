@@ -4,8 +4,16 @@ __all__ = ["assert_isolated"]
 
 
 def assert_isolated(trainer, images, labels):
-    """Raises AssertionError unless the loss of each local module reaches the parameters of that module and its
-    head, all that are not frozen, and no others. Changes no parameter; BatchNorm's running statistics see the batch."""
+    """Checks that the loss of each local module reaches the parameters of that module and its head, all that are not
+    frozen, and no others. Changes no parameter; BatchNorm's running statistics see the batch.
+
+    Args:
+        trainer: a `LocalTrainer`.
+        images, labels: a batch, see `LocalTrainer.step`.
+
+    Raises:
+        AssertionError: it does not; names the parameters.
+    """
     names = {p: name for name, p in trainer.model.named_parameters()}
     for index, module in enumerate(trainer.local_modules[:-1]):
         names |= {p: f"local_modules.{index}.head.{name}" for name, p in module.head.named_parameters()}

@@ -82,7 +82,8 @@ def train(
         loader: an iterable of (images, labels), gone through once per epoch: a DataLoader, a list. Batches on
             the CPU are moved to the model's device. Labels are class numbers, (N,), int64, or soft, (N, classes), as
             torchvision's MixUp and CutMix make them: then the training accuracy is that of the largest share.
-        depth: the paper's d, layers of an auxiliary net with its classifier; in the paper more is more accurate.
+        depth: the paper's d, layers of an auxiliary net with its classifier, at least 2; in the paper more is more
+            accurate.
         val_loader: like loader; the accuracy on it is measured after each epoch.
         epochs: how often to go through loader.
         rule: "auglocal", "dgl", "predsim" or "infopro", "bp" for plain backpropagation by the same loop, "checkpoint"
@@ -90,17 +91,18 @@ def train(
         form: "cifar" or "imagenet", the two forms of rule "auglocal"; None: the one its authors used for
             such a network. See `auglocal_ext.rules.AugLocal`.
         auxiliary: what the auxiliary nets of rule "auglocal" are like: "paper", or "light", of at most a tenth of
-            backpropagation's arithmetic each; see `auglocal_ext.rules.Auxiliary`.
+            backpropagation's arithmetic each, or others; see `auglocal_ext.rules.Auxiliary`, and
+            `auglocal_ext.rules.AugLocal` for a function that makes them.
         modules: K, to cut the model into K local modules. Default: the authors' cut of a ResNet or VGG, which is one
             per unit or nearly so; of another network the fewest that need less memory than backpropagation.
         units: names, to say what the units are; see `as_backbone`.
-        memory_budget: the bytes that a step may take, as "6GB" or a number: the model is cut where that costs the least
-            arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto". See
-            `auglocal_ext.plan`.
+        memory_budget: None, or the bytes that a step may take, as "6GB" or a number: the model is cut where that costs
+            the least arithmetic, into as many modules as it takes; depth, auxiliary and recompute may then be "auto".
+            See `auglocal_ext.plan`.
         prefer: with a budget, what is least in the cut that is chosen: "arithmetic", "memory" or "time"; see
             `auglocal_ext.plan`.
-        recompute: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
-            inside every module, for a third more arithmetic; or of the units of these names only.
+        recompute: True: run convolutions again in the backward instead of keeping their outputs: gradient checkpointing
+            inside every module, for a third more arithmetic; names: of these units only.
         optimizer: parameters -> torch.optim.Optimizer, called once per local module; an optimizer class or a
             functools.partial of one. If its first argument is called `named` or `named_parameters`, it is given a list
             of (name, parameter), as "layer1.0.conv1.weight", of aux nets "aux_nets.0. ...", and may make groups of
@@ -124,11 +126,12 @@ def train(
             B are one of N x B; BatchNorm sees each batch by itself. An epoch's last ones, if fewer, are stepped by too,
             averaged over as many as they are. The gradients of all modules then live all the time, as the plan counts.
         clip_norm, clip_value: bound the norm of each local module's gradients, its aux net's included, and the size of
-            each of their values, as torch.nn.utils has it; with both, by value first.
+            each of their values, as torch.nn.utils has it; with both, by value first. None: no bound.
         clip: "module", or "global": clip_norm is of all modules' gradients together, for which they have to exist at
             once: with accumulate above 1 only.
-        ema: the decay of an exponential moving average of the model's weights and buffers, after each step of the
-            optimizers: torch.optim.swa_utils.AveragedModel, for the result's `ema_model`.
+        ema: the decay, from 0 to below 1, of an exponential moving average of the model's weights and buffers, after
+            each step of the optimizers: torch.optim.swa_utils.AveragedModel, for the result's `ema_model`. None: no
+            average.
         precision: "fp32"; "bf16" or "fp16": features under autocast, parameters and statistics in fp32. With "fp16"
             each local module's loss is scaled by a torch.amp.GradScaler of its own, which leaves out steps that
             overflow.
@@ -144,7 +147,7 @@ def train(
         nonfinite: what to do about a loss that is NaN or infinite: "stop" tells the module, the step and its last
             finite value; "skip" leaves the modules out of the step whose loss or gradients are not finite, their
             BatchNorm statistics included, of accumulated batches if those of one are not; each step then waits for the
-            device, and the history counts skipped_steps.
+            device, and the history counts skipped_steps. "skip" is of one process.
         keep_aux_nets: return the aux nets in the result.
         checkpoint: a folder, for last.pt, written after every epoch, when `on_epoch` was called, and best.pt. A
             training that has one there goes on from it: the same call again, after a crash or with more epochs, ends as
@@ -166,13 +169,15 @@ def train(
     fails ends all of them.
 
     Returns:
-        TrainResult
+        TrainResult; the model itself has the trained weights.
 
     Raises:
         distributed.faults.RankFailed: another rank stopped, or did not answer in the process group's time.
         ValueError, TypeError: an argument or a batch does not fit; see `LocalTrainer`. What arguments and first
             batches tell is raised before any weight changes.
-            A `schedule` that returns no finite number of at least 0 is told before the step that it is for.
+            A `schedule` that returns no finite number of at least 0 is told before the step that it is for; so is a
+            later batch that does not fit.
+        OSError: nothing can be written to the checkpoint's folder.
         TrainingDiverged: a loss, weight, buffer or validation output is not finite any more, which is looked at before
             `on_epoch` is called; or after the last epoch the classifier's loss is above twice the first epoch's and
             twice ln(classes), the cross-entropy of guessing. A FloatingPointError with the result so far.

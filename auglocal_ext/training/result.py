@@ -23,8 +23,8 @@ class TrainResult:
             peak_bytes.
         plan: the cut that was trained; plan.comparison has what backpropagation and checkpointing would need.
         peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on other devices
-            live tensor bytes, parameters and optimizer state included, in the first two steps.
-        process_bytes: the highest that the process held: on CUDA what torch's allocator had reserved there, on other
+            live tensor bytes, parameters and optimizer state included, in the first two steps of the optimizers.
+        process_bytes: the most bytes that the process held: on CUDA what torch's allocator had reserved there, on other
             devices the resident memory, with all libraries and data.
         aux_nets: with keep_aux_nets, an nn.ModuleList; else None.
         ema_model: with ema, the averaged model: a plain one of the trained model's class, on its device. Its statistics
@@ -43,12 +43,13 @@ class TrainResult:
 
     @property
     def val_accuracy(self) -> float | None:
-        """Of the last epoch; None without val_loader."""
+        """The last epoch's accuracy on val_loader, from 0 to 1; None without val_loader or epochs."""
         return self.history[-1]["val_accuracy"] if self.history else None
 
     @property
     def best(self) -> dict | None:
-        """The epoch of the highest accuracy, of training where there is no validation; the first of equals."""
+        """The history's entry of the highest accuracy, of training where there is no validation; the first of equals.
+        None without epochs."""
         return max(self.history, key=accuracy_of) if self.history else None
 
     def __str__(self):
@@ -89,8 +90,12 @@ _ROWS = [
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C during `train`, raised between two steps; a second one, at once. `result`: the TrainResult of the finished
-    epochs."""
+    """Ctrl-C during `train`, raised between two steps. (A second Ctrl-C is a KeyboardInterrupt at once.)
+
+    Args:
+        result: the TrainResult of the finished epochs; an attribute too.
+        note: ends the message.
+    """
 
     def __init__(self, result, note=""):
         super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))

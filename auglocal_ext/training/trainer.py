@@ -78,20 +78,26 @@ class LocalTrainer:
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
         accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`. Every accumulate-th `step` steps the
             optimizers, and `flush` does by a group that is not whole.
-        image_size: (height, width) of the images, for a rule whose nets depend on it (predsim, dgl, infopro). Default:
-            32 for the CIFAR networks, 224 for others. Other sizes may follow where they need no other nets.
+        image_size: pixels along a side of the images, or (height, width), for a rule whose nets depend on it (predsim,
+            dgl, infopro). Default: 32 for the CIFAR networks, for others 224, or where the model takes none of these
+            the size that it takes. Other sizes may follow where they need no other nets.
 
     Attributes:
         local_modules: list of nn.Module, x -> (features, logits); they share the model's weights.
         aux_nets: nn.ModuleList, one LocalHead for each local module but the last: features -> logits, with the net of
             an extra loss. With the model's, its state_dict and the optimizers' are all that a step changes.
-        units: names of the backbone's units.
+        units: tuple, the names of the backbone's units.
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
         nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
             `auglocal_ext.train`. skipped_steps: of each module, how many.
         module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like. Of
             soft labels the class of the largest share is right; where the label is ignored no answer is.
+
+    Raises:
+        ValueError, TypeError: the model cannot be cut or trained, an argument is out of the range that it allows, an
+            optimizer does not fit, or plan is of another model or given with what it tells.
+        distributed.faults.RankFailed: another rank stopped, or did not answer.
     """
 
     @telling()
@@ -199,8 +205,11 @@ class LocalTrainer:
         Raises:
             ValueError, TypeError: the batch does not fit, before any weight changed. What only its values
                 tell (labels out of range, images that are not finite) is raised at once on the CPU; on other
-                devices it is flagged, the step is taken with those values replaced by zeros, its losses read
-                NaN, and `check` raises.
+                devices it is flagged, the step is taken with harmless values in their place, its losses read NaN, and
+                `check` raises. Also where modules, parameters or optimizers were replaced since the trainer was made.
+            distributed.faults.RankFailed: another rank stopped, or did not answer.
+
+        What else stops a step, as torch.OutOfMemoryError, has in its message how far the step came.
         """
         check_nonfinite(self.nonfinite)
         self._watch.check()
@@ -241,7 +250,7 @@ class LocalTrainer:
 
     @property
     def ema_model(self) -> nn.Module | None:
-        """With ema the averaged model, of the trained one's class and on its device."""
+        """The averaged model, of the trained one's class and on its device; None without ema."""
         return None if self.stepper.average is None else self.stepper.average.module
 
     @torch.inference_mode(False)
@@ -252,12 +261,14 @@ class LocalTrainer:
         where they are accumulated.
 
         Args:
-            features: the module's input.
-            images: the step's, for a rule with a loss that looks at them.
+            index: of the local module, from 0.
+            features: the module's input, of module 0 the images.
+            labels: see `step`.
+            images: the step's, (N, channels, H, W), for a rule with a loss that looks at them.
 
         Returns:
-            (features, logits, loss): the module's output (None for the last one), its head's and its loss; None of
-            both where its units are all frozen.
+            (features, logits, loss): the module's output (None for the last one), its head's logits (N, num_classes)
+            and its loss (), all detached; None of both where its units are all frozen.
         """
         return self._current_programs()[index].run([features], labels, images)
 
@@ -266,10 +277,15 @@ class LocalTrainer:
         """Plans the step where no plan fits, which `step` does by itself: for a first batch, one that is larger or has
         another size of images or memory format, for the first soft labels, and after modes or frozen parameters have
         changed. A smaller batch runs on the plan there is. Puts the model into training mode if it is in eval mode as a
-        whole.
+        whole. The plan is then in `plan`.
 
-        labels: see `step`; None: class numbers.
-        compare: also find out what the step costs otherwise, `plan.comparison`.
+        Args:
+            images: (N, channels, H, W), of which shape, dtype and memory format count.
+            labels: see `step`; None: class numbers.
+            compare: also find out what the step costs otherwise, `plan.comparison`.
+
+        Raises:
+            ValueError, TypeError: the images do not fit the model or the rule.
         """
         plan_batch(self, images, labels, compare)
 
@@ -286,7 +302,11 @@ class LocalTrainer:
             warnings.warn(text, stacklevel=4)
 
     def check(self) -> None:
-        """Raises ValueError if a batch since the last call was refused on the device. Waits for the device."""
+        """Waits for the device.
+
+        Raises:
+            ValueError: a batch since the last call was refused there; see `step`.
+        """
         raise_refused(self)
 
     def set_learning_rate_factor(self, factor: float) -> None:
@@ -307,29 +327,43 @@ class LocalTrainer:
         yield from self.stepper.tensors()
 
     def state_dict(self):
-        """Everything that the next step depends on: weights, auxiliary nets, optimizers, random number generators; what
-        torch.save saves and torch.load loads with weights_only=True."""
+        """Everything that the next step depends on: weights, auxiliary nets, optimizers, batches that are accumulated,
+        what is frozen or in eval mode, random number generators.
+
+        Returns:
+            dict, which torch.save saves and torch.load loads with weights_only=True. Its tensors are the trainer's own.
+        """
         return state_of(self)
 
     def load_state_dict(self, state):
         """Puts the trainer where `state_dict` found one that was made as it is: on a CPU the next steps are the same to
-        the bit. ValueError, with nothing changed, where the state is of another model, rule, cut or version."""
+        the bit.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            ValueError: it is of another model, rule, cut, optimizer or version. Nothing has changed then.
+        """
         load_state(self, state)
 
     @property
     def loss_scales(self) -> list[float]:
-        """Of each local module, with precision "fp16": what its loss is multiplied by. Waits for the device."""
+        """What each local module's loss is multiplied by, with precision "fp16"; else none. Waits for the device."""
         return [scaler.get_scale() for scaler in self.stepper.scalers]
 
     @property
     def image_channels(self) -> int:
+        """Channels of the images that the model takes."""
         return self._backbone.image_channels
 
     @property
     def num_classes(self) -> int:
+        """How many logits the model's classifier has."""
         return self._backbone.num_classes
 
     def check_images(self, images, name="images"):
-        """Raises ValueError or TypeError unless the images' shape and dtype fit the model."""
+        """Raises ValueError or TypeError unless the images' shape and dtype fit the model; `name` is what the message
+        calls them."""
         channels, half = self.image_channels, self.precision != "fp32"
         checks.check_images(images, self.dtype, channels=channels, half=half, name=name)

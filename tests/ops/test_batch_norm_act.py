@@ -322,6 +322,7 @@ BAD = [
     (lambda a: a.update(residual=a["x"].bfloat16()), ValueError, "given .* torch.bfloat16"),
     (lambda a: a.update(weight=a["weight"].to("meta")), ValueError, "weight must be on cpu like x, given meta"),
     (lambda a: a.update(eps=-1.0), ValueError, "eps must be at least 0, given -1.0"),
+    (lambda a: a.update(eps=float("nan")), ValueError, "eps must be at least 0, given nan"),
     (lambda a: a.update(x=a["x"][:1, :, :1, :1]), ValueError, "more than one value per channel"),
 ]
 

@@ -162,6 +162,12 @@ def test_bad_windows(window, message):
         batch_norm_act_max_pool(x, weight, bias, **window)
 
 
+def test_one_value_per_channel_is_refused():
+    x, weight, bias, _, _ = make((1, 3, 1, 1), torch.float32, LAYOUTS[0], False)
+    with pytest.raises(ValueError, match="^batch_norm_act_max_pool: batch statistics need more than one value per"):
+        batch_norm_act_max_pool(x, weight, bias, 1)
+
+
 @pytest.mark.parametrize("size", range(1, 12))
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
 @pytest.mark.parametrize("ceil_mode", [False, True])

@@ -142,3 +142,9 @@ def test_bad_input_is_named(spoil, message):
     x, weight, bias, filters, _ = make_conv((2, 4, 5, 5), (3, 3), {}, torch.float32, LAYOUTS[0], False)
     with pytest.raises(ValueError, match=message):
         conv_batch_norm_act(x, weight, bias, spoil(filters))
+
+
+def test_one_value_per_channel_is_refused():
+    x, weight, bias, filters, _ = make_conv((1, 4, 1, 1), (1, 1), {}, torch.float32, LAYOUTS[0], False)
+    with pytest.raises(ValueError, match="^conv_batch_norm_act: batch statistics need more than one value per channel"):
+        conv_batch_norm_act(x, weight, bias, filters)

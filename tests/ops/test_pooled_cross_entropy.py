@@ -467,6 +467,7 @@ BAD = [
         "the bias of head_bn must be torch.float32 for torch.float32 x",
     ),
     ({"head_bn": (torch.ones(3), torch.ones(3), -1)}, ValueError, "the eps of head_bn must be at least 0, given -1"),
+    ({"head_bn": (torch.ones(3), torch.ones(3), float("nan"))}, ValueError, "the eps of head_bn must be at least 0"),
     (
         {"x": torch.ones(1, 3, 2, 2), "labels": torch.zeros(1).long(), "head_bn": (torch.ones(3), torch.ones(3), 0.1)},
         ValueError,
