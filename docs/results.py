@@ -174,10 +174,10 @@ def _learnt(lines, file, page):
 
 _FIGURES = (
     "Linear centered kernel alignment, CKA (how alike features are, 0 to 1), of each unit with the same unit of\n"
-    "backpropagation's model of seed 0 on 10,000 test images, and test accuracy of linear probes (linear classifiers on a\n"
-    "unit's features) trained on 10,000 training images. Early, middle and late units are those at ResNet-32's three\n"
-    "resolutions. CKA between seeds of backpropagation is the ceiling: they differ by initial weights and order of images\n"
-    "alone."
+    "backpropagation's model of seed 0 on 10,000 test images, and test accuracy of linear probes (linear\n"
+    "classifiers on a unit's features) trained on 10,000 training images. Early, middle and late units are those at\n"
+    "ResNet-32's three resolutions. CKA between seeds of backpropagation is the ceiling: they differ by initial\n"
+    "weights and order of images alone."
 )
 
 
