@@ -81,7 +81,8 @@ def batch_norm_act_reference(
     """`batch_norm_act` in plain torch, differentiated by autograd, as often as you like.
 
     Args:
-        x, weight, bias, residual, eps, act, negative_slope: see `batch_norm_act`; a residual goes with every act.
+        x, weight, bias, eps, act, negative_slope: see `batch_norm_act`.
+        residual: see there; here it goes with every act.
 
     Returns:
         (y, mean, var): see `batch_norm_act`.
