@@ -127,8 +127,8 @@ def train(
             averaged over as many as they are. The gradients of all modules then live all the time, as the plan counts.
         clip_norm: a bound of the norm of each local module's gradients, its aux net's included, as
             `torch.nn.utils.clip_grad_norm_` has it; None: no bound.
-        clip_value: a bound of the size of each value of the gradients, as `torch.nn.utils.clip_grad_value_` has it; with
-            both, by value first. None: no bound.
+        clip_value: a bound of the size of each value of the gradients, as `torch.nn.utils.clip_grad_value_` has it,
+            before clip_norm; None: no bound.
         clip: "module", or "global": clip_norm is of all modules' gradients together, for which they have to exist at
             once: with accumulate above 1 only.
         ema: the decay, from 0 to below 1, of an exponential moving average of the model's weights and buffers, after
