@@ -159,8 +159,12 @@ class StageTrainer:
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Sets every rank's learning rates to `factor` times what they were at first, from the next batch on that the
-        first stage gives in; on ranks of other stages it does nothing, as a batch brings its factor with it."""
-        self._rate = factor
+        first stage gives in; on ranks of other stages it does nothing, as a batch brings its factor with it.
+
+        Raises:
+            ValueError: factor is no finite number of at least 0; no learning rate has changed.
+        """
+        self._rate = checks.learning_rate_factor(factor, "factor must be")
 
     @telling()
     @torch.inference_mode(False)
