@@ -76,7 +76,7 @@ def plan(
         ValueError: the model cannot be cut, an argument is out of the range that it allows, prefer="time" without a
             calibration, or nothing fits the budget: it then says the least that would, and the batch size that would
             fit.
-        TypeError: model is no nn.Module, or input_shape no sequence of numbers.
+        TypeError: model is no nn.Module, or input_shape cannot be gone through.
     """
     stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
     backbone = as_backbone(model, units)
