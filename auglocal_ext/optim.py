@@ -54,11 +54,11 @@ def named_optimizer(name, lr, momentum=None, weight_decay=None, norm_weight_deca
         momentum: of "sgd", where it is Nesterov's and 0.9 by default, and of "rmsprop", torch's by default; the others
             have none.
         weight_decay: by default 1e-4 for "sgd", for the others torch's.
-        norm_weight_decay, bias_weight_decay: of normalisations and of biases; None: as of the others. See
-            `no_decay_on_norms`.
+        norm_weight_decay: of normalisations, see `no_decay_on_norms`; None: as of the others.
+        bias_weight_decay: of biases, likewise.
 
     Returns:
-        parameters -> torch.optim.Optimizer; with one of the last two [(name, parameter)] -> torch.optim.Optimizer.
+        A factory: parameters -> torch.optim.Optimizer; with one of the last two it takes [(name, parameter)].
 
     Raises:
         KeyError: there is no such name. What else does not fit torch tells when an optimizer is made.

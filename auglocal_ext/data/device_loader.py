@@ -25,7 +25,8 @@ class DeviceLoader(Resumable):
         images: (N, C, H, W), uint8.
         labels: (N,), integers from 0.
         batch_size: images in a batch; the last one of an epoch has what is left.
-        mean, std: (C,), of images scaled to 0..1; finite, std above 0.
+        mean: (C,), of images scaled to 0..1, finite.
+        std: likewise, above 0.
         augment: for training. `pad` pixels are reflected around an image before it is cropped to its size at
             random; `flip` mirrors half of the images.
         device: where the images lie, and the batches are made.
@@ -36,7 +37,8 @@ class DeviceLoader(Resumable):
             every rank has as many.
 
     Attributes:
-        images, labels: on the device, as bytes and int64. mean, std: there too, (C,), float32.
+        images, labels: on the device, uint8 and int64.
+        mean, std: on the device, (C,), float32.
 
     Raises:
         ValueError, TypeError: naming the argument that is none of this.

@@ -2,9 +2,9 @@
 
     y, mean, var = auglocal_ext.ops.batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps)
 
-They run on any device: by compiled kernels on the CPU and on CUDA where these were built, else in plain torch, which a
-warning says once. Feature maps are (N, C, H, W), float32, bfloat16, float16 or float64; statistics and what is of
-channels are float32, for float64 maps float64.
+They run on any device: by compiled kernels on the CPU and on CUDA where these were built, on CUDA for the loss by
+Triton's, else in plain torch, which a warning says once. Feature maps are (N, C, H, W), float32, bfloat16, float16 or
+float64; statistics and what is of channels are float32, for float64 maps float64.
 """
 
 from .batch_norm_act import (

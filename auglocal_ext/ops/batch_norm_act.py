@@ -54,9 +54,8 @@ def batch_norm_act(
         weight's dtype, not differentiable. Two calls on the same input give the same bits.
 
     Raises:
-        ValueError: a shape or device that does not fit, a residual of another dtype, an act that there is not, eps or
-            negative_slope below 0, or one value per channel only. Also another act than a ReLU or none, where there is
-            a residual and a gradient is needed.
+        ValueError: a shape or device that does not fit, a residual of another dtype, an unknown act, eps or
+            negative_slope below 0, one value per channel only, or an act that cannot be differentiated and has to be.
         TypeError: x, weight or bias of another dtype.
         RuntimeError: differentiated twice.
 
@@ -81,7 +80,8 @@ def batch_norm_act_reference(
     """`batch_norm_act` in plain torch, differentiated by autograd, as often as you like.
 
     Args:
-        x, weight, bias, residual, eps, act, negative_slope: see `batch_norm_act`; a residual goes with every act.
+        x, weight, bias, eps, act, negative_slope: see `batch_norm_act`.
+        residual: see there; here it goes with every act.
 
     Returns:
         (y, mean, var): see `batch_norm_act`.
@@ -184,8 +184,7 @@ def batch_norm_act_backward(
     Raises:
         ValueError, TypeError: as `batch_norm_act`; y with another act than a ReLU; dresidual without y or dx, or y and
             dx without dresidual.
-        RuntimeError: with dx, by the compiled kernels: grad, x, y, dx or dresidual lies otherwise. Or it is
-            differentiated.
+        RuntimeError: with dx, by the compiled kernels: one of the maps lies otherwise. Or it is differentiated.
 
     Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3, the chain rule below algorithm 1.
     """

@@ -31,8 +31,10 @@ def batch_norm_act_max_pool(
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
         weight, bias: (C,), float32, or float64 where x is float64.
-        kernel_size, stride, padding, ceil_mode: as in torch.nn.functional.max_pool2d, in pixels, a number or (height,
-            width); windows of up to 16 x 16. stride None: kernel_size.
+        kernel_size: of a window, in pixels, a number or (height, width); 1 to 16 along each axis.
+        stride: likewise; None: kernel_size.
+        padding: likewise; at most half of kernel_size.
+        ceil_mode: as in torch.nn.functional.max_pool2d, whether windows may pass the right and the lower edge.
         eps: added to the variance, at least 0.
 
     Returns:

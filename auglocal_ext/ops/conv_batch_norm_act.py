@@ -39,8 +39,8 @@ def conv_batch_norm_act(
         weight, bias: BatchNorm's, (C,), float32, or float64 where x is float64.
         conv_weight: (K, C / groups, kernel H, kernel W); cast to x's dtype where it has another.
         conv_bias: None or (K,), cast likewise.
-        stride, padding, dilation, groups: as in torch.nn.functional.conv2d, numbers or (height, width); padding in
-            pixels.
+        stride, padding, dilation: as in torch.nn.functional.conv2d, in pixels, numbers or (height, width).
+        groups: of channels, as there.
         eps: added to the variance, at least 0.
         relu: False for a convolution of the plain BatchNorm.
 
@@ -89,8 +89,8 @@ def conv_batch_norm_act_reference(
     """`conv_batch_norm_act` in plain torch, differentiated by autograd.
 
     Args:
-        x, weight, bias, conv_weight, conv_bias, stride, padding, dilation, groups, eps, relu: see
-            `conv_batch_norm_act`; conv_weight and conv_bias of x's dtype.
+        x, weight, bias, stride, padding, dilation, groups, eps, relu: see `conv_batch_norm_act`.
+        conv_weight, conv_bias: see there, of x's dtype.
 
     Returns:
         (y, mean, var): see `conv_batch_norm_act`.

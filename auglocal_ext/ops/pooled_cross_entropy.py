@@ -60,8 +60,8 @@ def pooled_cross_entropy(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; contiguous or channels_last (anything else is copied).
-        linear_weight, linear_bias: (K, C), and (K,) or None; float32, or float64 where x is float64. Products are not
-            rounded to TF32 in the kernels.
+        linear_weight: (K, C), float32, or float64 where x is float64. Products are not rounded to TF32 in the kernels.
+        linear_bias: None or (K,), in linear_weight's dtype.
         labels: (N,), int64, 0 to K - 1 or ignore_index; or soft ones, (N, K), a share per class, in linear_weight's
             dtype. They get no gradient.
         bn: None where x is an activation already, or (weight, bias), each (C,), in linear_weight's dtype.
@@ -145,7 +145,7 @@ def pooled_cross_entropy_reference(
 
     Args:
         x, linear_weight, linear_bias, labels: see `pooled_cross_entropy`.
-        bn, residual, relu, eps, head_bn, label_smoothing, ignore_index, class_weight: see there too.
+        bn, residual, relu, eps, head_bn, label_smoothing, ignore_index, class_weight: see there.
 
     Returns:
         PooledCrossEntropy, whose logits are differentiable too.

@@ -53,18 +53,18 @@ def plan(
 
     Args:
         model: see `as_backbone`. In eval mode as a whole it is planned in training mode.
-        input_shape: of a batch of images, (N, C, H, W).
-        depth, rule, form, auxiliary, modules, units, precision, recompute, optimizer: see `auglocal_ext.train`. With a
-            budget depth, auxiliary and recompute may be "auto": then each border's net may have any depth from 2 to 6
-            and be the paper's or light, and each unit's convolutions run again or not, whatever costs the least;
-            modules is then how many the cut has to have, None: any number.
+        input_shape: of a batch of images, (N, C, H, W); with accumulate of one of those that are accumulated.
+        depth, auxiliary, recompute: see `auglocal_ext.train`; with a budget also "auto".
+        modules: see `auglocal_ext.train`; with a budget how many the cut has to have, None: any number.
+        rule, form, units, precision, optimizer: see `auglocal_ext.train`.
         criterion: the loss of every local module's head and of the classifier, see `auglocal_ext.train`.
         sync_batch_norm: see `auglocal_ext.train`; a plan is of one rank's step.
-        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`; input_shape is of one of the batches
-            that are accumulated.
+        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`.
         memory_format: of the images, channels_last or contiguous; `auglocal_ext.train` makes them channels_last.
         memory_budget: None, or the bytes that a whole step may take, as "6GB" or a number: then the cut is the one of
             least arithmetic that fits, among all borders and numbers of modules, one (plain backpropagation) included.
+            With depth or auxiliary "auto" each border's net may have any depth from 2 to 6, or be the paper's or light;
+            with recompute "auto" each unit's convolutions may run again or not: whatever costs the least.
         soft_labels: whether labels are (N, classes), as MixUp and CutMix make them, rather than class numbers (N,).
         prefer: what is least in the cut that is chosen: "arithmetic"; "memory", the step's bytes; or "time", as it is
             predicted by what `auglocal calibrate` has measured on this machine.
@@ -76,7 +76,7 @@ def plan(
         ValueError: the model cannot be cut, an argument is out of the range that it allows, prefer="time" without a
             calibration, or nothing fits the budget: it then says the least that would, and the batch size that would
             fit.
-        TypeError: model is no nn.Module, or input_shape no sequence of numbers.
+        TypeError: model is no nn.Module, or input_shape cannot be gone through.
     """
     stepping = Stepping(accumulate, clip_norm, clip_value, clip, ema)
     backbone = as_backbone(model, units)

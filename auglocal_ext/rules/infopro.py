@@ -32,8 +32,8 @@ class InfoPro(Rule):
             paper's, of ResNet-110 where there are more than 50 units, else of ResNet-32.
 
     Raises:
-        ValueError: by `check` and `check_images`: mean or std is not one number per channel, or images that they undo
-            the normalisation of do not lie from 0 to 1.
+        ValueError: by `check` and `check_images`: mean or std is not one number per channel, or images, with the
+            normalisation undone, do not lie from 0 to 1.
     """
 
     def __init__(

@@ -169,7 +169,8 @@ class Rule:
             backbone: see `auglocal_ext.backbone.Backbone`.
 
         Returns:
-            The number of the last unit of each module but the last one, in rising order. Default: one module per unit.
+            The number of the last unit of each module but the last one, in rising order. By default one module ends
+            behind every unit.
         """
         return range(len(backbone.units) - 1)
 
@@ -180,7 +181,7 @@ class Rule:
             border: see `Border`.
 
         Returns:
-            nn.Module: features, (N, ...) with the rest as border.shape says, -> logits (N, border.num_classes).
+            nn.Module, from features, (N, ...) with the rest as border.shape says, to logits (N, border.num_classes).
 
         Raises:
             NotImplementedError: the subclass does not define it.
@@ -202,7 +203,7 @@ class Rule:
             border: see `Border`.
 
         Returns:
-            (of the extra loss, of the cross-entropy). Default: 0 and 1.
+            (of the extra loss, of the cross-entropy), by default 0 and 1.
         """
         return 0.0, 1.0
 
@@ -213,7 +214,7 @@ class Rule:
             border: see `Border`.
 
         Returns:
-            str. Default: its convolutions and linear layers, and what they put out.
+            str, by default of its convolutions and linear layers and of how much they put out.
         """
         with torch.device("meta"):
             layers = self.aux_net(border).modules()

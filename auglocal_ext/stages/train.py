@@ -75,7 +75,8 @@ def train_stages(
     of it without data, on the meta device.
 
     Args:
-        model, depth, epochs, optimizer, seed, on_epoch: see `auglocal_ext.train`. Every rank gives the same model.
+        model: see `auglocal_ext.train`. Every rank gives the same.
+        depth, epochs, optimizer, seed, on_epoch: see `auglocal_ext.train`.
         loader: of rank 0, its first batch the largest; those of other ranks are not looked at, and may be None. With
             several pipelines, of the first rank of each: rank / stages is its number, for a DistributedSampler.
         val_loader: like loader; the accuracy on it is measured after each epoch, of all pipelines' together. Its first

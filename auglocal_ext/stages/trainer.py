@@ -58,8 +58,9 @@ class StageTrainer:
 
     Args:
         model: see `LocalTrainer`; on every rank the same class and settings. The weights are rank 0's.
-        images, labels: a batch for the plan and the measurement of balance, the largest that will come; see
+        images: of a batch for the plan and the measurement of balance, the largest that will come; see
             `LocalTrainer.step`. Every rank gives one of the same shape.
+        labels: of that batch.
         stages: of each pipeline, a divisor of the number of ranks; None: as many as there are ranks.
         schedule: "decoupled": a rank goes on with the next batch as soon as it has it, up to max_lag batches ahead of
             the next rank. "synchronous": a batch begins when the last rank has finished the one before.
@@ -72,9 +73,11 @@ class StageTrainer:
             all pipelines.
 
     Attributes:
-        grid: which rank is which, `Grid`. stage: this rank's `Stage`. plan: of the whole model, on one rank of such a
-            pipeline. spans: of every stage, the range of its local modules.
-        odd: what of this rank's tensors was not finite from the start.
+        grid: which rank is which, `Grid`.
+        stage: this rank's `Stage`.
+        plan: of the whole model, on one rank of such a pipeline.
+        spans: of every stage, the range of its local modules.
+        odd: names of this rank's tensors that were not finite from the start.
 
     Raises:
         ValueError, TypeError: see `LocalTrainer`; fewer local modules than stages; ranks with other models or settings;
@@ -156,8 +159,12 @@ class StageTrainer:
 
     def set_learning_rate_factor(self, factor: float) -> None:
         """Sets every rank's learning rates to `factor` times what they were at first, from the next batch on that the
-        first stage gives in; on ranks of other stages it does nothing, as a batch brings its factor with it."""
-        self._rate = factor
+        first stage gives in; on ranks of other stages it does nothing, as a batch brings its factor with it.
+
+        Raises:
+            ValueError: factor is no finite number of at least 0; no learning rate has changed.
+        """
+        self._rate = checks.learning_rate_factor(factor, "factor must be")
 
     @telling()
     @torch.inference_mode(False)
@@ -172,7 +179,7 @@ class StageTrainer:
             title: what warnings and errors call the epoch.
 
         Returns:
-            StagesEpoch, the same on every rank: losses, accuracies, images per second, seconds.
+            StagesEpoch, the same on every rank, of losses, accuracies, images per second and seconds.
 
         Raises:
             training.divergence.NotFinite: on every rank, of the first step and local module whose loss was NaN or

@@ -125,8 +125,10 @@ def train(
         accumulate: how many batches' gradients are averaged before the optimizers step: without BatchNorm N batches of
             B are one of N x B; BatchNorm sees each batch by itself. An epoch's last ones, if fewer, are stepped by too,
             averaged over as many as they are. The gradients of all modules then live all the time, as the plan counts.
-        clip_norm, clip_value: bound the norm of each local module's gradients, its aux net's included, and the size of
-            each of their values, as torch.nn.utils has it; with both, by value first. None: no bound.
+        clip_norm: a bound of the norm of each local module's gradients, its aux net's included, as
+            `torch.nn.utils.clip_grad_norm_` has it; None: no bound.
+        clip_value: a bound of the size of each value of the gradients, as `torch.nn.utils.clip_grad_value_` has it,
+            before clip_norm; None: no bound.
         clip: "module", or "global": clip_norm is of all modules' gradients together, for which they have to exist at
             once: with accumulate above 1 only.
         ema: the decay, from 0 to below 1, of an exponential moving average of the model's weights and buffers, after

@@ -65,8 +65,9 @@ class LocalTrainer:
         model: see `as_backbone`. It is trained on the device it is on.
         rule: one of `auglocal_ext.rules.RULES` by name, or a Rule of your own; see `auglocal_ext.Rule`.
         depth, form, auxiliary: of rule "auglocal"; see `auglocal_ext.rules.AugLocal`.
-        modules, borders: where the model is cut, if not where the rule says; see
-            `auglocal_ext.rules.cutting.cut`. For a cut that fits a memory budget pass plan.
+        modules: K, to cut the model into K local modules; None: where the rule says, a network that the authors of the
+            rules did not cut into two. For a cut that fits a memory budget pass plan.
+        borders: the number of the last unit of each module but the last, from 0, to cut there instead.
         units: names, to say what the units are; see `as_backbone`.
         plan: from `auglocal_ext.plan` of this model, under a memory budget for instance: its cut and all else that
             it was made with are taken from it, and its step is run, without planning again.
@@ -76,8 +77,9 @@ class LocalTrainer:
         precision: "fp32", "bf16" or "fp16"; see `auglocal_ext.train`.
         recompute: run convolutions again in the backward instead of keeping their outputs, of every unit and aux net or
             of the units of these names: gradient checkpointing, with BatchNorm's statistics updated once.
-        accumulate, clip_norm, clip_value, clip, ema: see `auglocal_ext.train`. Every accumulate-th `step` steps the
-            optimizers, and `flush` does by a group that is not whole.
+        accumulate: see `auglocal_ext.train`. Every accumulate-th `step` steps the optimizers, and `flush` does by a
+            group that is not whole.
+        clip_norm, clip_value, clip, ema: see `auglocal_ext.train`.
         image_size: pixels along a side of the images, or (height, width), for a rule whose nets depend on it (predsim,
             dgl, infopro). Default: 32 for the CIFAR networks, for others 224, or where the model takes none of these
             the size that it takes. Other sizes may follow where they need no other nets.
@@ -90,7 +92,8 @@ class LocalTrainer:
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
         nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
-            `auglocal_ext.train`. skipped_steps: of each module, how many.
+            `auglocal_ext.train`. Set it as you like.
+        skipped_steps: list, of each module how many steps it was left out of.
         module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like. Of
             soft labels the class of the largest share is right; where the label is ignored no answer is.
 

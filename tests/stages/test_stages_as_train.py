@@ -218,6 +218,13 @@ def test_what_is_not_shared_is_not_refused_by_its_name():
     StageTrainer(resnet(), *batches()[0], modules=1, auxiliary="readout=shared", balance="arithmetic")
 
 
+@pytest.mark.parametrize("factor", [float("nan"), -1.0, "0.1"])
+def test_a_factor_that_is_none_is_refused(factor):
+    trainer = StageTrainer(resnet(), *batches()[0], balance="memory", **CUT)
+    with pytest.raises(ValueError, match="^factor must be a finite number of at least 0 to multiply .*, given "):
+        trainer.set_learning_rate_factor(factor)
+
+
 @pytest.mark.parametrize("given", [{}, {"accumulate": 2}, {"accumulate": 2, "precision": "bf16"}], ids=str)
 def test_alone_a_rank_needs_what_the_plan_says(given):
     trainer = StageTrainer(resnet(), *batches()[0], balance="memory", **CUT, **given)
