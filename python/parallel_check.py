@@ -8,10 +8,10 @@ the first step and after all; layer parallel, synchronous and decoupled, whose w
 to the bit. Then a rank is killed in the third step of the second epoch, in both forms: how long the others take to end,
 what they say, and whether the training goes on from its checkpoint, with one rank less too.
 
-Ranks add in another order than one process does, so data parallel differs by rounding. Training makes rounding grow. How
-much that is, one process shows: on the same batches, their images in other orders, which changes nothing but the order of
-sums. Ten times that is the bound. Backpropagation of a fresh network at the learning rate of the others makes it grow by
-1e14 in twenty steps, which leaves nothing to compare: its rate is a hundredth of theirs.
+Ranks add in another order than one process does, so data parallel differs by rounding. Training makes rounding grow.
+How much that is, one process shows: on the same batches, their images in other orders, which changes nothing but the
+order of sums. Ten times that is the bound. Backpropagation of a fresh network at the learning rate of the others makes
+it grow by 1e14 in twenty steps, which leaves nothing to compare: its rate is a hundredth of theirs.
 """
 
 import math
