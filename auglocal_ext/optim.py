@@ -61,8 +61,10 @@ def named_optimizer(name, lr, momentum=None, weight_decay=None, norm_weight_deca
         A factory: parameters -> torch.optim.Optimizer; with one of the last two it takes [(name, parameter)].
 
     Raises:
-        KeyError: there is no such name. What else does not fit torch tells when an optimizer is made.
+        ValueError: there is no such name. What else does not fit torch tells when an optimizer is made.
     """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"an optimizer's name must be one of {', '.join(OPTIMIZERS)}, given {name!r}")
     given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     given = {option: value for option, value in given.items() if value is not None}
     if name == "sgd":
@@ -199,7 +201,12 @@ def paper(lr):
 
     Returns:
         (epoch, epochs) -> factor, for `auglocal_ext.train`; the same all through an epoch.
+
+    Raises:
+        ValueError: lr is 0 or less.
     """
+    if not lr > 0:
+        raise ValueError(f"paper's lr must be above 0, given {lr!r}")
 
     def factor(epoch, epochs):
         e, w = int(epoch) + 1, min(10, epochs // 10)

@@ -25,6 +25,7 @@ from auglocal_ext.cli.job import make_model, read_data
 from auglocal_ext.cli.options import Parser
 from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
+from auglocal_ext.common.messages import counted
 
 DATASETS = ("cifar10", "svhn", "stl10")
 
@@ -87,8 +88,9 @@ def main(arguments=None):
         accuracy = made["accuracy"]
         return (
             f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
-            f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, after {len(made['history'])} epochs in "
-            f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}"
+            f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, "
+            f"after {counted(len(made['history']), 'epoch')} in {made['seconds']:.1f} s of training, "
+            f"peak memory {format_bytes(made['peak_bytes'])}"
         )
 
     return recipes.main("train_cifar", lambda: parse(arguments), run, summary)

@@ -150,3 +150,11 @@ def test_optimizers_that_need_the_loss_again_are_refused(tiny_model):
 def test_each_trains_local_modules_in_the_bytes_that_are_planned(name, tiny_model, batch):
     result = train(tiny_model, [batch] * 2, 2, epochs=1, optimizer=named_optimizer(name, 1e-3), progress=False)
     assert math.isfinite(result.history[0]["loss"]) and result.peak_bytes == result.plan.peak_bytes
+
+
+def test_what_is_no_optimizer_and_no_rate():
+    with pytest.raises(ValueError, match="one of sgd, adam, adamw, nadam, radam, adagrad, rmsprop, given 'lion'"):
+        named_optimizer("lion", 0.1)
+    for lr in (0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="paper's lr must be above 0, given"):
+            paper(lr)

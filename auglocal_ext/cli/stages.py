@@ -6,6 +6,7 @@ import time
 from .. import report
 from ..common.files import save_model
 from ..common.memory import format_bytes
+from ..common.messages import counted
 from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
 from .errors import in_words_of_options
@@ -36,7 +37,10 @@ def train_in_parts(folder, options, source, model, write_events, history):
             raise
         if world().first:
             print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
-            print(f"auglocal: the files of the {len(history)} epochs until then are in {folder}", file=sys.stderr)
+            print(
+                f"auglocal: the files of the {counted(len(history), 'epoch')} until then are in {folder}",
+                file=sys.stderr,
+            )
         return 3
     if not world().first:
         return 0
@@ -44,7 +48,7 @@ def train_in_parts(folder, options, source, model, write_events, history):
     title = title_of(options, result.plan)
     report.learning_curve(history, folder / "learning_curve.png", title)
     print(
-        f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {len(history)} epochs in "
+        f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {counted(len(history), 'epoch')} in "
         f"{time.perf_counter() - started:.1f} s\n"
         f"a step's peak memory on each rank, planned: {', '.join(map(format_bytes, result.rank_bytes))}\n"
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import report
 from ..common.files import save_model, write_json
+from ..common.messages import counted
 from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
 from ..training.evaluate import Validation, evaluated
@@ -75,7 +76,8 @@ def _resume(folder, given):
         )
     if options.epochs < len(history):
         raise ValueError(
-            f"{folder} has a training of {len(history)} epochs already, given --epochs {options.epochs}: give more"
+            f"{folder} has a training of {counted(len(history), 'epoch')} already, given --epochs {options.epochs}: "
+            f"give more"
         )
     options.device = options.device or default_device()
     write_events = event_writer() if options.tensorboard else None
@@ -130,7 +132,9 @@ def _train_in(folder, options, source, model, write_events, history):
     title = title_of(options, result.plan)
     report.learning_curve(history, folder / "learning_curve.png", title)
     if status == 3:
-        print(f"auglocal: the files of the {len(history)} epochs until then are in {folder}", file=sys.stderr)
+        print(
+            f"auglocal: the files of the {counted(len(history), 'epoch')} until then are in {folder}", file=sys.stderr
+        )
         return status
     accuracy = f"test accuracy {history[-1]['val_accuracy']:.2%}"
     if options.val_split:
@@ -141,7 +145,7 @@ def _train_in(folder, options, source, model, write_events, history):
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     more = "--patience N" if result.stopped == "patience" else "--epochs N"
     print(
-        f"{title}: {accuracy} after {len(history)} epochs{why} in {time.perf_counter() - started:.1f} s\n"
+        f"{title}: {accuracy} after {counted(len(history), 'epoch')}{why} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), {averaged}settings.json, history.json, history.csv, "
         f"learning_curve.png; `auglocal resume {folder} {more}` goes on"

@@ -6,6 +6,7 @@ Default < preset < --config < what is typed.
 import argparse
 from pathlib import Path
 
+from ..common.messages import counted
 from .config import read_config
 from .names import CLIPS, FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, PREFER, RULES, SCHEDULES, WITH_MOMENTUM
 from .options import default_device, device, number, seed, size, whole
@@ -294,7 +295,7 @@ def told(options):
     lines = [
         f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",
-        f"{options.epochs} epochs in batches of {options.batch_size}{together}, {options.optimizer} with lr "
+        f"{counted(options.epochs, 'epoch')} in batches of {options.batch_size}{together}, {options.optimizer} with lr "
         f"{options.lr:g}, schedule {options.schedule}",
     ]
     main = {"model", "data", "rule", "depth", "modules", "precision", "device", "seed", "epochs", "batch_size"}

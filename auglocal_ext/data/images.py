@@ -8,6 +8,7 @@ from tqdm import tqdm
 from ..common.checks import whole_number
 from ..common.messages import first_line
 from ..common.torchvision import import_torchvision
+from .arguments import check_image_size
 
 __all__ = [
     "name_of",
@@ -37,12 +38,13 @@ def images_in_memory(dataset, progress=False, image_size=None):
         (images, labels): (N, C, H, W), uint8, and (N,), int64, on the CPU.
 
     Raises:
-        ValueError: the dataset is empty, or an image, which is named, cannot be read or has another size, or its label
-            is no whole number from 0.
+        ValueError: the dataset is empty, image_size is not from 8 to 4096, or an image, which is named, cannot be read
+            or has another size, or its label is no whole number from 0.
         TypeError: an image, which is named, is neither PIL's nor a (C, H, W) tensor of bytes.
         ImportError: torchvision does not import.
     """
     torchvision = import_torchvision("reading images")  # and with it PIL
+    image_size = None if image_size is None else check_image_size(image_size)
     to_tensor = torchvision.transforms.v2.functional.pil_to_tensor
     if not len(dataset):
         raise ValueError("the dataset is empty: it must have at least one image")

@@ -80,8 +80,7 @@ def batch_norm_act_reference(
     """`batch_norm_act` in plain torch, differentiated by autograd, as often as you like.
 
     Args:
-        x, weight, bias, eps, act, negative_slope: see `batch_norm_act`.
-        residual: see there; here it goes with every act.
+        x, weight, bias, residual, eps, act, negative_slope: see `batch_norm_act`; here a residual goes with every act.
 
     Returns:
         (y, mean, var): see `batch_norm_act`.
@@ -104,8 +103,7 @@ def batch_norm_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         same bits as `batch_norm_act` returns. Not differentiable.
 
     Raises:
-        ValueError: x is not (N, C, H, W).
-        TypeError: x is of another dtype.
+        ValueError, TypeError: x is not (N, C, H, W), or of another dtype.
 
     Formula: Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, the first two lines.
     """
@@ -200,6 +198,8 @@ def batch_norm_act_backward(
         return dx, None if y is None else dresidual, dweight, dbias
     if dx is None or (dresidual is None) != (y is None):
         raise ValueError("batch_norm_act_backward: give dx, and dresidual exactly where y is given, or neither")
+    if dresidual is not None and dresidual.numel() and dresidual.data_ptr() == dx.data_ptr():
+        raise ValueError("batch_norm_act_backward: dx and dresidual must be two tensors, given the same memory")
     dweight, dbias = torch.ops.auglocal_ext.batch_norm_act_backward_out(*arguments, dx, dresidual, negative_slope)
     return dx, dresidual, dweight, dbias
 

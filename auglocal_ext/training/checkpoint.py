@@ -10,7 +10,7 @@ import torch
 
 from ..common.checks import whole_number
 from ..common.files import check_writable, write_whole
-from ..common.messages import first_line
+from ..common.messages import counted, first_line
 from ..distributed.agree import check_alike
 from ..distributed.group import world
 from .loaders import is_resumable, length_of, set_epoch
@@ -95,8 +95,8 @@ class Checkpoints:
         if saved["epoch"] > epochs or (saved["epoch"] == epochs and saved["sums"]):
             within = " and is within the next" if saved["sums"] else ""
             raise ValueError(
-                f"{self.folder} has a training of {saved['epoch']} epochs already{within}, given epochs={epochs}: give "
-                f"more, or another folder"
+                f"{self.folder} has a training of {counted(saved['epoch'], 'epoch')} already{within}, given "
+                f"epochs={epochs}: give more, or another folder"
             )
         if saved["sums"] and not self.within_epochs:
             raise ValueError(

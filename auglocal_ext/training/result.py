@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..common.messages import counted
 from ..planning.result import Plan
 from .lines import cost_lines
 
@@ -98,7 +99,9 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, result, note=""):
-        super().__init__(f"training interrupted after {len(result.history)} whole epochs. {note}".rstrip(" ."))
+        super().__init__(
+            f"training interrupted after {counted(len(result.history), 'whole epoch')}. {note}".rstrip(" .")
+        )
         self.result = result
 
 

@@ -113,7 +113,7 @@ def test_ctrl_c_keeps_what_was_trained(tmp_path, capsys, monkeypatch):
     arguments = ["train", "--data", "fake:64", "--epochs", "3", "--depth", "2", "--modules", "2", "--quiet"]
     assert main([*arguments, "--runs", str(tmp_path), "--name", "x"]) == 130
     assert {file.name for file in (tmp_path / "x").iterdir()} == FILES
-    assert "interrupted after 1 whole epochs" in capsys.readouterr().err
+    assert "interrupted after 1 whole epoch" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("nothing_compared")
@@ -477,7 +477,7 @@ def test_divergence_is_status_3_and_no_success(spoilt, tmp_path, capsys, monkeyp
         assert not (tmp_path / "runs").exists()
         return
     folder = tmp_path / "runs" / "x"
-    assert {file.name for file in folder.iterdir()} == FILES and f"1 epochs until then are in {folder}" in captured.err
+    assert {file.name for file in folder.iterdir()} == FILES and f"1 epoch until then are in {folder}" in captured.err
     assert all(value.isfinite().all() for value in torch.load(folder / "model.pt").values())
     assert len(json.loads((folder / "history.json").read_text())) == 1
 

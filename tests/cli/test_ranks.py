@@ -59,7 +59,7 @@ def test_one_training_and_one_run(both):
     folder, (first, second) = both
     assert [one[0] for one in first[:2]] == [one[0] for one in second[:2]] == [0, 0]
     assert (
-        "1 epochs in batches of 8 by each of 2 ranks, 16 images in a step of the optimizer, sgd with lr 0.0125"
+        "1 epoch in batches of 8 by each of 2 ranks, 16 images in a step of the optimizer, sgd with lr 0.0125"
         in (first[0][2])
     )
     assert "epoch 1/1  loss " in first[0][2] and "test accuracy" in first[0][2]
@@ -89,7 +89,7 @@ def test_one_model_in_parts(both):
     folder, (first, second) = both
     assert [one[0] for one in first[4:6]] == [one[0] for one in second[4:6]] == [0, 0], (first, second)
     begun, gone_on = first[4][2], first[5][2]
-    assert "1 epochs in batches of 8, sgd with lr 0.00625" in begun
+    assert "1 epoch in batches of 8, sgd with lr 0.00625" in begun
     assert "rank 0: local modules 0 to 0; rank 1: local modules 1 to 1" in begun
     assert "epoch 1/1  loss " in begun and "test accuracy" in begun and "on each rank, planned: " in begun
     assert "going on behind epoch 1/2, from " in gone_on and "epoch 2/2  loss " in gone_on

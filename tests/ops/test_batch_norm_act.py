@@ -299,6 +299,8 @@ def test_what_in_place_forms_refuse():
     arguments = (grad, x, weight, bias, mean, var)
     with pytest.raises(ValueError, match="give dx, and dresidual exactly where y is given, or neither"):
         batch_norm_act_backward(*arguments, y, dx=grad)
+    with pytest.raises(ValueError, match="dx and dresidual must be two tensors, given the same memory"):
+        batch_norm_act_backward(*arguments, y, dx=x, dresidual=x)
     with pytest.raises(ValueError, match="give dx, and dresidual"):
         batch_norm_act_backward(*arguments, dresidual=grad)
     with pytest.raises(ValueError, match=r"dx must be like x, .* given \(1, 3, 4, 5\)"):

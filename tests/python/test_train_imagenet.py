@@ -82,7 +82,7 @@ def test_a_folder_of_jpegs(recipe, root, trained, tmp_path, capsys):
     assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
     assert made["accuracy"]["last"] == made["accuracy"]["best"] == pytest.approx(accuracy(model, root / "val"))
     out = capsys.readouterr().out
-    assert f"2 local modules: top-1 {made['accuracy']['last']:.2%} after 1 epochs in " in out
+    assert f"2 local modules: top-1 {made['accuracy']['last']:.2%} after 1 epoch in " in out
     assert f"record in {results}" in out and "epoch 1/1" not in out
 
 
@@ -141,7 +141,7 @@ def test_top5_where_the_training_measures_it(recipe, tmp_path, capsys, monkeypat
     assert recipe.main([*run, *QUICK, "--workers", "0"]) == 0
     (made,) = recipe.records.read(tmp_path / "r.jsonl")
     assert made["top5"] == {"last": 0.5, "best": 0.5}
-    assert ", top-5 50.00% after 1 epochs" in capsys.readouterr().out
+    assert ", top-5 50.00% after 1 epoch" in capsys.readouterr().out
 
 
 def test_infopro_is_told_the_normalisation(recipe, monkeypatch, tmp_path):
@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_no_record(recipe, monkeypatch, tmp_path, capsys):
     results = tmp_path / "results.jsonl"
     assert recipe.main(["--data", "fake:10", "--model", "resnet18", "--results", str(results), *QUICK]) == 130
     assert recipe.records.read(results) == []
-    assert "interrupted after 1 whole epochs: no record" in capsys.readouterr().err
+    assert "interrupted after 1 whole epoch: no record" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_a_training_goes_on_to_the_bit_as_one_that_was_never_stopped(both):
         whole, by_epochs, *stopped = found["checkpoints"]
         assert same(whole, by_epochs) and all(same(whole, ended) for ended, _ in stopped)
         assert [how for _, how in stopped] == [
-            ["training interrupted after 1 whole epochs", (1, 2, 1)],
+            ["training interrupted after 1 whole epoch", (1, 2, 1)],
             ["max_seconds", (0, 1, 1)],
             ["training interrupted after 0 whole epochs", (0, 3, 1)],
         ]

@@ -64,7 +64,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step(tmp_path):
         if (epoch, step) == (2, 2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(TrainingInterrupted, match="after 1 whole epochs"):
+    with pytest.raises(TrainingInterrupted, match="after 1 whole epoch"):
         train(model(), loader("DeviceLoader"), epochs=2, checkpoint=tmp_path, on_step=press, **OPTIONS)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["sums"]["steps"] == 2
     goes_on(tmp_path, expected, epochs=2)
@@ -148,7 +148,7 @@ def test_a_checkpoint_within_an_epoch_needs_a_loader_that_can_go_on(tmp_path):
         train(model(), list(loader("DeviceLoader")), epochs=2, checkpoint=tmp_path, **OPTIONS)
     train(model(), loader("DeviceLoader"), epochs=1, checkpoint=tmp_path, **OPTIONS)
     train(model(), loader("DeviceLoader"), epochs=2, checkpoint=tmp_path, max_seconds=0, **OPTIONS)
-    with pytest.raises(ValueError, match="has a training of 1 epochs already and is within the next, given epochs=1"):
+    with pytest.raises(ValueError, match="has a training of 1 epoch already and is within the next, given epochs=1"):
         train(model(), loader("DeviceLoader"), epochs=1, checkpoint=tmp_path, **OPTIONS)
 
 
