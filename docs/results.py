@@ -132,7 +132,7 @@ def _machines(made):
         device = re.sub("(?<= 1 thread)s", "", machine["device"])
         where = f"{device}, torch {machine['torch']}, Python {machine['python']}"
         commits.setdefault(where, {})[machine["commit"]] = None
-    return [f"{where}, commit {', '.join(ones)}." for where, ones in commits.items()]
+    return [f"{where}, commit{'s' * (len(ones) > 1)} {', '.join(ones)}." for where, ones in commits.items()]
 
 
 def _ordered(made):
@@ -177,7 +177,7 @@ _FIGURES = (
     "backpropagation's model of seed 0 on 10,000 test images, and test accuracy of linear probes (linear\n"
     "classifiers on a unit's features) trained on 10,000 training images. Early, middle and late units are those at\n"
     "ResNet-32's three resolutions. CKA between seeds of backpropagation is the ceiling: they differ by initial\n"
-    "weights and order of images alone."
+    "weights and order of images alone. *probe* columns: of the first, the middle and the last unit."
 )
 
 

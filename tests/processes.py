@@ -9,7 +9,9 @@ import multiprocessing
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["auglocal_ext.training.loop", "auglocal_ext.models", "torch._dynamo"])
+FORKS.set_forkserver_preload(
+    ["auglocal_ext.stages.train", "auglocal_ext.data", "auglocal_ext.models", "torch._dynamo", "pytest"]
+)
 
 
 def begun(work, *arguments):
