@@ -127,7 +127,8 @@ class Checkpoints:
         """Makes what another number of ranks has saved a state of these, at the beginning of an epoch. Ranks that were
         not there draw their random numbers as in a training's beginning."""
         again = f"; epoch {saved['epoch'] + 1}, which was under way, begins again" if saved["sums"] else ""
-        tell_of_others(self.folder, saved["ranks"], world().size, "rank", again)
+        rates = {} if saved["rates"] is None else {"rates": "as its schedulers had them"}
+        tell_of_others(self.folder, saved["ranks"], world().size, "rank", more=again, **rates)
         state = saved["trainer"]
         state["stepper"] |= {"count": 0, "spoilt": [], "gradients": [[] for _ in trainer.local_modules]}
         if world().rank >= saved["ranks"]:

@@ -143,12 +143,13 @@ def spread_buffers(trainer):
             broadcast(model.buffers(), "rank 0's running statistics")
 
 
-def tell_of_others(folder, before, now, who, more=""):
-    """Warns, on rank 0, that a checkpoint of a number of ranks, or of `who`, is gone on from by another number."""
+def tell_of_others(folder, before, now, who, rates="by the optimizer that is given now", more=""):
+    """Warns, on rank 0, that a checkpoint of a number of ranks, or of `who`, is gone on from by another number, and
+    what learning rates it then has."""
     if world().first:
         warnings.warn(
             f"{folder} has a training by {before} {who}{'s' * (before > 1)}, which goes on with {now}: learning rates "
-            f"are by the optimizer that is given now, and what is drawn at random differs{more}",
+            f"are {rates}, and what is drawn at random differs{more}",
             stacklevel=2,
         )
 

@@ -229,6 +229,26 @@ def test_one_process_goes_on_from_two(both, folder, where, epoch, again):
     assert len(result.history) == epoch + 1 and same(state_of(net), state_of(expected))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "lr", "told"),
+    [
+        (lambda epoch, epochs: 1.0, 0.02, "learning rates are by the optimizer that is given now, and what"),
+        (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), 0.025, "are as its schedulers had them"),
+    ],
+    ids=["function", "schedulers"],
+)
+def test_learning_rates_of_another_number_of_ranks(tmp_path, nothing_compared, schedule, lr, told):
+    options = OPTIONS | {"checkpoint": tmp_path, "schedule": schedule, "progress": False}
+    train(model(), in_memory(), epochs=1, **options)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    own = [saved["trainer"]["random"], saved["trainer"]["stepper"]["gradients"], None, saved["loader"]]
+    torch.save(saved | {"others": [own]}, tmp_path / "last.pt")
+    options["optimizer"] = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+    with pytest.warns(UserWarning, match=told):
+        history = train(model(), in_memory(), epochs=2, **options).history
+    assert [entry["lr"] for entry in history] == pytest.approx([0.05, lr])
+
+
 # ---- what ends all ranks ---------------------------------------------------------------------------------------------
 
 
