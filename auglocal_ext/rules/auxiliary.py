@@ -97,8 +97,11 @@ def as_auxiliary(given):
 
 
 def nets_of(rule):
-    """The member of the family that a rule's nets are, as text; None: the paper's, or of another rule."""
+    """The member of the family that a rule's nets are, as text, or the name of the function that makes them; None: the
+    paper's, or of another rule."""
     auxiliary = getattr(rule, "auxiliary", None)
+    if callable(auxiliary):
+        return f"by {getattr(auxiliary, '__name__', type(auxiliary).__name__)}"
     return str(auxiliary) if isinstance(auxiliary, Auxiliary) and auxiliary != AUXILIARIES["paper"] else None
 
 

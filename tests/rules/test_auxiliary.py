@@ -236,4 +236,4 @@ def test_nets_of_ones_own():
     trainer = LocalTrainer(models.resnet20(), auxiliary=net, modules=3)
     trainer.step(torch.randn(4, 3, 16, 16), torch.arange(4))
     assert [head.net[-1].in_features for head in trainer.aux_nets] == [16, 32]
-    assert "Linear 10" in str(trainer.plan)
+    assert "Linear 10" in str(trainer.plan) and ", nets by net: 3 local modules" in trainer.plan.title
