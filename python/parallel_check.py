@@ -194,7 +194,8 @@ def _text(found):
 
 
 def check_a_kill(settings, form, ranks, notes):
-    images = settings.batch_size // (ranks * (ranks - 1)) * ranks * (ranks - 1)  # equal shares, of one rank less too
+    shares = ranks * (ranks - 1)
+    images = max(1, settings.batch_size // shares) * shares  # equal shares, of one rank less too
     exact = form == "layer parallel"  # else ranks add in another order
     with tempfile.TemporaryDirectory() as folder:
 

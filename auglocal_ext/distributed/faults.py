@@ -98,8 +98,9 @@ def _why(what, began):
     for others than this one notices later: where one of those that this one works with is gone, it is that."""
     seconds = time.monotonic() - began
     missing = late = _others()
+    hangs = seconds >= 0.9 * timeout().total_seconds()
     try:
-        store().set(_key("noticed"), "")
+        store().set(_key("noticed"), "hangs" if hangs else "")
         deadline = time.monotonic() + GRACE
         while missing and time.monotonic() < deadline:
             if told := stopped():
@@ -108,11 +109,14 @@ def _why(what, began):
             time.sleep(0.02)
         if told := stopped():
             return told
+        for rank in set(_others()) - set(missing):  # which may wait for longer than this one
+            hangs |= store().get(_key("noticed", rank)) == b"hangs"
     except RuntimeError:
         return f"the rank that holds the store of all ranks ended in {what}, and did not say why"
     missing = [rank for rank in missing if rank in world().ranks] or missing
-    if seconds >= 0.9 * timeout().total_seconds():
-        return f"{_named(missing or late)} did not answer for {seconds:.0f} s in {what}"
+    if hangs:
+        waited = max(seconds, timeout().total_seconds())
+        return f"{_named(missing or late)} did not answer for {waited:.0f} s in {what}"
     if not missing:
         return f"the ranks lost their connection in {what}"
     return f"{_named(missing)} ended in {what}, and did not say why, as a process that was killed"

@@ -13,6 +13,7 @@ from ..common.files import check_writable, write_whole
 from ..common.messages import counted, first_line
 from ..distributed.agree import check_alike
 from ..distributed.group import world
+from .epoch import Sums
 from .loaders import is_resumable, length_of, set_epoch
 from .ranks import of_all_ranks, tell_of_others
 from .result import accuracy_of
@@ -28,7 +29,7 @@ class Resumed:
 
     history: of the whole epochs.
     sums: what `Sums` put away of the epoch under way, None at its beginning.
-    batches: its remaining ones, for one time through.
+    batches: its remaining ones, for one time through; None: all, from those of the first epoch that are there already.
     peak: see `PeakMeter`.
     length: batches of an epoch, None where it is not known.
     """
@@ -74,7 +75,7 @@ class Checkpoints:
             others = saved.get("others", [])
             if 0 < world().rank <= len(others):
                 _put_own(found, others[world().rank - 1])
-            return found | {"ranks": 1 + len(others)}
+            return found | {"ranks": 1 + len(others), "sums of all": [saved["sums"], *(own[2] for own in others)]}
         except Exception as error:
             raise ValueError(
                 f"{path} is no checkpoint of a training, or is damaged ({first_line(error)}): remove it to train from "
@@ -92,6 +93,8 @@ class Checkpoints:
             return None
         saved, self.saved = self.saved, None
         moves = saved["ranks"] != world().size
+        if moves:
+            rates.check_moved(saved["ranks"])
         if saved["epoch"] > epochs or (saved["epoch"] == epochs and saved["sums"]):
             within = " and is within the next" if saved["sums"] else ""
             raise ValueError(
@@ -116,7 +119,8 @@ class Checkpoints:
         rates.load(saved["rates"])
         if moves and saved["rates"] is None:  # schedulers have their own
             set_first_learning_rates(trainer.optimizers, given)
-        batches = self.loader
+        # The first epoch's were begun when all ranks drew alike.
+        batches = None if moves and not saved["epoch"] else self.loader
         if saved["sums"]:
             # A loader's start may draw from the generators, which it had done before the state was put away.
             batches = () if saved["sums"]["over"] else iter(self.loader)
@@ -124,16 +128,21 @@ class Checkpoints:
         return Resumed(saved["history"], saved["sums"], batches, saved["peak"], saved["length"])
 
     def _move(self, saved, trainer):
-        """Makes what another number of ranks has saved a state of these, at the beginning of an epoch. Ranks that were
-        not there draw their random numbers as in a training's beginning."""
-        again = f"; epoch {saved['epoch'] + 1}, which was under way, begins again" if saved["sums"] else ""
+        """Makes what another number of ranks has saved a state of these, at the beginning of an epoch or, where all its
+        batches are trained on, before its validation. Ranks that were not there draw their random numbers as in a
+        training's beginning."""
+        sums, again = saved["sums"], ""
+        if sums and sums["over"]:
+            sums = Sums.shared_out(saved["sums of all"], world().rank, world().size)
+        elif sums:
+            sums, again = None, f"; epoch {saved['epoch'] + 1}, which was under way, begins again"
         rates = {} if saved["rates"] is None else {"rates": "as its schedulers had them"}
         tell_of_others(self.folder, saved["ranks"], world().size, "rank", more=again, **rates)
         state = saved["trainer"]
         state["stepper"] |= {"count": 0, "spoilt": [], "gradients": [[] for _ in trainer.local_modules]}
         if world().rank >= saved["ranks"]:
             state["random"] = random_state(trainer.device)
-        saved |= {"sums": None, "loader": None, "length": length_of(self.loader)}
+        saved |= {"sums": sums, "loader": None, "length": length_of(self.loader), "peak": 0}
 
     def at_the_end(self, trainer):
         """To be called when an epoch's batches are all trained on: a checkpoint during the validation behind it goes on

@@ -45,7 +45,9 @@ class Sums:
                 tensor.copy_(saved[name])
             self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
             self.seconds = saved["seconds"]
-            self.trained = (self.counted > 0).tolist()
+            self.trained = list(
+                saved.get("trained") or (self.counted > 0).tolist()
+            )  # of older ones, as well as it goes
             self.skipped_before -= saved["skipped"]
 
     def state_dict(self):
@@ -59,7 +61,15 @@ class Sums:
             "seconds": self.seconds,
             "over": self.over,
             "skipped": self.skipped,
+            "trained": self.trained,
         }
+
+    @staticmethod
+    def shared_out(states, rank, ranks):
+        """Of the `state_dict`s of some ranks, what one of another number of ranks has: together they come to the
+        same."""
+        own, added = states[rank::ranks], ("losses", "counted", "judged", "hits", "seen")
+        return states[0] | {name: sum((state[name] for state in own), 0 * states[0][name]) for name in added}
 
     @property
     def skipped(self):

@@ -80,6 +80,9 @@ class ByFunction:
         if state is not None:
             raise ValueError(_another(state["kinds"][0], "a function"))
 
+    def check_moved(self, ranks):
+        """ValueError unless a state of so many ranks, which is another number than these, can be gone on from."""
+
     def load(self, state):
         """Goes on from there."""
 
@@ -138,6 +141,13 @@ class BySchedulers:
     def check(self, state):
         if state is None or state["kinds"] != self._kinds:
             raise ValueError(_another(state["kinds"][0] if state else "a function", self._kinds[0]))
+
+    def check_moved(self, ranks):
+        if self._by_step:
+            raise ValueError(
+                f"{self._kinds[0]} counts steps, of which another number of ranks makes others: go on with {ranks} "
+                f"rank{'s' * (ranks > 1)} as before, or train from the beginning in another folder"
+            )
 
     def load(self, state):
         for scheduler, own in zip(self._schedulers, state["states"], strict=True):

@@ -65,7 +65,9 @@ class Run:
             if self.progress and not self.checkpoints.within_epochs:
                 tqdm.write("checkpoints are written at the ends of epochs only: the loader has no state_dict")
             return
-        self.history, self.batches, self.length = found.history, found.batches, found.length
+        self.history, self.length = found.history, found.length
+        if found.batches is not None:
+            self.batches = found.batches
         if self.history:
             self.watch.begin_with(self.history[-1]["module_losses"])
         self.meter.peak = found.peak

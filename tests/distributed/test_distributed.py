@@ -145,6 +145,9 @@ class Noticed:
     def check(self, keys):
         return any(keys[0].endswith(f"noticed/rank {rank}") for rank in self.ranks)
 
+    def get(self, key):
+        return b""
+
 
 @pytest.mark.parametrize(
     ("ranks", "noticed", "expected"),
@@ -164,7 +167,12 @@ def test_of_several_that_are_silent_it_is_one_that_this_rank_works_with(monkeypa
     assert faults._why("a sum", time.monotonic()).split(", and")[0] == expected
 
 
-def test_who_waits_for_a_text_hears_from_those_that_noticed_a_rank_gone(monkeypatch):
+@pytest.mark.parametrize(
+    ("noticed", "said"),
+    [("", "ended in a greeting, and did not say why"), ("hangs", "did not answer for 100 s in a greeting")],
+    ids=["gone", "hangs"],
+)
+def test_who_waits_for_a_text_hears_from_those_that_noticed_a_rank(monkeypatch, noticed, said):
     shared, place = torch.distributed.HashStore(), group.World(0, range(3))
     for module in (faults, agree):
         monkeypatch.setattr(module, "world", lambda: place)
@@ -172,8 +180,8 @@ def test_who_waits_for_a_text_hears_from_those_that_noticed_a_rank_gone(monkeypa
         monkeypatch.setattr(module, "timeout", lambda: timedelta(seconds=100))
     monkeypatch.setattr(faults, "everybody", lambda: place)
     monkeypatch.setattr(faults, "GRACE", 0.05)
-    shared.set(faults._key("noticed", 2), "")
-    with pytest.raises(RankFailed, match="^rank 1 ended in a greeting, and did not say why"):
+    shared.set(faults._key("noticed", 2), noticed)
+    with pytest.raises(RankFailed, match=f"^rank 1 {said}"):
         exchange("hello", "a greeting")
 
 

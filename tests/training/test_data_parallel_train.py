@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from auglocal_ext import LocalTrainer, data, models, train
 from auglocal_ext.distributed.group import world
+from auglocal_ext.training.epoch import Sums
+from auglocal_ext.training.state import random_state
 
 CUT = {"depth": 2, "modules": 2, "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9)}
 OPTIONS = CUT | {"seed": 3}
@@ -229,6 +231,67 @@ def test_one_process_goes_on_from_two(both, folder, where, epoch, again):
     assert len(result.history) == epoch + 1 and same(state_of(net), state_of(expected))
 
 
+def test_after_an_epochs_batches_only_its_validation_is_left(both, folder):
+    """What both ranks had of it is one's then; no step is taken."""
+    where, net = folder / "within" / "val_loader", model()
+    saved = torch.load(where / "last.pt", weights_only=True)
+    parts = [saved["sums"], saved["others"][0][2]]
+    with pytest.warns(UserWarning, match="has a training by 2 ranks, which goes on with 1") as told:
+        options = OPTIONS | STEPS | {"schedule": None, "progress": False}
+        result = train(net, in_memory(), epochs=1, val_loader=[images(4)], checkpoint=where, **options)
+    assert not any("begins again" in str(one.message) for one in told)
+    losses, counted, hits = (sum(part[name] for part in parts) for name in ("losses", "counted", "hits"))
+    assert result.history[0]["module_losses"] == pytest.approx((losses.double() / counted).tolist())
+    assert result.history[0]["module_accuracies"] == pytest.approx((hits / 24).tolist()) and counted[0] == 24
+    weights = {name: value for name, value in saved["trainer"]["model"].items() if "num_batches" not in name}
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in weights.items())
+    assert result.peak_bytes == 0  # of no step
+
+
+def test_more_ranks_have_of_an_epoch_what_fewer_had():
+    def part(value):
+        tensors = dict.fromkeys(("losses", "counted", "judged", "hits"), torch.tensor([value, 0]))
+        return tensors | {"seen": value, "steps": 3, "over": True}
+
+    found = [Sums.shared_out([part(1), part(2), part(3)], rank, 2) for rank in range(2)]
+    assert [one["seen"] for one in found] == [4, 2] and [one["losses"].tolist() for one in found] == [[4, 0], [2, 0]]
+    found = [Sums.shared_out([part(5)], rank, 2) for rank in range(2)]
+    assert [one["seen"] for one in found] == [5, 0] and found[1]["hits"].tolist() == [0, 0] and found[1]["steps"] == 3
+
+
+def as_of_two_ranks(path, **changes):
+    """Makes a checkpoint of one process one of two, alike but for rank 0's `changes`."""
+    saved = torch.load(path, weights_only=True)
+    own = [saved["trainer"]["random"], saved["trainer"]["stepper"]["gradients"], saved["sums"], saved["loader"]]
+    saved["trainer"] |= changes
+    torch.save(saved | {"others": [own]}, path)
+
+
+def test_the_first_epochs_images_are_in_the_order_that_all_ranks_drew(tmp_path, nothing_compared):
+    options = OPTIONS | {"checkpoint": tmp_path, "progress": False}
+    train(model(), in_memory(), epochs=1, max_seconds=1e-9, **options)
+    as_of_two_ranks(tmp_path / "last.pt", random=random_state(torch.device("cpu")) | {"torch": seeded(99)})
+    batches = in_memory()
+    with pytest.warns(UserWarning, match="epoch 1, which was under way, begins again"):
+        train(model(), batches, epochs=2, **options)
+    assert batches.state_dict()["seed"] == OPTIONS["seed"]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+def test_a_scheduler_that_counts_steps_is_not_gone_on_from_by_other_ranks(tmp_path, nothing_compared):
+    def one_cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12)
+
+    options = OPTIONS | {"checkpoint": tmp_path, "schedule": one_cycle, "progress": False}
+    train(model(), in_memory(), epochs=1, **options)
+    as_of_two_ranks(tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="OneCycleLR counts steps, .* go on with 2 ranks as before, or train from the"):
+        train(model(), in_memory(), epochs=2, **options)
+
+
 @pytest.mark.parametrize(
     ("schedule", "lr", "told"),
     [
@@ -240,9 +303,7 @@ def test_one_process_goes_on_from_two(both, folder, where, epoch, again):
 def test_learning_rates_of_another_number_of_ranks(tmp_path, nothing_compared, schedule, lr, told):
     options = OPTIONS | {"checkpoint": tmp_path, "schedule": schedule, "progress": False}
     train(model(), in_memory(), epochs=1, **options)
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    own = [saved["trainer"]["random"], saved["trainer"]["stepper"]["gradients"], None, saved["loader"]]
-    torch.save(saved | {"others": [own]}, tmp_path / "last.pt")
+    as_of_two_ranks(tmp_path / "last.pt")
     options["optimizer"] = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
     with pytest.warns(UserWarning, match=told):
         history = train(model(), in_memory(), epochs=2, **options).history
