@@ -25,7 +25,7 @@ from auglocal_ext.cli.job import make_model, read_data
 from auglocal_ext.cli.options import Parser
 from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
-from auglocal_ext.common.messages import counted
+from auglocal_ext.common.messages import plural
 
 DATASETS = ("cifar10", "svhn", "stl10")
 
@@ -89,7 +89,7 @@ def main(arguments=None):
         return (
             f"{options.model} on {options.dataset}, rule {options.rule}, {made['local_modules']} local modules: test "
             f"accuracy {accuracy['last']:.2%}, best {accuracy['best']:.2%}, "
-            f"after {counted(len(made['history']), 'epoch')} in {made['seconds']:.1f} s of training, "
+            f"after {plural(len(made['history']), 'epoch')} in {made['seconds']:.1f} s of training, "
             f"peak memory {format_bytes(made['peak_bytes'])}"
         )
 

@@ -22,7 +22,7 @@ from auglocal_ext.cli.job import make_model
 from auglocal_ext.cli.options import Parser
 from auglocal_ext.cli.training_options import settled
 from auglocal_ext.common.memory import format_bytes
-from auglocal_ext.common.messages import counted
+from auglocal_ext.common.messages import plural
 from auglocal_ext.common.torchvision import import_torchvision
 
 MOST_FAKE = 10_000_000  # they are made one by one, but their order is held in memory
@@ -99,7 +99,7 @@ def main(arguments=None):
         top5 = f", top-5 {made['top5']['last']:.2%}" if "top5" in made else ""
         return (
             f"{options.model}, rule {options.rule}, {made['local_modules']} local modules: top-1 "
-            f"{made['accuracy']['last']:.2%}{top5} after {counted(len(made['history']), 'epoch')} in "
+            f"{made['accuracy']['last']:.2%}{top5} after {plural(len(made['history']), 'epoch')} in "
             f"{made['seconds']:.1f} s of training, peak memory {format_bytes(made['peak_bytes'])}"
         )
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import signal
+import sys
 import threading
 
 from ..common.files import write_json, write_text
+from ..common.messages import plural
 from .events import as_csv
 from .runs import can_go_on, settings_of
 
-__all__ = ["going_on", "title_of", "write_epoch"]
+__all__ = ["going_on", "tell_what_is_left", "title_of", "write_epoch"]
 
 
 def write_epoch(folder, options, source, history, write_events):
@@ -18,6 +20,11 @@ def write_epoch(folder, options, source, history, write_events):
     write_text(folder / "history.csv", as_csv(history))
     if write_events:
         write_events(folder / "tensorboard", history[-1])
+
+
+def tell_what_is_left(history, folder):
+    """Where the files are of a training that diverged."""
+    print(f"auglocal: the files of the {plural(len(history), 'epoch')} until then are in {folder}", file=sys.stderr)
 
 
 def title_of(options, plan):

@@ -6,12 +6,12 @@ import time
 from .. import report
 from ..common.files import save_model
 from ..common.memory import format_bytes
-from ..common.messages import counted
+from ..common.messages import plural
 from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
 from .errors import in_words_of_options
 from .job import train_stages_as_told
-from .run_files import going_on, title_of, write_epoch
+from .run_files import going_on, tell_what_is_left, title_of, write_epoch
 
 __all__ = ["train_in_parts"]
 
@@ -37,10 +37,7 @@ def train_in_parts(folder, options, source, model, write_events, history):
             raise
         if world().first:
             print(f"\nauglocal: {in_words_of_options(stop)}", file=sys.stderr)
-            print(
-                f"auglocal: the files of the {counted(len(history), 'epoch')} until then are in {folder}",
-                file=sys.stderr,
-            )
+            tell_what_is_left(history, folder)
         return 3
     if not world().first:
         return 0
@@ -48,7 +45,7 @@ def train_in_parts(folder, options, source, model, write_events, history):
     title = title_of(options, result.plan)
     report.learning_curve(history, folder / "learning_curve.png", title)
     print(
-        f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {counted(len(history), 'epoch')} in "
+        f"{title}: test accuracy {history[-1]['val_accuracy']:.2%} after {plural(len(history), 'epoch')} in "
         f"{time.perf_counter() - started:.1f} s\n"
         f"a step's peak memory on each rank, planned: {', '.join(map(format_bytes, result.rank_bytes))}\n"
         f"saved to {folder}: model.pt (a plain state_dict), settings.json, history.json, history.csv, "

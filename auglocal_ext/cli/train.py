@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import report
 from ..common.files import save_model, write_json
-from ..common.messages import counted
+from ..common.messages import plural
 from ..distributed.group import world
 from ..training.divergence import TrainingDiverged
 from ..training.evaluate import Validation, evaluated
@@ -19,7 +19,7 @@ from .job import check, make_model, read_data, train_as_told
 from .names import FREE
 from .options import default_device
 from .ranks import folder_of_run, joined_ranks
-from .run_files import going_on, title_of, write_epoch
+from .run_files import going_on, tell_what_is_left, title_of, write_epoch
 from .runs import can_go_on, history_of, options_of, read_settings, settings_of
 from .stages import train_in_parts
 from .training_options import add_run, settled, told
@@ -76,7 +76,7 @@ def _resume(folder, given):
         )
     if options.epochs < len(history):
         raise ValueError(
-            f"{folder} has a training of {counted(len(history), 'epoch')} already, given --epochs {options.epochs}: "
+            f"{folder} has a training of {plural(len(history), 'epoch')} already, given --epochs {options.epochs}: "
             f"give more"
         )
     options.device = options.device or default_device()
@@ -132,9 +132,7 @@ def _train_in(folder, options, source, model, write_events, history):
     title = title_of(options, result.plan)
     report.learning_curve(history, folder / "learning_curve.png", title)
     if status == 3:
-        print(
-            f"auglocal: the files of the {counted(len(history), 'epoch')} until then are in {folder}", file=sys.stderr
-        )
+        tell_what_is_left(history, folder)
         return status
     accuracy = f"test accuracy {history[-1]['val_accuracy']:.2%}"
     if options.val_split:
@@ -145,7 +143,7 @@ def _train_in(folder, options, source, model, write_events, history):
     why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
     more = "--patience N" if result.stopped == "patience" else "--epochs N"
     print(
-        f"{title}: {accuracy} after {counted(len(history), 'epoch')}{why} in {time.perf_counter() - started:.1f} s\n"
+        f"{title}: {accuracy} after {plural(len(history), 'epoch')}{why} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), {averaged}settings.json, history.json, history.csv, "
         f"learning_curve.png; `auglocal resume {folder} {more}` goes on"

@@ -6,7 +6,7 @@ Default < preset < --config < what is typed.
 import argparse
 from pathlib import Path
 
-from ..common.messages import counted
+from ..common.messages import plural
 from .config import read_config
 from .names import CLIPS, FORMS, NONFINITE, OPTIMIZERS, PRECISIONS, PREFER, RULES, SCHEDULES, WITH_MOMENTUM
 from .options import default_device, device, number, seed, size, whole
@@ -295,7 +295,7 @@ def told(options):
     lines = [
         f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",
-        f"{counted(options.epochs, 'epoch')} in batches of {options.batch_size}{together}, {options.optimizer} with lr "
+        f"{plural(options.epochs, 'epoch')} in batches of {options.batch_size}{together}, {options.optimizer} with lr "
         f"{options.lr:g}, schedule {options.schedule}",
     ]
     main = {"model", "data", "rule", "depth", "modules", "precision", "device", "seed", "epochs", "batch_size"}

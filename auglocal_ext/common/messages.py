@@ -1,6 +1,6 @@
 """Parts of sentences."""
 
-__all__ = ["counted", "first_line"]
+__all__ = ["first_line", "plural"]
 
 
 def first_line(error):
@@ -8,6 +8,6 @@ def first_line(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def counted(count, what):
+def plural(count, what):
     """ "1 epoch", "2 epochs"."""
     return f"{count} {what}{'s' * (count != 1)}"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 
-from .faults import RankFailed, answering, missed, stopped, store
+from .faults import RankFailed, answering, missed, named, stopped, store
 from .group import session, timeout, world
 
 __all__ = ["check_alike", "exchange"]
@@ -43,11 +43,8 @@ def _wait_for(shared, keys, what):
         if missed() and not shared.check(keys):
             raise RuntimeError("a rank is gone")  # `answering` finds out which
         if time.monotonic() > deadline:
-            missing = [str(rank) for rank, key in zip(world().ranks, keys, strict=True) if not shared.check([key])]
-            raise RankFailed(
-                f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} did not answer for "
-                f"{timeout().total_seconds():.0f} s in {what}"
-            )
+            missing = [rank for rank, key in zip(world().ranks, keys, strict=True) if not shared.check([key])]
+            raise RankFailed(f"{named(missing)} did not answer for {timeout().total_seconds():.0f} s in {what}")
         time.sleep(waited)
         waited = min(2 * waited, 0.1)
 

@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from ..common.messages import first_line
 from .group import close, everybody, session, timeout, world
 
-__all__ = ["RankFailed", "answering", "missed", "stopped", "store", "telling"]
+__all__ = ["RankFailed", "answering", "missed", "named", "stopped", "store", "telling"]
 
 GRACE = 2.0  # seconds in which every rank that is still there has noticed that one is not
 
@@ -116,11 +116,12 @@ def _why(what, began):
     missing = [rank for rank in missing if rank in world().ranks] or missing
     if hangs:
         waited = max(seconds, timeout().total_seconds())
-        return f"{_named(missing or late)} did not answer for {waited:.0f} s in {what}"
+        return f"{named(missing or late)} did not answer for {waited:.0f} s in {what}"
     if not missing:
         return f"the ranks lost their connection in {what}"
-    return f"{_named(missing)} ended in {what}, and did not say why, as a process that was killed"
+    return f"{named(missing)} ended in {what}, and did not say why, as a process that was killed"
 
 
-def _named(ranks):
+def named(ranks):
+    """ "rank 1", "ranks 1, 3"."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -12,6 +12,7 @@ import torch
 
 from .. import report
 from ..common.memory import format_bytes
+from ..common.messages import plural
 from ..rules import Rule
 from ..rules.auglocal import AugLocal
 from ..rules.bp import BP, Checkpoint
@@ -85,7 +86,7 @@ class Choice:
 
 
 def _modules(point):
-    return f"{point.modules} module{'s' * (point.modules > 1)}" if point else ""
+    return plural(point.modules, "module") if point else ""
 
 
 def rules_of(backbone, rule, depth, form, auxiliary, modules, *, budgeted, recompute=False, prefer="arithmetic"):

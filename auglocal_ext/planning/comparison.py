@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from .. import report
 from ..common.memory import format_bytes
+from ..common.messages import plural
 from ..engine.emit import Phase
 from ..rules.cutting import first_trained
 from .eager import eager_bytes
@@ -48,7 +49,7 @@ class Comparison:
     warning: str | None
 
     def __str__(self):
-        count = f"{self.modules} module{'s' * (self.modules > 1)}"
+        count = plural(self.modules, "module")
         return "\n".join(report.cost_lines(self.rows({f"this cut, {count}": self.cut}), self.warning))
 
     def rows(self, costs):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from .. import report
 from ..common.memory import format_bytes
+from ..common.messages import plural
 from ..engine.timeline import Timeline
 from ..rules.auxiliary import nets_of
 from .budget import Choice
@@ -226,12 +227,11 @@ class Plan:
     @property
     def title(self):
         """Model, rule, nets, number of modules and batch shape, in one line."""
-        count = len(self.modules)
         what = f", depth {self.depth}" if self.depth else ""
         nets = nets_of(self.origin.rule)
         what += f", nets {nets}" if nets else ""
         return (
-            f"{self.model}, rule {self.rule}{what}: {count} local module{'s' * (count > 1)}, "
+            f"{self.model}, rule {self.rule}{what}: {plural(len(self.modules), 'local module')}, "
             f"input {'x'.join(str(size) for size in self.input_shape)}"
         )
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from ..common.messages import plural
+
 __all__ = ["balanced", "sums_of"]
 
 
@@ -29,7 +31,7 @@ def balanced(count: int, stages: int, cost: Callable[[range], float]) -> list[ra
     """
     if not 1 <= stages <= count:
         raise ValueError(
-            f"{count} local module{'s' * (count != 1)} cannot be spread over {stages} stages: each needs at least one; "
+            f"{plural(count, 'local module')} cannot be spread over {stages} stages: each needs at least one; "
             f"cut the model into more, modules={stages} for instance, or start fewer processes"
         )
     # highest[end]: of the first `end` modules in the stages so far; begins: where the last of these stages began.

@@ -55,8 +55,9 @@ def optimizer_seconds(factory, module, device):
 @on_its_own()
 @torch.inference_mode(False)
 def measured_seconds(trainer, images, labels, rounds=ROUNDS, middle=statistics.median):
-    """Seconds of forward and backward of each local module, in the middle of rounds behind one that warms up. Weights,
-    statistics, gradients and random number generators are as before; the optimizers' steps are not in it."""
+    """Seconds of forward and backward of each local module, the middle of rounds behind one that warms up. Weights,
+    statistics, gradients and random number generators are as before; the optimizers' steps are not in it. middle: of
+    the rounds' seconds."""
     buffers = [(buffer, buffer.clone()) for module in trainer.local_modules for buffer in module.buffers()]
     took = [[] for _ in trainer.local_modules]
     with torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..distributed.collectives import gathered
+from ..distributed.faults import named
 from ..distributed.group import among
 from ..training.divergence import check_learnt
 from ..training.lines import epoch_line
@@ -64,7 +65,7 @@ class Run:
         if len(states) == grid.replicas:
             self.length = saved["length"]
         else:
-            tell_of_others(self.checkpoint, len(states), grid.replicas, "pipeline")
+            tell_of_others(self.checkpoint, len(states), grid.replicas, "pipeline", self.rates.moved)
             set_first_learning_rates(stage.optimizers, given)
         if self.progress:
             tqdm.write(f"going on behind epoch {len(self.history)}/{self.epochs}, from {self.checkpoint}")
@@ -116,7 +117,7 @@ def _random_states(trainer):
 
 def _plan_line(trainer):
     parts = [
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: local modules {span.start} to {span.stop - 1}"
+        f"{named(ranks)}: local modules {span.start} to {span.stop - 1}"
         for ranks, span in zip(trainer.grid.columns, trainer.spans, strict=True)
     ]
     return f"{trainer.plan.title}\n{trainer.schedule}; {'; '.join(parts)}"

@@ -10,7 +10,7 @@ import torch
 
 from ..common.checks import whole_number
 from ..common.files import check_writable, write_whole
-from ..common.messages import counted, first_line
+from ..common.messages import first_line, plural
 from ..distributed.agree import check_alike
 from ..distributed.group import world
 from .epoch import Sums
@@ -98,7 +98,7 @@ class Checkpoints:
         if saved["epoch"] > epochs or (saved["epoch"] == epochs and saved["sums"]):
             within = " and is within the next" if saved["sums"] else ""
             raise ValueError(
-                f"{self.folder} has a training of {counted(saved['epoch'], 'epoch')} already{within}, given "
+                f"{self.folder} has a training of {plural(saved['epoch'], 'epoch')} already{within}, given "
                 f"epochs={epochs}: give more, or another folder"
             )
         if saved["sums"] and not self.within_epochs:
@@ -107,10 +107,11 @@ class Checkpoints:
                 f"none: give the same kind of loader, or another folder"
             )
         if moves:
-            self._move(saved, trainer)
+            self._move(saved, trainer, rates)
         check_state(trainer, saved["trainer"])
         rates.check(saved["rates"])
-        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder, (*rates.sets, *["lr"] * moves))
+        changing = (*rates.sets, "lr") if moves else rates.sets
+        _check_settings(trainer, saved["trainer"]["optimizers"], self.folder, changing)
         if saved["loader"] is not None and self.within_epochs:
             self.loader.load_state_dict(saved["loader"])
         set_epoch(self.loader, saved["epoch"])
@@ -127,7 +128,7 @@ class Checkpoints:
             set_random_state(saved["trainer"]["random"], trainer.device)
         return Resumed(saved["history"], saved["sums"], batches, saved["peak"], saved["length"])
 
-    def _move(self, saved, trainer):
+    def _move(self, saved, trainer, rates):
         """Makes what another number of ranks has saved a state of these, at the beginning of an epoch or, where all its
         batches are trained on, before its validation. Ranks that were not there draw their random numbers as in a
         training's beginning."""
@@ -136,8 +137,7 @@ class Checkpoints:
             sums = Sums.shared_out(saved["sums of all"], world().rank, world().size)
         elif sums:
             sums, again = None, f"; epoch {saved['epoch'] + 1}, which was under way, begins again"
-        rates = {} if saved["rates"] is None else {"rates": "as its schedulers had them"}
-        tell_of_others(self.folder, saved["ranks"], world().size, "rank", more=again, **rates)
+        tell_of_others(self.folder, saved["ranks"], world().size, "rank", rates.moved, again)
         state = saved["trainer"]
         state["stepper"] |= {"count": 0, "spoilt": [], "gradients": [[] for _ in trainer.local_modules]}
         if world().rank >= saved["ranks"]:

@@ -45,9 +45,7 @@ class Sums:
                 tensor.copy_(saved[name])
             self.steps, self.seen, self.over = saved["steps"], saved["seen"], saved["over"]
             self.seconds = saved["seconds"]
-            self.trained = list(
-                saved.get("trained") or (self.counted > 0).tolist()
-            )  # of older ones, as well as it goes
+            self.trained = saved.get("trained", (self.counted > 0).tolist())  # which older ones do not tell
             self.skipped_before -= saved["skipped"]
 
     def state_dict(self):

@@ -9,6 +9,7 @@ import warnings
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from ..common.messages import plural
 from ..distributed.agree import check_alike
 from ..distributed.collectives import broadcast, gathered, highest, summed
 from ..distributed.group import world
@@ -143,12 +144,12 @@ def spread_buffers(trainer):
             broadcast(model.buffers(), "rank 0's running statistics")
 
 
-def tell_of_others(folder, before, now, who, rates="by the optimizer that is given now", more=""):
-    """Warns, on rank 0, that a checkpoint of a number of ranks, or of `who`, is gone on from by another number, and
-    what learning rates it then has."""
+def tell_of_others(folder, before, now, who, rates, more=""):
+    """Warns, on rank 0, that a checkpoint of a number of ranks, or of `who`, is gone on from by another number; rates:
+    whose learning rates it then has, in words."""
     if world().first:
         warnings.warn(
-            f"{folder} has a training by {before} {who}{'s' * (before > 1)}, which goes on with {now}: learning rates "
+            f"{folder} has a training by {plural(before, who)}, which goes on with {now}: learning rates "
             f"are {rates}, and what is drawn at random differs{more}",
             stacklevel=2,
         )

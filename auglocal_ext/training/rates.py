@@ -5,7 +5,7 @@ import inspect
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ..common import checks
-from ..common.messages import first_line
+from ..common.messages import first_line, plural
 
 __all__ = ["ByFunction", "BySchedulers", "check_schedule", "makes_schedulers", "rates_of"]
 
@@ -56,9 +56,10 @@ class ByFunction:
     Attributes:
         state: None; see `BySchedulers`.
         sets: names of the settings of optimizers that it changes beside the learning rate.
+        moved: whose learning rates hold where another number of ranks goes on, in words.
     """
 
-    state, sets = None, ()
+    state, sets, moved = None, (), "by the optimizer that is given now"
 
     def __init__(self, function, trainer, epochs):
         self._function, self._trainer, self._epochs = function, trainer, epochs
@@ -102,7 +103,7 @@ class BySchedulers:
         TypeError: the factory makes no scheduler of the optimizer that it is given.
     """
 
-    sets = "momentum", "betas"  # of schedulers that cycle them
+    sets, moved = ("momentum", "betas"), "as its schedulers had them"  # there are schedulers that cycle these
 
     def __init__(self, factory, trainer):
         for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
@@ -145,8 +146,8 @@ class BySchedulers:
     def check_moved(self, ranks):
         if self._by_step:
             raise ValueError(
-                f"{self._kinds[0]} counts steps, of which another number of ranks makes others: go on with {ranks} "
-                f"rank{'s' * (ranks > 1)} as before, or train from the beginning in another folder"
+                f"{self._kinds[0]} counts steps, of which another number of ranks makes others: go on with "
+                f"{plural(ranks, 'rank')} as before, or train from the beginning in another folder"
             )
 
     def load(self, state):

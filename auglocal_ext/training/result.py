@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..common.messages import counted
+from ..common.messages import plural
 from ..planning.result import Plan
 from .lines import cost_lines
 
@@ -61,7 +61,7 @@ class TrainResult:
 
     def _time_line(self):
         count, seconds = len(self.history), sum(entry["seconds"] for entry in self.history)
-        line = f"{count} epoch{'s' * (count != 1)}, {seconds:.1f} s of training"
+        line = f"{plural(count, 'epoch')}, {seconds:.1f} s of training"
         if self.history:
             line += f", {self.history[-1]['images_per_second']:.0f} images/s"
         return line + (f"; stopped by {self.stopped}" if self.stopped else "")
@@ -100,7 +100,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     def __init__(self, result, note=""):
         super().__init__(
-            f"training interrupted after {counted(len(result.history), 'whole epoch')}. {note}".rstrip(" .")
+            f"training interrupted after {plural(len(result.history), 'whole epoch')}. {note}".rstrip(" .")
         )
         self.result = result
 
