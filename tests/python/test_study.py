@@ -47,10 +47,10 @@ def test_the_table_and_the_picture(study, tmp_path, capsys):
     assert study.main([str(file), "--picture", str(picture)]) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     half = 12.706 * statistics.stdev([90, 92]) * 1.5**0.5
-    assert lines[2] == ["BP", "1", "1.00", "10 MB", "91.0 ± 1.4", "2", "", "", "93.73", ""]
-    assert lines[3][6:] == [f"-6.00 ± {half:.2f}", "not decided", "86.30", "-7.43"]
-    assert lines[4][0] == "AugLocal d=4, light" and lines[4][8:] == ["", ""]
-    assert lines[5][8:] == ["93.08", "-0.65"]
+    assert lines[2] == ["BP", "1", "1.00", "10 MB", "91.0 ± 1.4", "2", "30", "", "", "93.73", ""]
+    assert lines[3][7:] == [f"-6.00 ± {half:.2f}", "not decided", "86.30", "-7.43"]
+    assert lines[4][0] == "AugLocal d=4, light" and lines[4][9:] == ["", ""]
+    assert lines[5][9:] == ["93.08", "-0.65"]
     assert "</svg>" in picture.read_text()
 
 
