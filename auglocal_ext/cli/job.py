@@ -77,8 +77,6 @@ def train_as_told(options, model, source, **more):
         memory_budget=options.budget,
         prefer=options.prefer,
         device=device_of_rank(options.device),
-        max_seconds=options.max_seconds,
-        patience=options.patience,
         **_arguments(options, source),
         **more,
     )
@@ -125,6 +123,8 @@ def _arguments(options, source):
         "seed": options.seed,
         "progress": not options.quiet,
         "nonfinite": options.nonfinite,
+        "patience": options.patience,
+        "max_seconds": options.max_seconds,
         **stepping_of(options),
     }
 

@@ -10,7 +10,7 @@ from ..common.messages import plural
 from .events import as_csv
 from .runs import can_go_on, settings_of
 
-__all__ = ["going_on", "tell_what_is_left", "title_of", "write_epoch"]
+__all__ = ["going_on", "how_it_ended", "tell_what_is_left", "title_of", "what_goes_on", "write_epoch"]
 
 
 def write_epoch(folder, options, source, history, write_events):
@@ -35,6 +35,25 @@ def title_of(options, plan):
     if len(plan.modules) > 1:
         title += f", {len(plan.modules)} local modules"
     return title
+
+
+def how_it_ended(options, history, tested, stopped):
+    """The accuracy, after how many epochs, and what stopped it.
+
+    Args:
+        tested: the Evaluation on the test images, where others were validated on, or None.
+        stopped: see `auglocal_ext.TrainResult`.
+    """
+    accuracy = f"{'validation' if options.val_split else 'test'} accuracy {history[-1]['val_accuracy']:.2%}"
+    if tested is not None:
+        accuracy += f", test accuracy {tested.top1:.2%}"
+    why = f", stopped by --{stopped.replace('_', '-')}," if stopped else ""
+    return f"{accuracy} after {plural(len(history), 'epoch')}{why}"
+
+
+def what_goes_on(folder, stopped):
+    """The command that goes on with a run."""
+    return f"`auglocal resume {folder} {'--patience N' if stopped == 'patience' else '--epochs N'}` goes on"
 
 
 @contextlib.contextmanager

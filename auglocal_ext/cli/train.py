@@ -19,7 +19,7 @@ from .job import check, make_model, read_data, train_as_told
 from .names import FREE
 from .options import default_device
 from .ranks import folder_of_run, joined_ranks
-from .run_files import going_on, tell_what_is_left, title_of, write_epoch
+from .run_files import going_on, how_it_ended, tell_what_is_left, title_of, what_goes_on, write_epoch
 from .runs import can_go_on, history_of, options_of, read_settings, settings_of
 from .stages import train_in_parts
 from .training_options import add_run, settled, told
@@ -134,19 +134,12 @@ def _train_in(folder, options, source, model, write_events, history):
     if status == 3:
         tell_what_is_left(history, folder)
         return status
-    accuracy = f"test accuracy {history[-1]['val_accuracy']:.2%}"
-    if options.val_split:
-        accuracy = f"validation accuracy {history[-1]['val_accuracy']:.2%}"
-    if tested is not None:
-        accuracy += f", test accuracy {tested.top1:.2%}"
     averaged = "" if result.ema_model is None else "model_ema.pt, of the averaged weights, "
-    why = f", stopped by --{result.stopped.replace('_', '-')}," if result.stopped else ""
-    more = "--patience N" if result.stopped == "patience" else "--epochs N"
     print(
-        f"{title}: {accuracy} after {plural(len(history), 'epoch')}{why} in {time.perf_counter() - started:.1f} s\n"
+        f"{title}: {how_it_ended(options, history, tested, result.stopped)} in {time.perf_counter() - started:.1f} s\n"
         f"{cost_lines(result)}\n"
         f"saved to {folder}: model.pt (a plain state_dict), {averaged}settings.json, history.json, history.csv, "
-        f"learning_curve.png; `auglocal resume {folder} {more}` goes on"
+        f"learning_curve.png; {what_goes_on(folder, result.stopped)}"
     )
     return status
 

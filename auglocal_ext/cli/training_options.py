@@ -23,7 +23,6 @@ _CUT = (
     "model", "rule", "depth", "form", "auxiliary", "modules", "units", "freeze", "freeze_norms", "precision",
     "recompute", "sync_bn", "budget", "prefer",
 )  # fmt: skip
-_NOT_BY_STAGES = ("budget", "val_split", "max_seconds", "patience")
 _STEPPING = ("accumulate", "clip_grad_norm", "clip_grad_value", "clip", "model_ema", "model_ema_decay")
 
 
@@ -88,7 +87,7 @@ def add_training(parser, *, depth=_DEPTH, lr=_LR, data=_DATA, preset=None):
     add("--cutmix", "--cutmix-alpha", **shares, help="paste cuts of other images; with --mixup one of both a batch")
     add("--device", type=device, help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--seed", type=seed, help="of weights, order and augmentation (default: {default})")
-    add("--max-seconds", type=number(above=0), help="of training, then it stops")
+    add("--max-seconds", type=number(above=0), help="of training, then it stops; with --stages, at an epoch's end")
     add(
         "--patience",
         type=whole(1),
@@ -275,10 +274,8 @@ def _check_together(options):
         )
     if options.schedule == "paper" and options.lr == 0:
         raise ValueError("--lr must be above 0 with --schedule paper, given 0: choose another --schedule")
-    if options.stages is not None:
-        for name in _NOT_BY_STAGES:
-            if getattr(options, name) != DEFAULTS[name]:
-                raise ValueError(f"--{name.replace('_', '-')} does not go with --stages yet: leave one of them out")
+    if options.stages is not None and options.budget is not None:
+        raise ValueError("--budget does not go with --stages yet: leave one of them out")
     if options.warmup is not None and options.warmup > options.epochs:
         raise ValueError(f"--warmup must be at most --epochs, {options.epochs}, given {options.warmup:g}")
 

@@ -1,5 +1,6 @@
-"""A training in parts under way: its epochs, what is told of them, where it can go on."""
+"""A training in parts under way: its epochs, what is told of them, when it stops, where it can go on."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from ..distributed.collectives import gathered
 from ..distributed.faults import named
 from ..distributed.group import among
 from ..training.divergence import check_learnt
+from ..training.limits import is_patience_over
 from ..training.lines import epoch_line
 from ..training.loaders import length_of, set_epoch
 from ..training.ranks import of_all_ranks, tell_of_others
@@ -45,9 +47,12 @@ class Run:
     progress: bool
     on_epoch: Callable | None
     checkpoint: str | Path | None
+    patience: int | None
+    max_seconds: float | None
 
     def __post_init__(self):
-        self.history, self.length = [], length_of(self.loader)
+        self.started = time.monotonic()
+        self.history, self.length, self.stopped = [], length_of(self.loader), None
         if self.progress:
             tqdm.write(_plan_line(self.trainer))
         if self.checkpoint is not None and gathered(newest(self.checkpoint) is not None, "the checkpoint's place")[0]:
@@ -71,14 +76,29 @@ class Run:
             tqdm.write(f"going on behind epoch {len(self.history)}/{self.epochs}, from {self.checkpoint}")
 
     def go(self):
-        """Trains until the end.
+        """Trains until the end, or until it is stopped.
 
         Raises:
             NotFinite: the training diverged.
         """
-        while len(self.history) < self.epochs:
+        self._stop_if_patience_is_over()
+        while len(self.history) < self.epochs and not self.stopped:
             self._epoch(len(self.history))
-        check_learnt(self.history, self.trainer)
+            self._stop_if_patience_is_over()
+            self._stop_if_time_is_over()
+        if not self.stopped:
+            check_learnt(self.history, self.trainer)
+
+    def _stop_if_patience_is_over(self):
+        if len(self.history) < self.epochs and is_patience_over(self.history, self.patience):
+            self.stopped = "patience"
+
+    def _stop_if_time_is_over(self):
+        if self.max_seconds is None or self.stopped or len(self.history) == self.epochs:
+            return
+        over = time.monotonic() - self.started >= self.max_seconds
+        if gathered(over, "the time that is left")[0]:  # by rank 0's clock
+            self.stopped = "max_seconds"
 
     def _epoch(self, epoch):
         trainer, reads = self.trainer, self.trainer.grid.stage == 0

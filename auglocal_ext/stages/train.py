@@ -17,6 +17,7 @@ from ..planning.result import Plan
 from ..planning.stepping import Stepping
 from ..training.divergence import NotFinite, diverged
 from ..training.evaluate import checked_batches
+from ..training.limits import check_limits
 from ..training.loaders import peek, set_epoch
 from ..training.ranks import check_loaders, draw_apart
 from ..training.rates import ByFunction, check_schedule, makes_schedulers
@@ -38,12 +39,14 @@ class StagesResult:
         plan: of the whole model, see `StageTrainer`.
         spans: of every stage the range of its local modules.
         rank_bytes: of every rank the bytes of a step at its highest, by the plan; empty where the training diverged.
+        stopped: why there are fewer epochs than asked for: "patience", "max_seconds", or None.
     """
 
     history: list
     plan: Plan
     spans: list
     rank_bytes: list
+    stopped: str | None = None
 
 
 @telling()
@@ -63,6 +66,8 @@ def train_stages(
     seed: int | None = None,
     progress: bool = True,
     on_epoch: Callable | None = None,
+    patience: int | None = None,
+    max_seconds: float | None = None,
     checkpoint: str | Path | None = None,
     **options,
 ) -> StagesResult:
@@ -76,7 +81,7 @@ def train_stages(
 
     Args:
         model: see `auglocal_ext.train`. Every rank gives the same.
-        depth, epochs, optimizer, seed, on_epoch: see `auglocal_ext.train`.
+        depth, epochs, optimizer, seed, on_epoch, patience: see `auglocal_ext.train`.
         loader: of rank 0, its first batch the largest; those of other ranks are not looked at, and may be None. With
             several pipelines, of the first rank of each: rank / stages is its number, for a DistributedSampler.
         val_loader: like loader; the accuracy on it is measured after each epoch, of all pipelines' together. Its first
@@ -86,6 +91,8 @@ def train_stages(
         schedule: (epoch, epochs) -> factor of the learning rates; see `auglocal_ext.train`.
         stage_schedule, max_lag, balance: see `StageTrainer`.
         progress: on rank 0 a line for the plan and one for every epoch.
+        max_seconds: stop after the epoch with which so many seconds have gone by on rank 0; within an epoch ranks are
+            at different steps.
         checkpoint: a folder that all ranks see. It is written after every epoch; a training that has one there goes on
             from it, by any number of stages and pipelines; by as many pipelines as one that was never stopped, on a CPU
             to the bit.
@@ -100,6 +107,7 @@ def train_stages(
             see `auglocal_ext.train`. The model is then left in its parts.
     """
     epochs = checks.whole_number(epochs, "epochs must be a whole number of at least 1", 1)
+    patience, max_seconds = check_limits(patience, max_seconds)
     schedule = schedule or constant
     check_schedule(schedule)
     if makes_schedulers(schedule):
@@ -109,6 +117,7 @@ def train_stages(
     if seed is not None:
         torch.manual_seed(checks.check_seed(seed))
     arguments = {"epochs": epochs, "checkpoint": str(checkpoint), "stages": stages, "seed": seed}
+    arguments |= {"patience": patience, "max_seconds": max_seconds}
     check_alike(arguments, "give every rank the same")
     grid, accumulate = grid_of(stages), Stepping(options.get("accumulate", 1)).accumulate
     first, batches, validates = _first(loader, val_loader, grid)
@@ -128,7 +137,7 @@ def train_stages(
         val_loader = checked_batches(validation_of(trainer, "val_loader's "), val_loader, again=epochs > 1)
     draw_apart(seed)
     rates, progress = ByFunction(schedule, trainer, epochs), progress and world().first
-    given = epochs, rates, val_loader, validates, progress, on_epoch, checkpoint
+    given = epochs, rates, val_loader, validates, progress, on_epoch, checkpoint, patience, max_seconds
     run, ended = Run(trainer, loader, batches, *given), None
     try:
         run.go()
@@ -139,7 +148,7 @@ def train_stages(
         raise ended  # outside: else its context would keep the trainer alive
     rank_bytes = trainer.rank_bytes
     trainer.make_whole()
-    return StagesResult(run.history, trainer.plan, trainer.spans, rank_bytes)
+    return StagesResult(run.history, trainer.plan, trainer.spans, rank_bytes, run.stopped)
 
 
 def _first(loader, val_loader, grid):

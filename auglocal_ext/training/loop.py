@@ -24,6 +24,7 @@ from ..rules.rule import Rule
 from .checkpoint import Checkpoints
 from .divergence import NotFinite, diverged
 from .evaluate import Validation, checked_batches, evaluated, modes_of, restore
+from .limits import check_limits
 from .lines import first_lines
 from .loaders import is_resumable, move, peek, set_epoch
 from .ranks import check_loaders, check_nonfinite, draw_apart
@@ -187,7 +188,7 @@ def train(
     """
     stepping = asdict(Stepping(accumulate, clip_norm, clip_value, clip, ema))
     del stepping["ranks"]  # which is found out
-    patience, max_seconds = _check_limits(patience, max_seconds)
+    patience, max_seconds = check_limits(patience, max_seconds)
     checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
@@ -273,14 +274,6 @@ def _check_arguments(loader, epochs, schedule, seed):
     if seed is not None:
         torch.manual_seed(seed)
     return epochs
-
-
-def _check_limits(patience, max_seconds):
-    if patience is not None:
-        patience = checks.whole_number(patience, "patience must be a whole number of epochs, at least 1", 1)
-    if max_seconds is not None:
-        max_seconds = checks.at_least_0(max_seconds, "max_seconds")
-    return patience, max_seconds
 
 
 def _make_trainer(model, first, depth, progress, *, memory_budget, prefer, optimizer, **options):

@@ -11,11 +11,12 @@ from ..common.memory import process_bytes
 from .checkpoint import Checkpoints
 from .divergence import LossWatch, check_finite, check_learnt, check_values, names_not_finite
 from .epoch import PeakMeter, Sums, train_epoch
+from .limits import is_patience_over
 from .lines import duration, epoch_line, memory_line
 from .loaders import StoppedBetweenSteps, interrupt_sets, length_of, no_bar, set_epoch
 from .ranks import any_rank, spread_buffers
 from .rates import ByFunction, BySchedulers
-from .result import TrainResult, accuracy_of
+from .result import TrainResult
 from .trainer import LocalTrainer
 
 __all__ = ["Run"]
@@ -190,10 +191,7 @@ class Run:
         self.checkpoints.save(self.trainer, self.rates, self.history, sums, self.meter.peak, self.length)
 
     def _stop_if_patience_is_over(self):
-        if self.patience is None or not 0 < len(self.history) < self.epochs:
-            return
-        accuracies = [accuracy_of(entry) for entry in self.history]
-        if len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self.patience:
+        if len(self.history) < self.epochs and is_patience_over(self.history, self.patience):
             self.stopped = "patience"
 
     def _bar(self):

@@ -274,3 +274,28 @@ def test_what_is_refused_leaves_the_model_as_it_is():
     with pytest.raises(ValueError, match="accumulate must be a whole number of batches, at least 1, given 0"):
         train_stages(trained, batches(), accumulate=0, **COMMON)
     assert list(state_of(trained)) == list(state_of(resnet()))
+
+
+def standing_still(**options):
+    """(why it stopped, how many epochs) of a training whose accuracy stays as it is."""
+    still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "epochs": 6, "progress": False, **CUT}
+    result = train_stages(resnet(), batches((8, 8)), **still, **options)
+    return result.stopped, len(result.history)
+
+
+def test_patience(tmp_path):
+    assert standing_still(patience=2, checkpoint=tmp_path) == ("patience", 3)
+    assert standing_still(patience=2, checkpoint=tmp_path) == ("patience", 3)  # as it was left
+    assert standing_still(patience=3, checkpoint=tmp_path) == ("patience", 4)
+    assert standing_still(patience=5) == (None, 6)  # over with the last epoch, it stops nothing
+    with pytest.raises(ValueError, match="patience must be a whole number of epochs, at least 1, given 0"):
+        standing_still(patience=0)
+
+
+def test_a_limit_of_time(tmp_path):
+    """An epoch is ended; what goes on from there is given the time anew."""
+    assert standing_still(max_seconds=0, checkpoint=tmp_path) == ("max_seconds", 1)
+    assert standing_still(max_seconds=0, checkpoint=tmp_path) == ("max_seconds", 2)
+    assert standing_still(max_seconds=600, checkpoint=tmp_path) == (None, 6)
+    with pytest.raises(ValueError, match="max_seconds"):
+        standing_still(max_seconds=-1)
