@@ -22,7 +22,7 @@ from ..training.divergence import names_not_finite
 from ..training.epoch import check_any_seen, is_skipped
 from ..training.evaluate import Evaluation
 from ..training.loaders import StoppedBetweenSteps, move
-from ..training.ranks import check_nonfinite, in_step
+from ..training.ranks import in_step
 from ..training.state import alike
 from ..training.trainer import LocalTrainer
 from .balance import balanced
@@ -67,8 +67,8 @@ class StageTrainer:
         max_lag: how many batches may be under way between two ranks, and how many buffers each of them has for that.
         balance: what the ranks have alike as far as the modules allow: "time", measured on rank 0, "arithmetic" or
             "memory", by the plan.
-        nonfinite: "stop": `epoch` raises NotFinite. "skip": of one pipeline, see `auglocal_ext.train`; every module is
-            left out by itself, as nothing that a step does is of all of them.
+        nonfinite: "stop": `epoch` raises NotFinite. "skip": see `auglocal_ext.train`; every module is left out by
+            itself, as nothing that a step does is of all of them.
         options: LocalTrainer's others: depth, rule, modules, ... With sync_batch_norm a BatchNorm goes by the images of
             all pipelines.
 
@@ -104,7 +104,6 @@ class StageTrainer:
         self.grid = grid_of(stages)
         self.grid.make_groups()
         with among(self.grid.copies):
-            check_nonfinite(nonfinite)
             trainer = LocalTrainer(model, **{"image_size": images.shape[2:], **options})
             images, labels = move((images, labels), trainer.device)
             trainer.plan_for(images, labels)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..engine.criterion import CrossEntropy
+from .ranks import any_rank
 
 __all__ = [
     "LossWatch",
@@ -147,10 +148,11 @@ class UndoWhereNotFinite:
         self._module, self._before = module, [(buffer, buffer.clone()) for buffer in module.buffers()]
 
     def needed(self, loss, gradients=True):
-        """Whether the loss, or where told to look at them a gradient, is not finite, so that the module must not be
-        stepped; then the buffers are as they were before. Waits for the device."""
+        """Whether the loss, or where told to look at them a gradient, is not finite, on any rank, so that the module
+        must not be stepped on any; then the buffers are as they were before. Waits for the device."""
         gradients = [p.grad for p in self._module.parameters() if gradients and p.grad is not None]
-        if (loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()).item():
+        finite = loss.isfinite() & nn.utils.get_total_norm(gradients).isfinite()
+        if not any_rank(not finite.item()):
             return False
         for buffer, before in self._before:
             buffer.copy_(before)

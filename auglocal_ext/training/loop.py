@@ -27,7 +27,7 @@ from .evaluate import Validation, checked_batches, evaluated, modes_of, restore
 from .limits import check_limits
 from .lines import first_lines
 from .loaders import is_resumable, move, peek, set_epoch
-from .ranks import check_loaders, check_nonfinite, draw_apart
+from .ranks import check_loaders, draw_apart
 from .rates import check_schedule, rates_of
 from .result import TrainingInterrupted, TrainResult
 from .run import Run
@@ -150,7 +150,8 @@ def train(
         nonfinite: what to do about a loss that is NaN or infinite: "stop" tells the module, the step and its last
             finite value; "skip" leaves the modules out of the step whose loss or gradients are not finite, their
             BatchNorm statistics included, of accumulated batches if those of one are not; each step then waits for the
-            device, and the history counts skipped_steps. "skip" is of one process.
+            device, and the history counts skipped_steps. What is not finite on one of several ranks is left
+            out on all.
         keep_aux_nets: return the aux nets in the result.
         checkpoint: a folder, for last.pt, written after every epoch, when `on_epoch` was called, and best.pt. A
             training that has one there goes on from it: the same call again, after a crash or with more epochs, ends as
@@ -192,7 +193,6 @@ def train(
     checkpoint_minutes = checks.at_least_0(checkpoint_minutes, "checkpoint_minutes")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite must be 'stop' or 'skip', given {nonfinite!r}")
-    check_nonfinite(nonfinite)
     progress = progress and world().first
     epochs, schedule = _check_arguments(loader, epochs, schedule, seed), schedule or constant
     if device is not None:
@@ -200,6 +200,7 @@ def train(
     set_epoch(loader, 0)
     first, batches = peek(loader, "the loader")
     arguments = {"epochs": epochs, "seed": seed, "patience": patience, "max_seconds": max_seconds}
+    arguments["nonfinite"] = nonfinite
     arguments |= {"validation": val_loader is not None, "a checkpoint folder": checkpoint is not None}
     check_loaders(loader, first, arguments | {"a loader with a state_dict": is_resumable(loader)})
     cutting = {"rule": rule, "form": form, "auxiliary": auxiliary, "modules": modules, "units": units}

@@ -20,7 +20,6 @@ __all__ = [
     "any_rank",
     "begin_alike",
     "check_loaders",
-    "check_nonfinite",
     "draw_apart",
     "in_step",
     "of_all_ranks",
@@ -38,14 +37,6 @@ def begin_alike(trainer):
     broadcast((*trainer.model.state_dict().values(), *trainer.aux_nets.state_dict().values()), "rank 0's weights")
     if trainer.ema_model is not None:
         broadcast(trainer.ema_model.state_dict().values(), "rank 0's weights")
-
-
-def check_nonfinite(nonfinite):
-    if nonfinite == "skip" and not world().alone:
-        raise ValueError(
-            "nonfinite='skip' is of one process, which leaves a module out by what it sees itself, given in one of "
-            f"{world().size}: leave it at 'stop'"
-        )
 
 
 def check_loaders(loader, first, arguments):

@@ -28,7 +28,7 @@ from .batch import checked, raise_refused, right_answers
 from .errors import check_optimizers, check_parameters, check_plan, say_where_it_stopped
 from .local_module import LocalModule
 from .planned import current_programs, plan_batch
-from .ranks import begin_alike, check_nonfinite
+from .ranks import begin_alike
 from .state import load_state, state_of
 from .step_result import StepResult
 from .stepping import Stepper, optimizers_of, set_learning_rate_factor, step_module
@@ -214,7 +214,6 @@ class LocalTrainer:
 
         What else stops a step, as torch.OutOfMemoryError, has in its message how far the step came.
         """
-        check_nonfinite(self.nonfinite)
         self._watch.check()
         check_optimizers(self.optimizers, self._made_optimizers)
         images, labels, refused = checked(self, images, labels)

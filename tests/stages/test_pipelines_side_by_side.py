@@ -97,6 +97,15 @@ def one_diverges():
         return str(error).split(";")[0], len(read)
 
 
+def one_is_left_out():
+    """(steps that were left out, weights) where the second batch of the second pipeline has no finite loss."""
+    grid, more = grid_of(2), {"criterion": poisoned, "nonfinite": "skip"}
+    trainer = StageTrainer(model(), *share(0)[0], stages=2, balance="arithmetic", **more, **CUT)
+    images = share(grid.replica)[0][0]
+    entry = trainer.epoch([(images, torch.full((4,), 9 if step == 1 and grid.replica else 3)) for step in range(3)])
+    return entry.skipped_steps, {name: tensor.detach().clone() for name, tensor in trainer.parts.held.items()}
+
+
 def one_has_more():
     grid = grid_of(2)
     trainer = StageTrainer(model(), *share(0)[0], stages=2, balance="arithmetic", **CUT)
@@ -107,7 +116,7 @@ def one_has_more():
 
 
 def everything(folder):
-    return stopped_and_gone_on(folder), in_steps(), one_diverges(), one_has_more()
+    return stopped_and_gone_on(folder), in_steps(), one_diverges(), one_is_left_out(), one_has_more()
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +178,14 @@ def test_a_loss_that_is_not_finite_in_one_pipeline_ends_all(of_four_ranks):
     assert 3 <= read[0] == read[2] < 20 and read[1] == read[3] == 0
 
 
+def test_a_loss_that_is_not_finite_in_one_pipeline_is_left_out_by_all(of_four_ranks):
+    found = of_four_ranks[3]
+    assert [skipped for skipped, _ in found] == [CUT["modules"]] * 4  # a step of each module
+    for (_, one), (_, other) in zip(found[:2], found[2:], strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert all(tensor.isfinite().all() for tensor in one.values())
+
+
 def test_one_pipeline_goes_on_from_two(of_four_ranks, folder, tmp_path):
     """As one process on all images, which it is from there on."""
     made = [model(), model()]
@@ -181,7 +198,7 @@ def test_one_pipeline_goes_on_from_two(of_four_ranks, folder, tmp_path):
 
 
 def test_a_pipeline_with_more_batches_ends_all(of_four_ranks):
-    said = of_four_ranks[3]
+    said = of_four_ranks[4]
     assert all("the loader of rank 0 ended after 2 batches, another rank's has more" in one for one in said), said
 
 

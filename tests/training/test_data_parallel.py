@@ -84,6 +84,7 @@ def computed():
         trainer.step(*batch)
     found["frozen"] = trainer.stepper.reduction.count
     found["half"] = halves(rank)
+    found["skipped"] = {name: skipping(rank, **SETTINGS[name]) for name in ("plainly", "together")}
     found["bytes"] = [*map(measured, BYTES)]
     found["sentences"] = sentences(rank)
     return found
@@ -94,23 +95,39 @@ def both(tmp_path_factory):
     return together(computed, tmp_path_factory.mktemp("ranks"), seconds=30, limit=300)
 
 
-def expected(start, rule, groups, clip_norm=None, clip_value=None, clip="module", **_):
+def skipping(rank, **settings):
+    """(weights, skipped steps, whether statistics were taken back) of three steps, in the second of which module 1 has
+    a gradient on rank 1 that is infinite."""
+    trainer, spoils = trainer_of(model(), **RULES["auglocal"], **settings), False
+    trainer.nonfinite, module = "skip", trainer.local_modules[1]
+    next(module.parameters()).register_hook(lambda gradient: gradient * torch.inf if spoils else gradient)
+    for index, batch in enumerate(batches(3, rank)):
+        before, spoils = [buffer.clone() for buffer in module.buffers()], index == rank == 1
+        trainer.step(*batch)
+        if index == 1:
+            taken_back = all(map(torch.equal, before, module.buffers()))
+    trainer.flush()
+    return weights(trainer), trainer.skipped_steps, taken_back
+
+
+def expected(start, rule, groups, clip_norm=None, clip_value=None, clip="module", without=None, **_):
     """What one process comes to: each rank's gradients by a trainer of its own, averaged, and clipped and stepped by in
-    plain torch. groups: of batches that are accumulated, each a list for each rank."""
+    plain torch. groups: of batches that are accumulated, each a list for each rank; without: (group, module) that is
+    left out."""
     ranks = [trainer_of(model(), **rule) for _ in range(2)]
     for trainer in ranks:
         for module, prefix in ((trainer.model, "model."), (trainer.aux_nets, "aux_nets.")):
             module.load_state_dict(
                 {n[len(prefix) :]: v for n, v in start.items() if n.startswith(prefix)}, strict=False
             )
-    for group in groups:
+    for number, group in enumerate(groups):
         gradients = [gradients_of(trainer, given) for trainer, given in zip(ranks, group, strict=True)]
         means = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(*gradients, strict=True)]
         for trainer in ranks:
             modules = [list(module.parameters()) for module in trainer.local_modules]
-            for parameters, mean in zip(modules, means, strict=True):
+            for index, (parameters, mean) in enumerate(zip(modules, means, strict=True)):
                 for p, gradient in zip(parameters, mean, strict=True):
-                    p.grad = gradient.clone()
+                    p.grad = None if (number, index) == without else gradient.clone()
             for parameters in [sum(modules, [])] if clip == "global" else modules:
                 if clip_value is not None:
                     torch.nn.utils.clip_grad_value_(parameters, clip_value)
@@ -161,6 +178,18 @@ def test_gradients_are_averaged_before_they_are_clipped_and_once_a_group(both, n
     plain = trainer_of(model(), **RULES["auglocal"])
     assert count == len(groups) * len(plain.local_modules)
     assert_close(first, expected(weights(plain), RULES["auglocal"], groups, **settings))
+
+
+@pytest.mark.parametrize(("name", "without"), [("plainly", (1, 1)), ("together", (0, 1))])
+def test_what_is_not_finite_on_one_rank_is_left_out_on_both(both, name, without):
+    (first, skipped, taken_back), (second, *others) = (found["skipped"][name] for found in both)
+    assert skipped == [0, 1, 0] and taken_back and others == [skipped, taken_back]
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    settings, given = SETTINGS[name], [batches(3, rank) for rank in range(2)]
+    accumulate = settings.get("accumulate", 1)
+    groups = [[one[i : i + accumulate] for one in given] for i in range(0, 3, accumulate)]
+    plain = weights(trainer_of(model(), **RULES["auglocal"]))
+    assert_close(first, expected(plain, RULES["auglocal"], groups, without=without, **settings))
 
 
 def test_with_fixed_statistics_two_ranks_are_one_process_with_both_batches(both):
@@ -326,16 +355,15 @@ def sentences(rank):
     wider.fc = torch.nn.Linear(64, 10 + rank)
     planned = plan(models.CifarResNet(1), (4, 3, 16, 16), 2, modules=2)
     object.__setattr__(planned.origin, "stepping", Stepping(ranks=1))
-    skipping = LocalTrainer(models.CifarResNet(1), 2, modules=2)
-    skipping.nonfinite = "skip"
+    small = [(torch.randn(2, 3, 8, 8), torch.arange(2))]
     attempts = [
         lambda: LocalTrainer(deeper, 2, modules=2),
         lambda: LocalTrainer(wider, 2, modules=2),
         lambda: LocalTrainer(models.CifarResNet(1), 2 + rank, modules=2),
         lambda: LocalTrainer(models.CifarResNet(1), 2, optimizer=partial(torch.optim.SGD, lr=0.1 + rank)),
         lambda: LocalTrainer(models.CifarResNet(1), plan=planned),
-        lambda: skipping.step(torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)),
         lambda: train(models.CifarResNet(1), [(torch.randn(2 + rank, 3, 8, 8), torch.arange(2 + rank))], 2),
+        lambda: train(models.CifarResNet(1), small, 2, nonfinite=("stop", "skip")[rank]),
     ]
     said = []
     for attempt in attempts:
@@ -355,8 +383,8 @@ def test_what_does_not_fit_is_told_in_one_sentence_on_every_rank(both):
         "rank 1 has depth 3, rank 0 has 2: make the same",
         "rank 1 has the optimizer's lr [1.1], rank 0 has [0.1]: make the same",
         "the plan is for 1 ranks, given to one of 2: call auglocal_ext.plan in the processes that train",
-        "nonfinite='skip' is of one process, which leaves a module out by what it sees itself, given in one of 2: ",
         "rank 1 has batches of images of shape (3, 3, 8, 8), rank 0 has (2, 3, 8, 8): give every rank the same",
+        "rank 1 has nonfinite 'skip', rank 0 has 'stop': give every rank the same",
     ]
     for found in both:
         for sentence, beginning in zip(found["sentences"], said, strict=True):
