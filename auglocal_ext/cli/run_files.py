@@ -29,7 +29,7 @@ def tell_what_is_left(history, folder):
 
 def title_of(options, plan):
     """What was trained, in a few words."""
-    title = f"{options.model} on {options.data.split(':')[0]}, rule {options.rule}"
+    title = f"{options.model} on {options.data.split(':')[0]}, rule {plan.rule}"
     if plan.depth:
         title += f", depth {plan.depth}"
     if len(plan.modules) > 1:

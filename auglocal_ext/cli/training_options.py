@@ -282,7 +282,9 @@ def _check_together(options):
 
 def told(options):
     """The settings in a few lines: the main ones, and what else is not as without options."""
-    cut = f", depth {options.depth}" if options.rule == "auglocal" else ""
+    local = options.rule == "auglocal"
+    cut = f", depth {options.depth}" if local else ""
+    rule = "auglocal or bp" if local and options.budget is not None else options.rule  # as the search finds
     cut += f", {options.modules} local modules" if options.modules else ""
     from .parts import part_of
 
@@ -290,7 +292,7 @@ def told(options):
     images, who = parts * options.batch_size * options.accumulate, "ranks" if options.stages is None else "pipelines"
     together = "" if parts == 1 else f" by each of {parts} {who}, {images} images in a step of the optimizer"
     lines = [
-        f"{options.model} on {options.data}, rule {options.rule}{cut}, {options.precision} on {options.device}, seed "
+        f"{options.model} on {options.data}, rule {rule}{cut}, {options.precision} on {options.device}, seed "
         f"{options.seed}",
         f"{plural(options.epochs, 'epoch')} in batches of {options.batch_size}{together}, {options.optimizer} with lr "
         f"{options.lr:g}, schedule {options.schedule}",

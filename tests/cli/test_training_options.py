@@ -288,6 +288,8 @@ def test_the_settings_in_a_few_lines():
         "15 epochs in batches of 128, sgd with lr 0.1, schedule cosine",
         "recompute on, label smoothing 0.1",
     ]
+    first, *_, last = told(options("--budget", "1GB", "--device", "cpu")).splitlines()
+    assert first.startswith("resnet20 on digits, rule auglocal or bp, depth ") and last == "budget 1GB"
 
 
 def test_resume_refuses_what_would_be_another_training(tmp_path, capsys):
