@@ -105,7 +105,8 @@ def logits_kernel(
     highest = tl.max(sums, 1)
     at = rows * tl.num_programs(1) + tl.program_id(1)
     tl.store(tile_max + at, highest, rows < n)
-    tl.store(tile_sum + at, tl.sum(tl.exp(sums - highest[:, None]), 1), rows < n)
+    shift = tl.where(highest == -float("inf"), 0.0, highest)  # of classes that are all masked: their sum is 0, not NaN
+    tl.store(tile_sum + at, tl.sum(tl.exp(sums - shift[:, None]), 1), rows < n)
 
 
 @triton.jit
@@ -157,10 +158,11 @@ def dpooled_kernel(
 
 @triton.jit
 def dweight_kernel(
-    pooled, logits, labels, row_mass, divisors, row_max, row_log, partial, n, k, c, ignore_index, label_smoothing, run,
+    pooled, logits, labels, row_mass, divisors, row_max, row_log, dweights, dbiases, n, k, c, ignore_index,
+    label_smoothing, run,
     SOFT: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of classes, tiles of channels, runs of `run` rows. partial: (runs, K * C + K), dweight then dbias."""
+    """Grid: tiles of classes, tiles of channels, runs of `run` rows. dweights: (runs, K, C); dbiases: (runs, K)."""
     classes = tl.program_id(0).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
     channels = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     divisor = _gradient_divisor(labels, divisors, n, k, ignore_index, SOFT, LABELS)
@@ -182,26 +184,30 @@ def dweight_kernel(
         bias_sums += tl.sum(dlogits, 0)
     sums /= divisor
     bias_sums /= divisor
-    partial += tl.program_id(2).to(tl.int64) * (k * c + k)
-    tl.store(partial + classes[:, None] * c + channels[None, :], sums, (classes < k)[:, None] & (channels < c)[None, :])
+    dweights += tl.program_id(2).to(tl.int64) * (k * c)
+    of_weight = (classes < k)[:, None] & (channels < c)[None, :]
+    tl.store(dweights + classes[:, None] * c + channels[None, :], sums, of_weight)
     if tl.program_id(1) == 0:
-        tl.store(partial + k * c + classes, bias_sums, classes < k)
+        tl.store(dbiases + tl.program_id(2).to(tl.int64) * k + classes, bias_sums, classes < k)
 
 
 @triton.jit
 def sums_kernel(
-    partial, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index,
-    SOFT: tl.constexpr, LABELS: tl.constexpr,
+    dweights, dbiases, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index,
+    RUNS: tl.constexpr, SOFT: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of dweight and dbias together. The first program also takes the mean of the losses."""
-    size = k * c + k
-    at = tl.program_id(0).to(tl.int64) * LABELS + tl.arange(0, LABELS)
-    sums = tl.zeros((LABELS,), tl.float32)
-    for _ in range(runs):
-        sums += tl.load(partial + at, at < size, 0.0)
-        partial += size
-    tl.store(dweight + at, sums, at < k * c)
-    tl.store(dbias + at - k * c, sums, (at >= k * c) & (at < size))
+    """Grid: with RUNS, where there are several, tiles of dweight and dbias together; else one program. The first one
+    takes the mean of the losses."""
+    if RUNS:
+        at = tl.program_id(0).to(tl.int64) * LABELS + tl.arange(0, LABELS)
+        of_weight, of_bias = at < k * c, (at >= k * c) & (at < k * c + k)
+        sums = tl.zeros((LABELS,), tl.float32)
+        for _ in range(runs):
+            sums += tl.load(dweights + at, of_weight, 0.0) + tl.load(dbiases + at - k * c, of_bias, 0.0)
+            dweights += k * c
+            dbiases += k
+        tl.store(dweight + at, sums, of_weight)
+        tl.store(dbias + at - k * c, sums, of_bias)
     if tl.program_id(0) == 0:
         losses = tl.zeros((LABELS,), tl.float64)
         for start in range(0, n, LABELS):
@@ -229,7 +235,9 @@ def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_i
     runs = triton.cdiv(n, run)
 
     loss, logits, dpooled = pooled.new_empty(()), pooled.new_empty(n, k), torch.empty_like(pooled)
-    dweight, dbias, partial = torch.empty_like(weight), weight.new_empty(k), weight.new_empty(runs, k * c + k)
+    dweight, dbias = torch.empty_like(weight), weight.new_empty(k)
+    # Of each run; of a single one, as of large weights, that is all.
+    dweights, dbiases = (dweight, dbias) if runs == 1 else (weight.new_empty(runs, k, c), weight.new_empty(runs, k))
     tile_max, tile_sum = pooled.new_empty(n, classes), pooled.new_empty(n, classes)
     per_row = row_max, row_log, row_loss = [pooled.new_empty(n) for _ in range(3)]
     kind = {"SOFT": soft, "LABELS": LABELS}
@@ -243,9 +251,11 @@ def linear_cross_entropy(pooled, weight, bias, labels, label_smoothing, ignore_i
             logits, weight, labels, row_mass, divisors, tile_max, tile_sum, *per_row, dpooled, *target, **kind, **blocks
         )
         dweight_kernel[classes, channels, runs](
-            pooled, logits, labels, row_mass, divisors, row_max, row_log, partial, *target, run, **kind, **blocks
-        )
-        sums_kernel[(triton.cdiv(k * c + k, LABELS),)](
-            partial, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index, **kind
-        )
+            pooled, logits, labels, row_mass, divisors, row_max, row_log, dweights, dbiases, *target, run,
+            **kind, **blocks,
+        )  # fmt: skip
+        sums_kernel[(1 if runs == 1 else triton.cdiv(k * c + k, LABELS),)](
+            dweights, dbiases, row_loss, labels, divisors, dweight, dbias, loss, runs, n, k, c, ignore_index,
+            RUNS=runs > 1, **kind,
+        )  # fmt: skip
     return loss, logits, dpooled, dweight, dbias
