@@ -3,7 +3,7 @@ with or without a compiler; the compiled kernels, where they were built, then se
 
 import os
 import warnings
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -27,10 +27,24 @@ def define_composite(schema):
 
     def implement(function):
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        LIBRARY.impl(schema[: schema.index("(")], function, "CompositeExplicitAutograd")
+        LIBRARY.impl(schema[: schema.index("(")], without_autocast(function), "CompositeExplicitAutograd")
         return function
 
     return implement
+
+
+def without_autocast(function):
+    """The same function, in which torch.autocast changes no dtype: an op's results are of the dtypes that it tells."""
+
+    @wraps(function)
+    def run(x, *args):
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(x, *args)
+        with torch.autocast(device, enabled=False):
+            return function(x, *args)
+
+    return run
 
 
 def not_differentiable(*names):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
-from ._library import define_composite, not_differentiable
+from ._library import define_composite, not_differentiable, without_autocast
 from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["conv_batch_norm_act", "conv_batch_norm_act_reference"]
@@ -142,6 +142,7 @@ def _backward(grad, x, weight, bias, conv_weight, has_bias, mean, var, eps, relu
 
 
 @torch.library.register_fake("auglocal_ext::conv_batch_norm_act")
+@without_autocast
 def _(x, weight, bias, conv_weight, conv_bias, eps, relu, *geometry):
     activation = torch.empty_like(x, memory_format=memory_format(x))
     y = _conv2d(activation, conv_weight, conv_bias, *geometry)
@@ -149,6 +150,7 @@ def _(x, weight, bias, conv_weight, conv_bias, eps, relu, *geometry):
 
 
 @torch.library.register_fake("auglocal_ext::conv_batch_norm_act_backward")
+@without_autocast
 def _(grad, x, weight, bias, conv_weight, has_bias, mean, var, eps, relu, *geometry):
     dx = torch.empty_like(x, memory_format=memory_format(x))
     _, dconv_weight, _ = _conv_backward(grad, dx, conv_weight, (False, True, False), *geometry)

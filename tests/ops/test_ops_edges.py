@@ -374,3 +374,34 @@ def test_what_the_kernels_refuse_is_one_sentence_without_a_path():
             getattr(OPS, name)(*arguments)
         message = str(refused.value)
         assert message.startswith(f"{name}: ") and "\n" not in message and "csrc" not in message, message
+
+
+# ---- autocast -----------------------------------------------------------------------------------------------
+
+
+def _calls(device):
+    """Name -> a call of x, weight, bias and another op's tensor."""
+    conv, linear, labels = torch.randn(5, 6, 3, 3), torch.randn(10, 6), torch.arange(4)
+    conv, linear, labels = (tensor.to(device) for tensor in (conv, linear, labels))
+    return {
+        "batch_norm_act": lambda *args: ops.batch_norm_act(*args),
+        "batch_norm_act_max_pool": lambda *args: ops.batch_norm_act_max_pool(*args, kernel_size=3, stride=2, padding=1),
+        "conv_batch_norm_act": lambda *args: ops.conv_batch_norm_act(*args, conv, padding=1),
+        "pooled_cross_entropy": lambda x, *bn: ops.pooled_cross_entropy(x, linear, None, labels, bn=bn),
+        "pooled_cross_entropy, features": lambda x, *_: ops.pooled_cross_entropy(x, linear, None, labels),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", _calls("cpu"))
+def test_autocast_changes_nothing(name, backend, device):
+    x, weight, bias, _, _ = make((4, 6, 8, 8), torch.float32, LAYOUTS[0], False, device=device)
+    call, found = _calls(device)[name], []
+    for enabled in (False, True):
+        given = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            results = torch.compile(call, backend=backend, fullgraph=True)(*given)
+        gradients = torch.autograd.grad(results[0].sum(), given, allow_unused=True)
+        found.append([t.detach() for t in (*results, *gradients) if t is not None])
+    equal(*found)
