@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..common.messages import first_line
+
 LIBRARY = torch.library.Library("auglocal_ext", "DEF")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -94,8 +96,26 @@ def _say_once_what_is_slower(device):
         if device in MISSING
         else "Kernels exist for cpu and cuda."
     )
+    _say_slower(device, f"no compiled kernels, {reason}. {fix}")
+
+
+def _say_slower(device, reason):
     warnings.warn(
-        f"auglocal_ext runs its fused ops in plain torch on {device}: same results, more time. "
-        f"Reason: no compiled kernels, {reason}. {fix}",
-        stacklevel=2,
+        f"auglocal_ext runs its fused ops in plain torch on {device}: same results, more time. Reason: {reason}",
+        stacklevel=3,
     )
+
+
+@cache
+def triton_works():
+    """Whether Triton can start kernels, for which it compiles a file of its own by the machine's C compiler; says why
+    not."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:
+        fix = "Put a C compiler on the PATH, and Python's headers beside it."
+        _say_slower("cuda", f"Triton cannot start its kernels ({type(error).__name__}: {first_line(error)}). {fix}")
+        return False
+    return True

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _fallbacks
-from ._library import LIBRARY, _say_once_what_is_slower, define, define_composite, not_differentiable
+from ._library import LIBRARY, _say_once_what_is_slower, define, define_composite, not_differentiable, triton_works
 from .batch_norm_act import batch_norm_act_reference, check, check_count, memory_format
 
 __all__ = ["PooledCrossEntropy", "pooled_cross_entropy", "pooled_cross_entropy_reference"]
@@ -346,7 +346,8 @@ def _plain(pooled, weight, bias, labels, label_smoothing, ignore_index, class_we
 def _triton(pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight=None):
     arguments = (pooled, weight, bias, labels, label_smoothing, ignore_index, class_weight)
     _check_loss(pooled, weight, bias, labels, class_weight)
-    if pooled.dtype != torch.float32 or not pooled.numel():  # float64 is for gradcheck
+    too_large = weight.numel() >= 2**31  # for the kernels' indices
+    if pooled.dtype != torch.float32 or not pooled.numel() or too_large or not triton_works():  # float64: for gradcheck
         return _fallbacks.linear_cross_entropy(*arguments)
     from ._triton_head import linear_cross_entropy
 

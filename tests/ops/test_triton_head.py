@@ -1,6 +1,7 @@
 """The Triton kernels of linear_cross_entropy, without a GPU: their numbers in Triton's interpreter, and what the
 compiler makes of them for sm_90. Run as a program under TRITON_INTERPRET=1 it prints the numbers as JSON."""
 
+import importlib
 import json
 import math
 import os
@@ -8,12 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ops_helpers import error, rounding
 
-from auglocal_ext.ops import _fallbacks
+from auglocal_ext.ops import _fallbacks, _library
 
 if __name__ != "__main__":
     triton = pytest.importorskip("triton", reason="needs triton, which CPU builds of torch come without")
@@ -156,6 +158,22 @@ def test_compiled_for_sm_90(name, soft, classes, tmp_path):
     assert registers <= 128 and (stack, local) == (0, 0), usage
     shared = (32 if soft else 24) * 1024  # targets are read ahead
     assert compiled.metadata.num_warps == warps and compiled.metadata.shared <= shared
+
+
+def test_where_triton_cannot_start_kernels_plain_torch_serves(monkeypatch):
+    def fails():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=fails))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    module = importlib.import_module("auglocal_ext.ops.pooled_cross_entropy")  # the name is also its function's
+    monkeypatch.setattr(module, "triton_works", _library.triton_works.__wrapped__)  # as if it was not asked yet
+    arguments = make_case(*CASES[0])
+    with pytest.warns(
+        UserWarning, match="in plain torch on cuda: .* Triton cannot start its kernels .*find C compiler"
+    ):
+        found = module._triton(*arguments)
+    assert all(map(torch.equal, found, _fallbacks.linear_cross_entropy(*arguments)))
 
 
 @pytest.mark.cuda
