@@ -51,14 +51,13 @@ def _commit():
         return ""
 
 
-def record(settings, device, result, data_bytes=0):
+def record(settings, device, result):
     """The record of a finished training.
 
     Args:
         settings: dict of plain values.
         device: where it ran.
         result: `auglocal_ext.TrainResult` of a training with a val_loader.
-        data_bytes: of images that loaders hold on a GPU, which result.peak_bytes counts too.
     """
     history, plan = result.history, result.plan
     made = {
@@ -68,7 +67,7 @@ def record(settings, device, result, data_bytes=0):
         "macs_per_bp": plan.macs / plan.bp_macs,
         "accuracy": _last_and_best([entry["val_accuracy"] for entry in history]),
         "seconds": sum(entry["seconds"] for entry in history),
-        "peak_bytes": result.peak_bytes - data_bytes,
+        "peak_bytes": result.peak_bytes,
         "history": history,
     }
     if result.stopped:

@@ -60,10 +60,7 @@ def run(options):
         "train_images": len(source.train.images),
         "test_images": len(source.test.images),
     }
-    parts = (source.train, source.test, source.val) if options.val_split else (source.train, source.test)
-    held = sum(loader.images.nbytes + loader.labels.nbytes for loader in parts)
-    on_cuda = torch.device(options.device).type == "cuda"
-    made = records.record(settings, options.device, result, data_bytes=held if on_cuda else 0)
+    made = records.record(settings, options.device, result)
     return recipes.add_record(options, made, model, source)
 
 

@@ -16,23 +16,22 @@ class Stopwatch:
     """
 
     def __init__(self, device):
-        self._on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._now = time.process_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
         self._marks = []
         self.lap()
 
     def lap(self):
-        if self._on_gpu:
-            self._marks.append(torch.cuda.Event(enable_timing=True))
-            self._marks[-1].record()
+        if self._stream is not None:
+            self._marks.append(self._stream.record_event(torch.cuda.Event(enable_timing=True)))
         else:
             self._marks.append(self._now())
 
     def laps(self):
         """The nanoseconds of each lap so far. Waits for the device."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        if self._stream is not None:
+            self._marks[-1].synchronize()
             return [round(1e6 * start.elapsed_time(end)) for start, end in pairs]
         return [end - start for start, end in pairs]
 

@@ -166,7 +166,9 @@ class Planner:
         images, labels = self.batch(shape, like)
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
-        batch_bytes = images.nbytes + labels.nbytes
+        # On a GPU a step has a copy of its own, in which what would do harm is replaced: see `training.batch.checked`.
+        copies = 2 if self.device.type == "cuda" else 1
+        batch_bytes = copies * (images.nbytes + labels.nbytes)
         constant = batch_bytes + len(parts) * self.module_bytes + self._scale_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         left = zip(given_optimizers, parts, strict=False)

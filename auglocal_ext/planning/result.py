@@ -87,7 +87,7 @@ class Plan:
         precision: of the features: "fp32", "bf16" or "fp16".
         input_shape: of a batch of images, (N, C, H, W).
         modules: a `ModulePlan` for each local module, from the input to the output.
-        batch_bytes: of images and labels.
+        batch_bytes: of images and labels; on a GPU also of the step's own copy of them.
         bp_macs: multiply-accumulates of a step of backpropagation through the same network.
         origin: what it was made of and with.
         comparison: what the step costs otherwise, `planning.comparison.Comparison`; None where nobody asked.

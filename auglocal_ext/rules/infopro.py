@@ -109,4 +109,6 @@ class _ImageLoss(ExtraLoss):
     def loss(self, prediction, labels, images):
         target = (images.to(prediction.dtype) * self.std + self.mean).clamp(0, 1)  # rounding goes beyond
         # Not ..._with_logits: where float32's sigmoid is 1, the authors' loss is 100 and has no gradient.
-        return F.binary_cross_entropy(prediction.sigmoid(), target)
+        share = prediction.sigmoid()
+        odd = share.isnan()  # which on a GPU torch's loss answers with an assertion that ends the process's work there
+        return F.binary_cross_entropy(share.where(~odd, 0.5), target).where(~odd.any(), torch.nan)

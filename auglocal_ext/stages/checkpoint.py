@@ -121,4 +121,4 @@ def _as_bytes(value):
 
 
 def _from_bytes(tensor):
-    return torch.load(io.BytesIO(tensor.numpy().tobytes()), weights_only=True)
+    return torch.load(io.BytesIO(tensor.numpy().tobytes()), weights_only=True, map_location="cpu")

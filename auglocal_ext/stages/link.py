@@ -66,7 +66,8 @@ class _Slot:
 
     def put(self, batch):
         count = 0 if batch.features is None else len(batch.features)
-        self.header.copy_(torch.tensor([count, batch.rate], dtype=torch.float64))
+        for place, value in zip(self.header, (count, batch.rate), strict=True):
+            place.fill_(value)  # a copy from the host would wait for the device
         for ours, given in zip(self.tensors, batch.tensors, strict=False):
             ours[:count].copy_(given)
 

@@ -36,7 +36,7 @@ def planned_costs(planned, model, clock, units=None):
     of_number = (planner.autocast or images.dtype).itemsize
     modules = tuple(_module(module, timed.state_bytes, of_number, labels.nbytes) for module in timed.modules)
     backprop = planner.at_once(shape, origin.recompute).modules[0]
-    return Costs(shape[0], modules, tuple(_units(backprop, planner, shape)), timed.batch_bytes)
+    return Costs(shape[0], modules, tuple(_units(backprop, planner, shape)), images.nbytes + labels.nbytes)
 
 
 def _module(module, state, of_number, labels):

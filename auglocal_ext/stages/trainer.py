@@ -17,7 +17,7 @@ from ..distributed.collectives import broadcast, gathered, gathered_on_first
 from ..distributed.faults import telling
 from ..distributed.group import among, world
 from ..engine.tensors import dense
-from ..training.batch import checked
+from ..training.batch import checked, raise_refused
 from ..training.divergence import names_not_finite
 from ..training.epoch import check_any_seen, is_skipped
 from ..training.evaluate import Evaluation
@@ -196,6 +196,8 @@ class StageTrainer:
             self.stage.stepper.flush()
         if self._sender is not None:
             self._sender.end()
+        if self._receiver is None:
+            raise_refused(self)
         check_any_seen(self.stage.sums, title)
         check_all_values(self, title)
         with among(self.grid.copies):
@@ -231,9 +233,7 @@ class StageTrainer:
                 images, labels = move(given, self.device)
                 if is_skipped(images, title):
                     continue
-                images, labels, refused = checked(self, images, labels)
-                if refused is not None and refused:
-                    raise ValueError("a batch has images that are not finite, or labels that are no classes")
+                images, labels, _ = checked(self, images, labels)
                 return images, labels
         return None
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ..common import checks
-from ..common.memory import LiveBytes
+from ..common.memory import LiveBytes, bytes_of
 from .batch import counted
 from .loaders import move
 from .ranks import any_rank, in_step, totals
@@ -166,7 +166,7 @@ class PeakMeter:
 
     def __init__(self, trainer):
         self.trainer, self.cuda = trainer, trainer.device.type == "cuda"
-        self.peak, self._steps, self._plan = 0, 0, None
+        self.peak, self._steps, self._plan, self._others = 0, 0, None, 0
 
     @contextlib.contextmanager
     def __call__(self, *batch):
@@ -175,9 +175,12 @@ class PeakMeter:
         self._steps += bool(batch)
         if self.cuda:
             device = self.trainer.device
+            if self._steps <= 2 * self.trainer.stepping.accumulate:  # until all optimizer state exists
+                own = bytes_of({*self.trainer.tensors(), *batch})
+                self._others = max(0, torch.cuda.memory_allocated(device) - own)  # a loader's images, for instance
             torch.cuda.reset_peak_memory_stats(device)  # an evaluation's peak is none of a step
             yield
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device) - self._others)
         elif self._steps > 2 * self.trainer.stepping.accumulate:
             # Counting slows a step down; in the second group of batches, when all optimizer state exists, they are like
             # later ones.

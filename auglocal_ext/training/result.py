@@ -23,8 +23,9 @@ class TrainResult:
             images_per_second, seconds, lr (of the last step), skipped_steps (of a local module, with nonfinite="skip"),
             peak_bytes.
         plan: the cut that was trained; plan.comparison has what backpropagation and checkpointing would need.
-        peak_bytes: the highest memory of a step: on CUDA as torch's allocator saw it over all of them, on other devices
-            live tensor bytes, parameters and optimizer state included, in the first two steps of the optimizers.
+        peak_bytes: the highest memory of a step, parameters and optimizer state included: on CUDA as torch's allocator
+            saw it over all of them, less what was there besides, as images that a loader holds; on other devices live
+            tensor bytes in the first two steps of the optimizers.
         process_bytes: the most bytes that the process held: on CUDA what torch's allocator had reserved there, on other
             devices the resident memory, with all libraries and data.
         aux_nets: with keep_aux_nets, an nn.ModuleList; else None.

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops_helpers import error, rounding
+from ops_helpers import CUDA, error, rounding
 
 from auglocal_ext.ops import _fallbacks, _library
 
@@ -78,8 +78,19 @@ def permute_the_programs(builder):
     return orders
 
 
+def compared(ours, arguments):
+    """{"errors": of each result relative to float64, and plain torch's; "nan": whether the losses are}."""
+    plain = _fallbacks.linear_cross_entropy(*arguments)
+    as_double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+    exact = _fallbacks.linear_cross_entropy(*as_double)
+    assert all(torch.equal(a.isinf(), c.isinf()) for a, c in zip(ours, exact, strict=True))  # of masked classes
+    results = [[torch.where(t.isinf(), 0, t) for t in result] for result in zip(ours, plain, exact, strict=True)]
+    errors = [[error(a, c), error(b, c)] for a, b, c in results]
+    return {"errors": errors, "nan": [bool(ours[0].isnan()), bool(exact[0].isnan())]}
+
+
 def interpret():
-    """Prints, a case a line, the error of each result relative to float64, plain torch's error, and two NaN flags."""
+    """Prints, a case a line, what `compared` says."""
     from triton.runtime import interpreter
 
     from auglocal_ext.ops import _triton_head
@@ -97,13 +108,7 @@ def interpret():
         ours, *others = (_triton_head.linear_cross_entropy(*arguments) for _ in range(3))
         for other in others:  # in another order of programs, the same bits
             assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, other, strict=True))
-        plain = _fallbacks.linear_cross_entropy(*arguments)
-        as_double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
-        exact = _fallbacks.linear_cross_entropy(*as_double)
-        assert all(torch.equal(a.isinf(), c.isinf()) for a, c in zip(ours, exact, strict=True))  # of masked classes
-        results = [[torch.where(t.isinf(), 0, t) for t in result] for result in zip(ours, plain, exact, strict=True)]
-        errors = [[error(a, c), error(b, c)] for a, b, c in results]
-        print(json.dumps({"errors": errors, "nan": [bool(ours[0].isnan()), bool(exact[0].isnan())]}))
+        print(json.dumps(compared(ours, arguments)))
     assert len(set(orders)) > len(CASES)  # they were really different
 
 
@@ -118,11 +123,26 @@ def interpreted():
 
 @pytest.mark.parametrize("index", range(len(CASES)))
 def test_numbers_in_the_interpreter(interpreted, index):
-    case = interpreted[index]
-    assert case["nan"][0] == case["nan"][1] == (CASES[index][6] in ("one out of range", "all ignored"))
-    for name, (ours, plain) in zip(NAMES, case["errors"], strict=True):
-        if name != "loss" or not case["nan"][0]:
+    assert_right(interpreted[index], CASES[index])
+
+
+def assert_right(found, case):
+    """found: see `compared`."""
+    assert found["nan"][0] == found["nan"][1] == (case[6] in ("one out of range", "all ignored"))
+    for name, (ours, plain) in zip(NAMES, found["errors"], strict=True):
+        if name != "loss" or not found["nan"][0]:
             assert ours <= max(2 * plain, rounding()), name
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_on_a_gpu(case, device):
+    if os.environ.get("AUGLOCAL_NATIVE") == "0":
+        pytest.skip("AUGLOCAL_NATIVE=0 is set")
+    arguments = make_case(*case)
+    there = [value.to(device) if torch.is_tensor(value) else value for value in arguments]
+    found = compared([value.cpu() for value in torch.ops.auglocal_ext.linear_cross_entropy(*there)], arguments)
+    assert_right(found, case)
 
 
 INTEGERS = {"n", "k", "c", "ignore_index", "run", "runs"}
@@ -169,9 +189,7 @@ def test_where_triton_cannot_start_kernels_plain_torch_serves(monkeypatch):
     module = importlib.import_module("auglocal_ext.ops.pooled_cross_entropy")  # the name is also its function's
     monkeypatch.setattr(module, "triton_works", _library.triton_works.__wrapped__)  # as if it was not asked yet
     arguments = make_case(*CASES[0])
-    with pytest.warns(
-        UserWarning, match="plain torch on cuda: .* Triton cannot start its kernels .*find C compiler"
-    ):
+    with pytest.warns(UserWarning, match="plain torch on cuda: .* Triton cannot start its kernels .*find C compiler"):
         found = module._triton(*arguments)
     assert all(map(torch.equal, found, _fallbacks.linear_cross_entropy(*arguments)))
 
