@@ -10,10 +10,11 @@ whole step the cheapest cuts, with the paper's nets, with light ones, and with l
 by border and convolutions that run again unit by unit. goal: the most arithmetic that was aimed at for that budget.
 Activations: the highest of everything but parameters, their gradients, optimizer state and the batch; total:
 everything. Bytes are of live tensors, without a library's scratch. Measured steps run in turn, one step of each at a
-time; those of torch.compile have activation budgets, and of them `saved` is what the partitioner keeps for the
-backward.
+time, on a GPU one method after another; those of torch.compile have activation budgets, and of them `saved` is what the
+partitioner keeps for the backward. Files are written anew after each case, on a GPU after each method.
 """
 
+import gc
 import re
 import statistics
 import sys
@@ -34,6 +35,7 @@ from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.common.device import usable_device
 from auglocal_ext.common.files import check_writable, write_json, write_text
 from auglocal_ext.common.memory import LiveBytes
+from auglocal_ext.common.messages import first_line
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
@@ -233,23 +235,28 @@ def measured(case, device, precision, seconds):
     autocast = torch.autocast(device, torch.bfloat16, precision == "bf16")
     rows, steps = {}, {}
     for method, make in methods(case, device, precision).items():
+        gc.collect()  # the method's before: a step's program refers to itself
         try:
             step = make()
             run = partial(_run, step, images, labels, autocast)
             rows[method] = _memory(case, method, step, run, images, labels, device)
         except Exception as error:  # torch.compile may not run here: the row says so
-            rows[method] = Row(case.name, method, None, None, None, error=str(error).splitlines()[0])
-            continue
+            rows[method] = Row(case.name, method, None, None, None, error=first_line(error))
+            step = run = None
+        else:
+            steps[method] = run
         print(f"{case.name}: {method}", file=sys.stderr, flush=True)
-        steps[method] = run
         if device == "cuda":
             times = _times(steps, device, seconds)
-            rows[method] = replace(rows[method], milliseconds=statistics.median(times[method]))
-            del step, run
+            yield _timed(rows.pop(method), times)
+            step = run = None
             steps.clear()
-    times = _times(steps, device, seconds * len(steps)) if steps else {}
-    for method, row in rows.items():
-        yield replace(row, milliseconds=statistics.median(times[method])) if method in times else row
+    times = _times(steps, device, seconds * len(steps))
+    yield from (_timed(row, times) for row in rows.values())
+
+
+def _timed(row, times):
+    return replace(row, milliseconds=statistics.median(times[row.method])) if row.method in times else row
 
 
 def methods(case, device, precision):
@@ -264,10 +271,8 @@ def methods(case, device, precision):
         return auglocal_ext.LocalTrainer(fresh(), case.depth, precision=precision, **options)
 
     def compiled(budget):
-        torch._dynamo.reset()
-        torch._functorch.config.activation_memory_budget = budget
         model = fresh()
-        return Eager(model, run=torch.compile(model))
+        return Eager(model, run=torch.compile(model, backend=partial(_compiled_within, budget)))
 
     def within_checkpoint(**options):
         model = fresh()
@@ -288,6 +293,13 @@ def methods(case, device, precision):
             depth="auto", auxiliary="light", recompute="auto"
         ),
     }
+
+
+def _compiled_within(budget, graph, inputs):
+    """torch.compile's own backend under an activation budget, whenever it compiles: the setting is of the process, and
+    models of several budgets take their steps in turn."""
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 def _run(step, images, labels, autocast):
@@ -340,7 +352,7 @@ def _saved_bytes(step, run):
 def _times(steps, device, seconds):
     """method -> milliseconds of its steps, one of each in turn until the seconds are over, three at least."""
     times, until = {method: [] for method in steps}, time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(times.values()))) < 3:
+    while steps and (time.perf_counter() < until or len(next(iter(times.values()))) < 3):
         for method, run in steps.items():
             started = time.perf_counter()
             run()
@@ -417,12 +429,16 @@ def bench(options):
         for row in made:
             rows.append(row)
             print(f"{row.case}: {row.method}", file=sys.stderr, flush=True)
+            _write(options, rows, about)
     print(markdown(rows, about))
+    return 0
+
+
+def _write(options, rows, about):
     if options.markdown:
         write_text(options.markdown, markdown(rows, about))
     if options.json:
         write_json(options.json, {**about, "rows": [asdict(row) for row in rows]})
-    return 0
 
 
 def main(arguments=None):

@@ -1,32 +1,35 @@
-"""Everything that only a GPU can tell, in one command: the op tests on CUDA, compute-sanitizer, the benchmarks.
+"""Everything that only a GPU can tell, in one command: tests on CUDA, compute-sanitizer, the benchmarks.
 
-    python python/gpu_check.py [--out benchmarks/results] [--minutes 10] [--skip tests sanitizer benchmarks compiled]
+    python python/gpu_check.py [--out benchmarks/results] [--minutes 9] [--skip tests sanitizer benchmarks compiled]
 
-In this order: every test that is marked as needing a GPU, which those of the ops are; compute-sanitizer over a
+In this order: every test that is marked as needing a GPU, of the ops and of trainings; compute-sanitizer over a
 selection that launches every kernel, Triton's too, for at most a third of the time; every benchmark against eager
-torch; the benchmarks' channels_last cases once more with torch.compile beside, whose tuning takes most of the time. Ten
-minutes are meant for an H100. What they do not suffice for is stopped or left out, and the last line says how to run
-what is left. One JSON per benchmark, with device, versions and commit; at the end a line per part.
+torch; the benchmarks' channels_last cases once more with torch.compile beside, whose tuning takes most of the time.
+Nine minutes are meant for an H100. What they do not suffice for is stopped or left out, and the last line says how to
+run what is left. One JSON per benchmark, with device, versions and commit, written anew after each case; at the end a
+line per part.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "sanitizer", "benchmarks", "compiled")
-BENCHMARKS = [
-    (op, dtype)
-    for dtype in ("fp32", "bf16")
-    for op in ("local_block", "head", "max_pool", "conv_batch_norm_act", "batch_norm_act")
-]
-TESTS = [str(ROOT / "tests"), "-m", "cuda"]  # every test that says of itself that it needs a GPU
+OPS = ROOT / "tests" / "ops"
+TESTS = [OPS, ROOT / "tests" / "training" / "test_on_a_gpu.py"]  # all files that have some that need a GPU
 # Small, so that the sanitizer, which slows a kernel down a hundredfold, sees every kernel.
-SANITIZED = "opcheck or equals_the_reference or in_place or rebuilds or labels_out_of_range"
+SANITIZED = "opcheck or equals_the_reference or in_place or rebuilds or labels_out_of_range or numbers_on_a_gpu"
+# Our kernels alone: those of torch's libraries are not looked at, which takes long and finds what is not ours.
+KERNELS = ("auglocal", "logits_kernel", "dpooled_kernel", "dweight_kernel", "sums_kernel")
+SANITIZER = ["--error-exitcode", "1", "--launch-timeout", "0", "--kernel-name"]
+SANITIZER += [",".join(f"kns={name}" for name in KERNELS)]
 
 
 class Checks:
@@ -47,11 +50,13 @@ class Checks:
             self.left.append(self.part)
             return
         print(f"== {name}: {' '.join(map(str, command))}", flush=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
         try:
-            remaining = min(self.until - started, share * self.seconds)
-            status = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=remaining).returncode
+            status = process.wait(min(self.until - started, share * self.seconds))
             outcome = "ok" if status == 0 else f"FAILED ({status})"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started too, which would run beside what comes next
+            process.wait()
             outcome = "stopped: no time"
             self.left.append(self.part)
         self.results.append((name, outcome, time.perf_counter() - started))
@@ -63,9 +68,13 @@ def sanitize(checks, command):
         if sanitizer is None:
             checks.results.append((tool, "left out: no compute-sanitizer", 0.0))
             continue
-        # Each tensor an allocation of its own: between tensors in one of torch's large ones nothing is out of bounds.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        checks.run(tool, [sanitizer, "--tool", tool, "--error-exitcode", "1", *command], share=1 / 6, **environment)
+        options, environment = [*SANITIZER], {}
+        if tool == "memcheck":
+            # Each tensor an allocation of its own: within one of torch's large ones, between tensors, nothing is out
+            # of bounds. Calls of the driver that fail are torch's way to find out what there is.
+            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            options += ["--report-api-errors", "no"]
+        checks.run(tool, [sanitizer, "--tool", tool, *options, *command], share=1 / 6, **environment)
 
 
 def benchmark(checks, folder, suffix, *selection):
@@ -73,15 +82,15 @@ def benchmark(checks, folder, suffix, *selection):
 
     device = torch.cuda.get_device_name().replace(" ", "_").lower()
     bench = [sys.executable, ROOT / "python" / "bench_kernels.py", "--device", "cuda", "--seconds", "0.1", *selection]
-    for op, dtype in BENCHMARKS:
-        name = f"{op}_{dtype}_{device}{suffix}"
-        checks.run(name, [*bench, "--op", op, "--dtype", dtype, "--json", folder / f"{name}.json"])
+    for dtype in ("fp32", "bf16"):  # all ops in one process: to start one takes as long as to measure an op
+        file = folder / f"{{op}}_{dtype}_{device}{suffix}.json"
+        checks.run(f"benchmarks {dtype}{suffix}", [*bench, "--op", "all", "--dtype", dtype, "--json", file])
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--skip", nargs="+", default=[], choices=PARTS)
     options = parser.parse_args(arguments)
 
@@ -91,15 +100,16 @@ def main(arguments=None):
         sys.exit("this needs a GPU that torch can use: torch.cuda.is_available() is False here")
 
     checks = Checks(options.minutes)
-    pytest = [sys.executable, "-m", "pytest", "--long", "-q", *TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "cuda"]
+    several = ["-n", "8"] if find_spec("xdist") else []
     for part in PARTS:
         if part in options.skip:
             continue
         checks.part = part
         if part == "tests":
-            checks.run("op tests", pytest)
+            checks.run("tests", [*pytest, "--long", *several, *TESTS])
         elif part == "sanitizer":
-            sanitize(checks, [*pytest, "-x", "-k", SANITIZED])
+            sanitize(checks, [*pytest, "-p", "no:xdist", "-x", "-k", SANITIZED, OPS])
         elif part == "benchmarks":
             benchmark(checks, options.out, "", "--providers", "auglocal_ext", "eager")
         else:

@@ -14,8 +14,6 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
 import recipes
 import records

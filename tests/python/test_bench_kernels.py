@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-OPS = ["batch_norm_act", "max_pool", "conv_batch_norm_act", "head", "local_block"]
+OPS = ["local_block", "head", "max_pool", "conv_batch_norm_act", "batch_norm_act"]
 TABLES = ["SHAPES", "STEMS", "CONVOLUTIONS", "HEADS", "BLOCKS"]
 
 

@@ -2,15 +2,17 @@
 
 import importlib
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import auglocal_ext  # noqa: F401  its ops
+
+WITH_DEVICE = r'\("device", (?:D|\[CUDA)'
 
 
 @pytest.fixture
@@ -21,19 +23,27 @@ def check(monkeypatch):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """A GPU, and commands that are written down, not run: heads fail, whole blocks take too long."""
+    """A GPU, and commands that are written down, not run: bf16 fails, fp32 takes too long and is killed."""
     commands = []
 
-    def run(command, timeout, **options):
-        command = [str(word) for word in command]
-        commands.append(command)
-        if "local_block" in command:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=int("head" in command))
+    class Process:
+        def __init__(self, command, **options):
+            assert options["start_new_session"]
+            self.command, self.pid = [str(word) for word in command], len(commands)
+            commands.append(self.command)
+
+        def wait(self, timeout=None):
+            if "fp32" in self.command and timeout is not None:
+                raise subprocess.TimeoutExpired(self.command, timeout)
+            return int("bf16" in self.command)
+
+    def kill(group, number):
+        assert "fp32" in commands[group] and number == signal.SIGKILL
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("os.killpg", kill)
     monkeypatch.setattr("shutil.which", lambda name, path: f"/usr/bin/{name}")
     return commands
 
@@ -41,20 +51,20 @@ def commands(monkeypatch):
 def test_every_part_in_its_order(check, commands, capsys):
     with pytest.raises(SystemExit) as stopped:
         check.main([])
-    assert stopped.value.code == 1  # for the heads
+    assert stopped.value.code == 1  # for bf16
     printed = capsys.readouterr().out
-    assert printed.count("FAILED (1)") == printed.count("stopped: no time") == 4  # two dtypes, without and with compile
-    assert "pytest" in commands[0] and commands[0][-2:] == ["-m", "cuda"]
+    assert printed.count("FAILED (1)") == printed.count("stopped: no time") == 2  # without and with compile
+    assert "pytest" in commands[0] and {"-m", "cuda", "--long"} < set(commands[0])
     assert [command[2] for command in commands if command[0].endswith("compute-sanitizer")] == ["memcheck", "racecheck"]
     bench = importlib.import_module("bench_kernels")
-    measured = {(c[c.index("--op") + 1], c[c.index("--dtype") + 1]) for c in commands if "--op" in c}
-    assert measured == {(op, dtype) for op in bench.OPS for dtype in bench.DTYPES}
+    measured = [(c[c.index("--op") + 1], c[c.index("--dtype") + 1]) for c in commands if "--op" in c]
+    assert measured == [("all", dtype) for dtype in bench.DTYPES] * 2
     assert commands.index(next(c for c in commands if "--op" in c)) == 3  # correctness first
     assert printed.splitlines()[-1] == (
         "left: python python/gpu_check.py --minutes 60 --skip tests sanitizer"
-    )  # the blocks of both parts
+    )  # what took too long
     files = [c[c.index("--json") + 1] for c in commands if "--json" in c]
-    assert len(files) == len(set(files)) and any(f.endswith("results/head_fp32_nvidia_h200.json") for f in files)
+    assert len(files) == len(set(files)) and any(f.endswith("results/{op}_fp32_nvidia_h200.json") for f in files)
 
 
 def test_no_time_and_parts_left_out(check, commands, capsys):
@@ -72,8 +82,9 @@ def test_without_a_gpu(check, monkeypatch):
         check.main([])
 
 
-def test_the_tests_of_every_op_are_collected_by_what_they_are():
-    """Every test that takes a device takes CUDA, under the marker that the program asks for; no op is without one."""
+def test_the_tests_of_every_op_are_collected_by_what_they_are(check):
+    """Every test that takes a device takes CUDA, under the marker that the program asks for; no op is without one; and
+    the program knows where they are."""
     tests = Path(__file__).resolve().parents[1]
     # Where neither is named, nothing is marked; those files need not be imported.
     may_be = [file for file in tests.rglob("test_*.py") if re.search("cuda|ops_helpers", file.read_text())]
@@ -82,9 +93,10 @@ def test_the_tests_of_every_op_are_collected_by_what_they_are():
     collected = [name for name in collected if name.startswith("tests/")]  # warnings name tests too
     files = {tests.parent / name.split("::")[0] for name in collected}
     takes_a_device = {file for file in tests.rglob("test_*.py") if "\nfrom ops_helpers import" in file.read_text()}
-    takes_a_device = {file for file in takes_a_device if '("device", D' in file.read_text()}
+    takes_a_device = {file for file in takes_a_device if re.search(WITH_DEVICE, file.read_text())}
     assert takes_a_device and takes_a_device <= files
-    parametrized = sum(file.read_text().count('("device", D') for file in takes_a_device)
+    assert all(any(file.is_relative_to(place) for place in check.TESTS) for file in files)
+    parametrized = sum(len(re.findall(WITH_DEVICE, file.read_text())) for file in takes_a_device)
     functions = {name.split("[")[0] for name in collected if "cuda" in name.partition("[")[2]}
     assert len(functions) == parametrized
     tested = "".join(file.read_text() for file in files)
