@@ -30,6 +30,7 @@ from auglocal_ext.cli import errors
 from auglocal_ext.cli.options import Parser, number, whole
 from auglocal_ext.common.device import usable_device
 from auglocal_ext.common.files import check_writable, write_json
+from auglocal_ext.common.stopwatch import keep_gpu_busy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
@@ -41,9 +42,6 @@ COMPILERS = {
     "compile": functools.partial(torch.compile, dynamic=False, fullgraph=True),
     "compile max-autotune": functools.partial(torch.compile, dynamic=False, fullgraph=True, mode="max-autotune"),
 }
-
-
-FASTEST_CLOCK = 2e9  # cycles a second, that no GPU of today exceeds by much
 
 
 @dataclass(frozen=True)
@@ -343,12 +341,12 @@ def _times_by_clock(run, prepare):
 def _times_by_events(run, prepare):
     """Of ten calls, the cache flushed before each. The device is kept busy beforehand for longer than the host takes to
     queue a call, so that the host runs ahead and its time is not measured."""
-    flush, lead = _larger_than_the_cache(), _cycles_to_queue(run, prepare)
+    flush, lead = _larger_than_the_cache(), _seconds_to_queue(run, prepare)
     calls = [[torch.cuda.Event(enable_timing=True) for _ in "12"] for _ in range(10)]
     for before, after in calls:
         torch.compiler.cudagraph_mark_step_begin()
         given = prepare()
-        torch.cuda._sleep(lead)
+        keep_gpu_busy(lead)
         flush.zero_()
         before.record()
         run(*given)
@@ -357,9 +355,9 @@ def _times_by_events(run, prepare):
     return [before.elapsed_time(after) for before, after in calls]
 
 
-def _cycles_to_queue(run, prepare):
-    """Of the device's clock, generously: what the host takes to queue a call behind what prepare makes; 20 ms at most,
-    as the first calls compile."""
+def _seconds_to_queue(run, prepare):
+    """What the host takes to queue a call behind what prepare makes, generously; 20 ms at most, as the first calls
+    compile."""
     run(*prepare())
     given = prepare()
     torch.cuda.synchronize()
@@ -367,7 +365,7 @@ def _cycles_to_queue(run, prepare):
     run(*given)
     seconds = time.perf_counter() - started
     torch.cuda.synchronize()
-    return int(min(1.5 * seconds, 0.02) * FASTEST_CLOCK)
+    return min(1.5 * seconds, 0.02)
 
 
 @functools.cache

@@ -32,12 +32,14 @@ from auglocal_ext.rules.cutting import cut
 sys.path.insert(0, str(Path(__file__).parent))
 from records import machine
 
-# Network -> shape of a batch, classes.
+# Network -> shape of a batch, classes; on a GPU ON_A_GPU times as many images.
 NETWORKS = {
     "resnet32": ((128, 3, 32, 32), 10),
     "resnet18": ((8, 3, 224, 224), 1000),
     "vgg11_bn": ((4, 3, 224, 224), 1000),
 }
+ON_A_GPU = 16
+LEAD = 0.1  # seconds: more than the host takes to queue a step
 # (rule, depth, modules; None: one per unit)
 CUTS = (
     ("bp", 4, None),
@@ -53,9 +55,15 @@ CUTS = (
 )
 
 
+def batch_of(network, where):
+    """(shape, classes)"""
+    (images, *size), classes = NETWORKS[network]
+    return (images * (ON_A_GPU if where.type == "cuda" else 1), *size), classes
+
+
 def trainers(network, where, precision, clock):
     """(name of the cut, LocalTrainer, its plan) of each cut. All train one model, and change nothing in it."""
-    shape, classes = NETWORKS[network]
+    shape, classes = batch_of(network, where)
     torch.manual_seed(0)
     model = auglocal_ext.models.create(network, classes).to(where)
     backbone, optimizer = as_backbone(model), named_optimizer("sgd", 0.0)
@@ -70,13 +78,13 @@ def trainers(network, where, precision, clock):
 
 def measure(network, where, precision, clock, rounds):
     """A row for each cut: times in milliseconds, and relative to backpropagation's, the first."""
-    shape, classes = NETWORKS[network]
+    shape, classes = batch_of(network, where)
     images = torch.randn(shape, device=where).to(memory_format=torch.channels_last)
     labels = torch.arange(len(images), device=where) % classes
     cuts, times = list(trainers(network, where, precision, clock)), {}
     for turn in tqdm(range(rounds + 1), desc=network, unit="round", leave=False, disable=None):
         for what, trainer, _ in cuts:
-            watch = Stopwatch(where)
+            watch = Stopwatch(where, LEAD)
             trainer.step(images, labels)
             watch.lap()
             if turn:  # the first warms up

@@ -31,10 +31,12 @@ FIELDS = {"settings", "machine", "local_modules", "macs_per_bp", "accuracy", "se
 def machine(device):
     """What a figure depends on besides the code and its settings."""
     device = torch.device(device)
-    on_cpu = device.type != "cuda"
-    name = name_of_processor() if on_cpu else torch.cuda.get_device_name(device)
+    if device.type != "cuda":
+        name = f"{name_of_processor()}, {torch.get_num_threads()} threads"
+    else:  # torch computes convolutions of float32 in TF32 there, matrix products not
+        name = torch.cuda.get_device_name(device) + ", TF32 convolutions" * torch.backends.cudnn.allow_tf32
     return {
-        "device": f"{name}, {torch.get_num_threads()} threads" if on_cpu else name,
+        "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "auglocal_ext": auglocal_ext.__version__,

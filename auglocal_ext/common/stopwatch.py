@@ -5,7 +5,10 @@ import time
 
 import torch
 
-__all__ = ["Stopwatch", "median_seconds"]
+__all__ = ["Stopwatch", "keep_gpu_busy", "median_seconds"]
+
+FASTEST_CLOCK = 2e9  # cycles a second, that no GPU of today exceeds by much
+WARM = 0.1  # seconds of work, for the clock of a GPU that was idle
 
 
 class Stopwatch:
@@ -13,12 +16,17 @@ class Stopwatch:
 
     On a GPU of its own time, so that launching ahead of it costs nothing. On the CPU with one thread of the processor
     time of this process, which is what an idle machine takes; with several of the time that passes.
+
+    lead: seconds for which a GPU is kept busy before the first lap begins: as long as the host takes to queue all laps,
+    or a GPU that is faster would wait for it.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, lead=0.0):
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._now = time.process_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
         self._marks = []
+        if self._stream is not None:
+            keep_gpu_busy(lead)
         self.lap()
 
     def lap(self):
@@ -36,9 +44,18 @@ class Stopwatch:
         return [end - start for start, end in pairs]
 
 
+def keep_gpu_busy(seconds):
+    """Queues a kernel that does nothing for so long."""
+    torch.cuda._sleep(int(seconds * FASTEST_CLOCK))
+
+
 def median_seconds(device, run, repeats):
-    """Of `run`, which is called once before to warm up, then `repeats` times."""
+    """Of `run`, which is called before to warm up, then `repeats` times."""
     run()
+    started = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - started < WARM:
+        run()
+        torch.cuda.synchronize(device)
     clock = Stopwatch(device)
     for _ in range(repeats):
         run()

@@ -1,6 +1,6 @@
 """The local modules whose steps `auglocal calibrate` measures: convolutions over a grid of shapes, and the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -8,6 +8,7 @@ from torch import nn
 __all__ = ["Case", "Residual", "calibration_cases", "convolution"]
 
 MACS, ELEMENTS = 2e8, 4e6  # of a pass of a convolution, and of the larger of its maps: milliseconds on one core
+ON_A_GPU = 32  # times as many images, or its kernels are done before the host has queued the next
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Residual(nn.Module):
         return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
 
 
-def calibration_cases():
+def calibration_cases(device_type="cpu"):
     """All that `measure` measures by default."""
     with torch.device("meta"):
-        return [*_convolutions(), *_layers(), *_classifiers()]
+        cases = [*_convolutions(), *_layers(), *_classifiers()]
+    times = ON_A_GPU if device_type == "cuda" else 1
+    return [replace(case, shape=(times * case.shape[0], *case.shape[1:])) for case in cases]
 
 
 def convolution(inputs, outputs, size, kernel, stride=1, groups=1):

@@ -19,6 +19,7 @@ from .calibration_cases import Residual, calibration_cases
 __all__ = ["measure"]
 
 REPEATS = 3  # after one that warms up
+LEAD = 0.02  # seconds: more than the host takes to queue a step of any case
 PARAMETERS = ((100, 1000), (16, 500_000), (2, 16_000_000))  # how many tensors of so many elements an optimizer steps
 
 
@@ -38,7 +39,7 @@ def measure(device, precision, cases=None, parameters=PARAMETERS, progress=iter)
     """
     autocast = AUTOCAST[precision]
     _settle_allocator()
-    work = [(_module, case, autocast) for case in (calibration_cases() if cases is None else cases)]
+    work = [(_module, case, autocast) for case in (calibration_cases(device.type) if cases is None else cases)]
     work += [(_optimizer, name, pair) for name in OPTIMIZERS for pair in parameters]
     return [sample for run, *what in progress(work) for sample in run(device, *what)]
 
@@ -88,7 +89,7 @@ def _program(module, autocast, device):
 def _run(program, x, labels):
     """The nanoseconds of each step."""
     values = program.given(x, labels, x)
-    clock = Stopwatch(x.device)
+    clock = Stopwatch(x.device, LEAD)
     for step in program.steps:
         program.execute(step, values)
         clock.lap()
@@ -103,7 +104,7 @@ def _optimizer(device, name, pair):
     for _ in range(1 + REPEATS):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
-        clock = Stopwatch(device)
+        clock = Stopwatch(device, LEAD)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.lap()

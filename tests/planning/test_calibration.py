@@ -178,6 +178,8 @@ def test_measuring_a_tiny_grid(cache, precision):
 
 def test_the_default_grid_has_what_it_says():
     cases = calibration_cases()
+    larger = [case.shape for case in calibration_cases("cuda")]
+    assert larger == [(32 * n, *size) for n, *size in (case.shape for case in cases)]
     convs = [m for case in cases for m in case.body.modules() if isinstance(m, nn.Conv2d)]
     assert {conv.kernel_size for conv in convs} >= {(1, 1), (3, 3), (7, 7)}
     assert {conv.in_channels for conv in convs} >= {3, 16, 32, 64, 128, 256, 512}
