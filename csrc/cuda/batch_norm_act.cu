@@ -319,7 +319,7 @@ struct Kernels : Cuda {
   template <class T>
   void apply(const Layout& at, const ForwardArgs<T>& args) const {
     with_shape<T>(at, {args.x, args.residual, args.y}, [&](auto width, auto order) {
-      launch_teams<apply_kernel<T, width, order>, width, order, T>(*this, at, 0, args);
+      launch_teams<apply_kernel<T, width, order>, width, order, T>(*this, at, 0, args, true, Blocks::apart);
     });
   }
   template <class T>
@@ -343,8 +343,8 @@ struct Kernels : Cuda {
     with_mask(args, [&](auto mask) {
       if constexpr (mask != Mask::from_output)
         with_backward_shape<mask>(at, args, [&](auto width, auto order) {
-          launch_teams<input_grad_kernel<T, width, order, mask>, width, order, T>(*this, at, 0,
-                                                                                  InputGradArgs<T>{args, means});
+          launch_teams<input_grad_kernel<T, width, order, mask>, width, order, T>(
+              *this, at, 0, InputGradArgs<T>{args, means}, true, Blocks::apart);
         });
     });
   }

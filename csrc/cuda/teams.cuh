@@ -401,9 +401,14 @@ const Residency& residency(int device) {
   return known[device];
 }
 
+// Whether a kernel's blocks wait for one another, for which they must all be resident together: it then waits itself
+// until the device has that much room, for instance behind a collective that is under way.
+enum class Blocks { together, apart };
+
 // `keeps`: false where a plan made for a second pass is only needed for the same sums.
 template <auto kKernel, int V, Order kOrder, class T, class Args>
-void launch_teams(const Cuda& cuda, const Layout& layout, int operands, const Args& args, bool keeps = true) {
+void launch_teams(const Cuda& cuda, const Layout& layout, int operands, const Args& args, bool keeps = true,
+                  Blocks blocks = Blocks::together) {
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
   const Residency& held = residency<kKernel>(device);
@@ -414,9 +419,9 @@ void launch_teams(const Cuda& cuda, const Layout& layout, int operands, const Ar
   const Tensor workspace = cuda.workspace(bytes);
   auto partial = static_cast<double2*>(workspace.mutable_data_ptr());
   auto arrivals = reinterpret_cast<unsigned*>(partial + partials);
-  cudaLaunchAttribute together;  // only blocks that wait for one another must be resident together
+  cudaLaunchAttribute together;
   together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = plan.parts > 1;
+  together.val.cooperative = blocks == Blocks::together && plan.parts > 1;
   cudaLaunchConfig_t config = cuda.launch_config(int64_t(plan.teams) * plan.parts);
   config.dynamicSmemBytes = size_t(plan.kept) * kThreads * sizeof(Vector<T, V>) * operands;
   config.attrs = &together;
