@@ -284,7 +284,8 @@ def told(options):
     """The settings in a few lines: the main ones, and what else is not as without options."""
     local = options.rule == "auglocal"
     cut = f", depth {options.depth}" if local else ""
-    rule = "auglocal or bp" if local and options.budget is not None else options.rule  # as the search finds
+    searched = local and options.budget is not None and options.modules is None
+    rule = "auglocal, bp or checkpoint, as the search finds" if searched else options.rule
     cut += f", {options.modules} local modules" if options.modules else ""
     from .parts import part_of
 

@@ -26,7 +26,7 @@ class Stopwatch:
         self._now = time.process_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
         self._marks = []
         if self._stream is not None:
-            keep_gpu_busy(lead)
+            keep_gpu_busy(lead, device)
         self.lap()
 
     def lap(self):
@@ -44,9 +44,10 @@ class Stopwatch:
         return [end - start for start, end in pairs]
 
 
-def keep_gpu_busy(seconds):
-    """Queues a kernel that does nothing for so long."""
-    torch.cuda._sleep(int(seconds * FASTEST_CLOCK))
+def keep_gpu_busy(seconds, device=None):
+    """Queues a kernel that does nothing for so long; device: None for the current one."""
+    with torch.cuda.device(device):
+        torch.cuda._sleep(int(seconds * FASTEST_CLOCK))
 
 
 def median_seconds(device, run, repeats):

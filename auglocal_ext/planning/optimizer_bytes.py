@@ -79,9 +79,6 @@ class OptimizerBytes:
 
         parameters = [nn.Parameter(value) for value in zeros()]
         optimizer = make_optimizer(self.factory, [(like[0], p) for like, p in zip(trained, parameters, strict=True)])
-        for group in optimizer.param_groups:  # as torch's have it on a GPU where they are told nothing else
-            if self.device.type == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True
         for parameter, gradient in zip(parameters, zeros(), strict=True):
             parameter.grad = gradient
         with RealLayouts(values=False):

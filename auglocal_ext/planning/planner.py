@@ -149,6 +149,11 @@ class Planner:
             return images, torch.empty(len(images), self.backbone.num_classes, dtype=self.dtype, device="meta")
         return images, torch.empty(len(images), dtype=torch.int64, device="meta")
 
+    def batch_bytes(self, images, labels):
+        """Of a batch, and on a GPU of the step's own copy, in which what would do harm is replaced: see
+        `training.batch.checked`."""
+        return (2 if self.device.type == "cuda" else 1) * (images.nbytes + labels.nbytes)
+
     def plan(self, spans, shape, rule, heads=None, like=None, given_optimizers=()):
         """The Plan of a cut of the backbone for batches of `shape`.
 
@@ -166,9 +171,7 @@ class Planner:
         images, labels = self.batch(shape, like)
         self._assert_same_function(images.to(self.dtype))
         words = [*(rule.describe(border) for border in borders_of(self.backbone, spans, shape[1:])), None]
-        # On a GPU a step has a copy of its own, in which what would do harm is replaced: see `training.batch.checked`.
-        copies = 2 if self.device.type == "cuda" else 1
-        batch_bytes = copies * (images.nbytes + labels.nbytes)
+        batch_bytes = self.batch_bytes(images, labels)
         constant = batch_bytes + len(parts) * self.module_bytes + self._scale_bytes + bytes_of(self.criterion.tensors)
         constant += sum(part.state_bytes + part.optimizer_bytes for part in parts)
         left = zip(given_optimizers, parts, strict=False)

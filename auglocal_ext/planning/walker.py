@@ -81,7 +81,9 @@ class Walker:
                 rebuild_length=[length for _, length in rebuilds],
                 longest_rebuild=LONGEST_REBUILD,
                 unit_scratch=self.scratch(heads),
-                constant=planner.state_bytes() + self.inputs[0].nbytes + self.labels.nbytes + planner.module_bytes,
+                constant=planner.state_bytes()
+                + planner.batch_bytes(self.inputs[0], self.labels)
+                + planner.module_bytes,
             )
 
     def _heads_by_unit(self, rule):

@@ -120,7 +120,7 @@ class Run:
             more = {"history": self.history, "length": self.length, "random": _random_states(trainer)}
             trainer.save(self.checkpoint, **more)
         if self.on_epoch is not None:
-            self.on_epoch(self.history[-1])
+            self.on_epoch(dict(self.history[-1]))
 
 
 def _set_rates(rates, epoch, length, step):

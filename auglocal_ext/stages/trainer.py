@@ -184,7 +184,9 @@ class StageTrainer:
             training.divergence.NotFinite: on every rank, of the first step and local module whose loss was NaN or
                 infinite: no more batches are read then. Or of a weight or buffer that is, behind the epoch. The weights
                 are as the last step left them.
-            ValueError, TypeError: a batch does not fit, or there is none.
+            ValueError, TypeError: a batch does not fit, or there is none. What only its values tell (labels out of
+                range, images that are not finite) is raised at once on the CPU, on other devices behind the epoch; its
+                steps were then taken with harmless values in their place.
             RankFailed: another rank stopped, or did not answer.
         """
         self.stage.begin()

@@ -92,7 +92,7 @@ class LocalTrainer:
         optimizers: list, one per local module; change their learning rates between steps as you like.
         plan: `auglocal_ext.Plan`, once a first batch has told its shape.
         nonfinite: "stop", or "skip": to leave a module out of a step in which its loss or a gradient is not finite; see
-            `auglocal_ext.train`. Set it as you like.
+            `auglocal_ext.train`. Set it as you like, on several ranks alike.
         skipped_steps: list, of each module how many steps it was left out of.
         module_hits: (modules,), int64: right answers of each module's head so far; set it to zero when you like. Of
             soft labels the class of the largest share is right; where the label is ignored no answer is.

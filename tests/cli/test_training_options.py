@@ -289,7 +289,10 @@ def test_the_settings_in_a_few_lines():
         "recompute on, label smoothing 0.1",
     ]
     first, *_, last = told(options("--budget", "1GB", "--device", "cpu")).splitlines()
-    assert first.startswith("resnet20 on digits, rule auglocal or bp, depth ") and last == "budget 1GB"
+    assert (
+        first.startswith("resnet20 on digits, rule auglocal, bp or checkpoint, as the search finds, depth ")
+        and last == "budget 1GB"
+    )
 
 
 def test_resume_refuses_what_would_be_another_training(tmp_path, capsys):

@@ -9,7 +9,7 @@ from ops_helpers import DEVICES, LAYOUTS, make
 from auglocal_ext import ops
 from auglocal_ext.ops import _fallbacks
 from auglocal_ext.ops._library import MISSING
-from auglocal_ext.ops.pooled_cross_entropy import _check_loss
+from auglocal_ext.ops._linear_cross_entropy import _check_loss
 
 OPS = torch.ops.auglocal_ext
 WITHOUT_VALUES = [(4, 6, 5, 0), (4, 6, 0, 3), (4, 6, 0, 0), (3, 1, 0, 1), (0, 6, 5, 3), (0, 6, 1, 1), (0, 6, 0, 0)]

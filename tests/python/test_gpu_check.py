@@ -56,6 +56,9 @@ def test_every_part_in_its_order(check, commands, capsys):
     assert printed.count("FAILED (1)") == printed.count("stopped: no time") == 2  # without and with compile
     assert "pytest" in commands[0] and {"-m", "cuda", "--long"} < set(commands[0])
     assert [command[2] for command in commands if command[0].endswith("compute-sanitizer")] == ["memcheck", "racecheck"]
+    for command in commands[1:3]:
+        given = [command[index + 1] for index, word in enumerate(command) if word == "--kernel-name"]
+        assert given == [f"kns={name}" for name in check.KERNELS]  # apart: in one option a kernel had to fit them all
     bench = importlib.import_module("bench_kernels")
     measured = [(c[c.index("--op") + 1], c[c.index("--dtype") + 1]) for c in commands if "--op" in c]
     assert measured == [("all", dtype) for dtype in bench.DTYPES] * 2

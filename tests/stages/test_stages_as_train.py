@@ -276,6 +276,17 @@ def test_what_is_refused_leaves_the_model_as_it_is():
     assert list(state_of(trained)) == list(state_of(resnet()))
 
 
+def test_where_values_are_not_at_hand_a_bad_batch_is_told_behind_the_epoch():
+    """What a GPU does, on the CPU."""
+    good, other = batches((8, 8))
+    trainer = StageTrainer(resnet(), *good, balance="arithmetic", **CUT)
+    trainer._values_are_at_hand = False
+    for bad in ((good[0] / 0, good[1]), (good[0], good[1] + 10)):
+        with pytest.raises(ValueError, match="images must be finite|labels must be from 0 to 9"):
+            trainer.epoch([good, bad, other])
+    assert math.isfinite(trainer.epoch([good, other]).loss)
+
+
 def standing_still(**options):
     """(why it stopped, how many epochs) of a training whose accuracy stays as it is."""
     still = {"optimizer": partial(torch.optim.SGD, lr=0.0), "epochs": 6, "progress": False, **CUT}

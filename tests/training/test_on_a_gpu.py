@@ -9,7 +9,7 @@ from ops_helpers import DISPATCHED as DEVICES
 import auglocal_ext
 from auglocal_ext import LocalTrainer, data, models, train
 from auglocal_ext.common.memory import LiveBytes, bytes_of
-from auglocal_ext.planning.optimizer_bytes import OptimizerBytes
+from auglocal_ext.planning.menu import Menu
 from auglocal_ext.planning.planner import Planner
 from auglocal_ext.rules.auglocal import AugLocal
 from auglocal_ext.rules.cutting import cut
@@ -97,14 +97,16 @@ def test_a_module_is_left_out_where_its_loss_is_not_finite(device):
 def test_the_plan_is_what_a_step_needs(precision, device):
     """On a GPU besides what libraries want for themselves, which torch's allocator counts too."""
     trainer = trainer_of(device, dtype=torch.float32, precision=precision)
-    batch = next(batches(1, device, torch.float32))
+    images, labels = next(batches(1, device, torch.float32))
+    times = 1 if device == "cpu" else 100  # against which that is little
+    batch = images.repeat(times, 1, 1, 1).to(memory_format=torch.channels_last), labels.repeat(times)
     trainer.plan_for(*batch)
     meter = PeakMeter(trainer)
     for _ in range(2):
         with meter(*batch):
             trainer.step(*batch)
     planned = trainer.plan.peak_bytes
-    assert meter.peak == planned if device == "cpu" else planned <= 1.01 * meter.peak
+    assert meter.peak == planned if device == "cpu" else planned <= 1.01 * meter.peak <= 1.01 * planned + 100e6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -135,10 +137,15 @@ def test_a_plan_counts_the_copy_of_a_batch_that_a_gpus_step_makes():
     with LiveBytes([*trainer.tensors(), images, labels]) as live:
         trainer.step(images, labels)
     rule, planner = AugLocal(2), Planner(trainer.model, optimizer=SGD, memory_format=torch.channels_last)
-    spans = cut(planner.backbone, rule, modules=3)
-    here = planner.plan(spans, images.shape, rule)
-    planner.device = torch.device("cuda")
-    there = planner.plan(spans, images.shape, rule)
+    spans, found = cut(planner.backbone, rule, modules=3), []
+    for device in ("cpu", "cuda"):
+        planner.device = torch.device(device)
+        found.append(planner.plan(spans, images.shape, rule))
+        menu = Menu(planner, images.shape, [rule], None, False)
+        for point in menu.points(menu.asked):  # a search counts what a plan does
+            borders = cut(planner.backbone, rule, borders=point.borders)
+            assert planner.plan(borders, images.shape, rule).peak_bytes == point.bytes
+    here, there = found
     assert there.peak_bytes - here.peak_bytes == images.nbytes + labels.nbytes == here.batch_bytes
     # Flags, and what is computed for them, are not planned.
     assert 0 <= live.peak - there.peak_bytes <= 64
@@ -155,15 +162,6 @@ def test_what_is_there_besides_is_not_a_steps(monkeypatch):
     with meter(*batch):
         pass
     assert meter.peak == own + 300
-
-
-@pytest.mark.parametrize(("told", "copies"), [({}, 5), ({"foreach": False}, 2), ({"foreach": True}, 5)])
-def test_an_optimizer_takes_all_parameters_at_once_on_a_gpu(told, copies):
-    """torch's RMSprop: of one parameter after the other two temporaries, else those of all."""
-    optimizer = OptimizerBytes(partial(torch.optim.RMSprop, lr=0.1, **told), torch.float32, torch.device("cuda"), {})
-    like = [(None, (100, 100), (100, 1), torch.float32)] * 5
-    _, scratch = optimizer._two_steps(tuple(like), "meta")
-    assert scratch == copies * 40_000
 
 
 def test_infopros_loss_of_what_is_not_finite_is_nan():
