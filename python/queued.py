@@ -75,7 +75,7 @@ def draw(rows, path):
     runs = [
         (
             row.what if row.what == METHODS["bp"] else f"{row.modules} local modules",
-            row.what.removeprefix("AugLocal "),
+            row.what if row.what == METHODS["bp"] else f"{row.what.removeprefix('AugLocal ')}, K = {row.modules}",
             row.records[-1]["macs_per_bp"],
             row.records[-1]["peak_bytes"],
             accuracies(row.records),

@@ -52,7 +52,7 @@ def scale_of(size):
     return (1e9, "GB") if size >= 1e9 else (1e6, "MB")
 
 
-def label_where_free(axes, labels, places, lines=(), symbols=(), **style):
+def label_where_free(axes, labels, places, lines=(), symbols=(), radius=5, **style):
     """Writes labels beside points, those that come first, but none over another one; to be called when all else is
     drawn.
 
@@ -60,7 +60,7 @@ def label_where_free(axes, labels, places, lines=(), symbols=(), **style):
         labels: [(text, (x, y))] in the units of the axes.
         places: where a label may be, what comes first if it is free: [(offset in points, ha, va)].
         lines: [[(x, y)]], what no label may cover.
-        symbols: [(x, y)], larger than a line's points.
+        symbols: [(x, y)], larger than a line's points; radius: of them, in points.
         style: of `Axes.annotate`.
     """
     axes.figure.draw_without_rendering()  # which lays the axes out
@@ -70,7 +70,7 @@ def label_where_free(axes, labels, places, lines=(), symbols=(), **style):
         for offset, ha, va in places:
             label = axes.annotate(text, point, offset, textcoords="offset points", ha=ha, va=va, **style)
             box = label.get_window_extent().padded(1)
-            near, around = box.padded(-1), box.padded(8)
+            near, around = box.padded(-1), box.padded(radius * axes.figure.dpi / 72)
             covers = ((drawn > near.min) & (drawn < near.max)).all(axis=1).any()
             if not (covers or any(around.contains(*s) for s in symbols) or any(box.overlaps(other) for other in boxes)):
                 boxes.append(box)

@@ -10,10 +10,12 @@ _PLACES = (
     ((-12, 0), "right", "center"),
     ((0, 12), "center", "bottom"),
     ((0, -12), "center", "top"),
-    ((8, 8), "left", "bottom"),
-    ((8, -8), "left", "top"),
-    ((-8, 8), "right", "bottom"),
-    ((-8, -8), "right", "top"),
+    ((10, 10), "left", "bottom"),
+    ((10, -10), "left", "top"),
+    ((-10, 10), "right", "bottom"),
+    ((-10, -10), "right", "top"),
+    ((0, 22), "center", "bottom"),
+    ((0, -22), "center", "top"),
 )
 _MARKS = ("s", "o", "^", "D", "v", "P")  # of groups, in their order
 _LARGEST = 300  # points squared
@@ -56,9 +58,9 @@ def accuracy_picture(path, title, runs, baseline=None):
         shade = str(0.75 * index / max(len(groups) - 1, 1))
         axes.scatter([], [], 60, marker=_MARKS[index % len(_MARKS)], color=shade, ec="k", lw=0.8, label=group)
     axes.set(xlabel="multiply-accumulates / BP", ylabel="test accuracy, %")
-    axes.margins(0.2, 0.12)  # room for the labels
+    axes.margins(0.25, 0.12)  # room for the labels
     axes.grid(alpha=0.3)
     about = f"area: memory of a step, largest {most / scale:.3g} {unit}"
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, title=about)
-    label_where_free(axes, labels, _PLACES, lines, marks, fontsize=8)
+    label_where_free(axes, labels, _PLACES, lines, marks, _LARGEST**0.5 / 2, fontsize=8)
     save(figure, path)
