@@ -104,7 +104,7 @@ def _read(file):
 
 
 _INTERVALS = (
-    "*minutes*: of one training at the pace of its fastest epoch, as other work shared the cores.\n"
+    "*core minutes*: of one training at the pace of its fastest epoch, as other work shared the cores; times threads.\n"
     "*to BP*: points, with the 95 % interval over other seeds (Student's t, one pooled standard deviation for all\n"
     "rows). *paper*: its accuracy after 400 epochs; *paper's gap*: that minus the paper's own backpropagation."
 )

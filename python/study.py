@@ -17,10 +17,12 @@ A difference from backpropagation has a 95 % interval: Student's, with one stand
 those of several seeds. It is of other seeds on the same test images. Two rows are called equal only where the interval
 lies within one point.
 
-Minutes are the fastest epoch's time, of every epoch: others share the machines' cores, and only slow an epoch down.
+Core minutes are of a training whose epochs all take what its fastest one took, times its threads: others share the
+machines' cores, and only slow an epoch down.
 """
 
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -59,18 +61,22 @@ def table(rows):
     paper = dict(zip(ROWS, ACCURACY[NETWORK, "cifar10"], strict=True))
     bp = next((row for row in rows if row.what == METHODS["bp"]), None)
     spread = pooled_deviation([row.percent for row in rows])
-    header = ["rule, nets", "K", "MACs / BP", "peak of a step", "accuracy, %", "seeds", "minutes"]
+    header = ["rule, nets", "K", "MACs / BP", "peak of a step", "accuracy, %", "seeds", "core minutes"]
     cells = [[*header, "to BP, 95 %", "verdict", "paper", "paper's gap"]]
     for row in rows:
         gap = ["", ""] if bp is None or row is bp else _gap(row.percent, bp.percent, spread)
-        cells.append([row.what, *queued.columns(row), f"{_minutes(row):.0f}", *gap, *_of_paper(row, paper)])
+        cells.append([row.what, *queued.columns(row), f"{_core_minutes(row):.0f}", *gap, *_of_paper(row, paper)])
     return cells
 
 
-def _minutes(row):
-    """Of one training of the row, without the tests between epochs."""
-    seconds = [epoch["seconds"] for made in row.records for epoch in made["history"]]
-    return EPOCHS * min(seconds) / 60
+def _core_minutes(row):
+    """Of one training of the row, without the tests between epochs; on a GPU of the GPU."""
+    return min(_threads(made) * EPOCHS * epoch["seconds"] / 60 for made in row.records for epoch in made["history"])
+
+
+def _threads(made):
+    told = re.search(r"(\d+) threads", made["machine"]["device"])
+    return int(told[1]) if told else 1
 
 
 def _gap(ours, baseline, spread):

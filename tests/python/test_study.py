@@ -48,6 +48,8 @@ def test_the_table_and_the_picture(study, tmp_path, capsys):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     half = 12.706 * statistics.stdev([90, 92]) * 1.5**0.5
     assert lines[2] == ["BP", "1", "1.00", "10 MB", "91.0 ± 1.4", "2", "30", "", "", "93.73", ""]
+    made[0]["machine"] = made[0]["machine"] | {"device": "AMD EPYC, 2 threads"}
+    assert study._core_minutes(study.queued.rows_of(made[:1])[0]) == 60
     assert lines[3][7:] == [f"-6.00 ± {half:.2f}", "not decided", "86.30", "-7.43"]
     assert lines[4][0] == "AugLocal d=4, light" and lines[4][9:] == ["", ""]
     assert lines[5][9:] == ["93.08", "-0.65"]
