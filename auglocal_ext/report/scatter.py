@@ -17,7 +17,7 @@ _PLACES = (
     ((0, 22), "center", "bottom"),
     ((0, -22), "center", "top"),
 )
-_MARKS = ("s", "o", "^", "D", "v", "P")  # of groups, in their order
+_MARKS = ("s", "o", "^", "D", "v", "P", "X", "<", "p", ">")  # of groups, in their order
 _LARGEST = 300  # points squared
 
 
