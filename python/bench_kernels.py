@@ -325,6 +325,8 @@ def median_ms(run, device, seconds, prepare=tuple):
     """Median time of run(*prepare()), what prepare takes not counted."""
     times_ms = _times_by_events if device == "cuda" else _times_by_clock
     times_ms(run, prepare)  # the first calls compile, tune and allocate
+    if device == "cuda":
+        times_ms = functools.partial(times_ms, lead=_seconds_to_queue(run, prepare))
     times, until = [], time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 5:
         times += times_ms(run, prepare)
@@ -338,10 +340,10 @@ def _times_by_clock(run, prepare):
     return [1e3 * (time.perf_counter() - started)]
 
 
-def _times_by_events(run, prepare):
-    """Of ten calls, the cache flushed before each. The device is kept busy beforehand for longer than the host takes to
-    queue a call, so that the host runs ahead and its time is not measured."""
-    flush, lead = _larger_than_the_cache(), _seconds_to_queue(run, prepare)
+def _times_by_events(run, prepare, lead=0.0):
+    """Of ten calls, the cache flushed before each. lead: seconds for which the device is kept busy before each, longer
+    than the host takes to queue it, so that the host runs ahead and its time is not measured."""
+    flush = _larger_than_the_cache()
     calls = [[torch.cuda.Event(enable_timing=True) for _ in "12"] for _ in range(10)]
     for before, after in calls:
         torch.compiler.cudagraph_mark_step_begin()
@@ -356,16 +358,15 @@ def _times_by_events(run, prepare):
 
 
 def _seconds_to_queue(run, prepare):
-    """What the host takes to queue a call behind what prepare makes, generously; 20 ms at most, as the first calls
-    compile."""
-    run(*prepare())
+    """What the host takes to queue a call behind what prepare makes, generously; of a call that was made before."""
+    torch.compiler.cudagraph_mark_step_begin()
     given = prepare()
     torch.cuda.synchronize()
     started = time.perf_counter()
     run(*given)
     seconds = time.perf_counter() - started
     torch.cuda.synchronize()
-    return min(1.5 * seconds, 0.02)
+    return 1.5 * seconds
 
 
 @functools.cache
