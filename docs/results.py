@@ -26,19 +26,19 @@ BEGIN, END = "<!-- the study: written by python docs/results.py -->\n", "<!-- th
 # ---- what the paper lets expect ---------------------------------------------------------------------------------
 
 
-def early_probes(line):
-    """Mean accuracy of the first third's linear probes, %."""
-    return 100 * study_analysis.by_stage(line["probes"])[0]
+def early_probes(row):
+    """Mean accuracy of the first third's linear probes, %, of each of a row's models."""
+    return [100 * study_analysis.by_stage(line["probes"])[0] for line in row.lines]
 
 
-def early_similarity(line):
-    """Mean CKA of the first third of the units with backpropagation's."""
-    return study_analysis.by_stage(study_analysis.diagonal(line))[0]
+def early_similarity(row):
+    """Mean CKA of the first third of the units with backpropagation's, of each of a row's models."""
+    return [study_analysis.by_stage(study_analysis.diagonal(line))[0] for line in row.compared]
 
 
-def similarity(line):
-    """Mean CKA of all units with backpropagation's."""
-    return statistics.mean(study_analysis.diagonal(line))
+def similarity(row):
+    """Mean CKA of all units with backpropagation's, of each of a row's models."""
+    return [statistics.mean(study_analysis.diagonal(line)) for line in row.compared]
 
 
 LOCAL = study.PAPER[None]  # AugLocal as the paper cuts it
@@ -58,7 +58,7 @@ def expectations(lines):
     rows = study_analysis.learnt(lines)
     cells = [["expected", "difference, 95 %", "verdict"]]
     for sentence, figure, more, less, digits, unit in EXPECTED:
-        values = {row.cut: [figure(line) for line in row.lines] for row in rows}
+        values = {row.cut: figure(row) for row in rows}
         if more not in values or less not in values:
             cells.append([sentence, "", "not yet trained"])
             continue
@@ -92,8 +92,9 @@ def section(file, page):
     made, lines = _read(file), study_analysis.read(file)
     parts = [_about(made, lines)]
     if made:
-        cells = study.table(_ordered(made))
-        parts += [markdown(cells), _INTERVALS, _decided(cells), *_pictures([_drawn(file)], page)]
+        rows = _ordered(made)
+        cells = study.table(rows)
+        parts += [markdown(cells), _columns(rows), _decided(cells), *_pictures([_drawn(file)], page)]
     parts += ["#### What its models have learnt", *_learnt(lines, file, page), _commands(file)]
     return "\n\n".join(parts) + "\n"
 
@@ -103,11 +104,17 @@ def _read(file):
     return list({_key(made["settings"]): made for made in records.read(file)}.values())
 
 
-_INTERVALS = (
-    "*core minutes*: of one training at the pace of its fastest epoch, as other work shared the cores; times threads.\n"
-    "*to BP*: points, with the 95 % interval over other seeds (Student's t, one pooled standard deviation for all\n"
-    "rows). *paper*: its accuracy after 400 epochs; *paper's gap*: that minus the paper's own backpropagation."
-)
+def _columns(rows):
+    """What the columns of the study's table are."""
+    spread = study.pooled_deviation([row.percent for row in rows])
+    pooled = f"here {spread[0]:.2f} points, of {spread[1]} degrees of freedom" if spread else "none has yet"
+    return (
+        "*accuracy*: of several seeds mean ± standard deviation; bars in the picture: the lowest and the highest.\n"
+        "*core minutes*: of one training at the pace of its fastest epoch, as other work shared the cores; times\n"
+        "threads. *to BP*: points, with the 95 % interval over other seeds: Student's t, one standard deviation for\n"
+        f"all rows, pooled over those that have several seeds ({pooled}).\n"
+        "*paper*: its accuracy after 400 epochs; *paper's gap*: that minus the paper's own backpropagation."
+    )
 
 
 def _about(made, lines):
@@ -168,18 +175,32 @@ def _learnt(lines, file, page):
         f"{_FIGURES} Models analysed: {len(lines)}.",
         markdown(study_analysis.table(lines)),
         *_pictures(study_analysis.pictures(file), page),
-        "What the paper leads one to expect, by means over the early units or over all of them; intervals as above:",
+        "What the paper leads one to expect, by means over the early units or over all of them:",
         markdown(expectations(lines)),
+        _spread(lines),
     ]
 
 
 _FIGURES = (
-    "Linear centered kernel alignment, CKA (how alike features are, 0 to 1), of each unit with the same unit of\n"
-    "backpropagation's model of seed 0 on 10,000 test images, and test accuracy of linear probes (linear\n"
-    "classifiers on a unit's features) trained on 10,000 training images. Early, middle and late units are those at\n"
-    "ResNet-32's three resolutions. CKA between seeds of backpropagation is the ceiling: they differ by initial\n"
-    "weights and order of images alone. *probe* columns: of the first, the middle and the last unit."
+    "Linear centered kernel alignment, CKA (how alike features are, 0 to 1), of each unit with the same unit of a\n"
+    "model of backpropagation on 10,000 test images, and test accuracy of linear probes (linear classifiers on a\n"
+    "unit's features) trained on 10,000 training images. Early, middle and late units are those at ResNet-32's three\n"
+    "resolutions. CKA is always with a model of another seed: two trainings of one seed begin with the same weights\n"
+    "and see the same images in the same order, which by itself makes them more alike. So the row BP, two trainings\n"
+    "of backpropagation, is the ceiling. Maps are of each row's first seed. *probe* columns: of the first, the middle\n"
+    "and the last unit."
 )
+
+
+def _spread(lines):
+    """Of which rows the intervals of `expectations` are."""
+    several = [row.name for row in study_analysis.learnt(lines) if len(row.lines) > 1]
+    if not several:
+        return "No row has two seeds yet, so there are no intervals."
+    return (
+        f"Intervals as above, from the spread over seeds of: {'; '.join(several)}.\n"
+        "The other rows' own spread is not known. CKA between backpropagation's seeds 0 and 1 is one pair: one figure."
+    )
 
 
 def _drawn(file):

@@ -122,6 +122,8 @@ def _run(options, runs, table, analysis):
         runner = Runner(options.device, options.file, [options.file], options.minutes, options.models, **then)
         failed = runner.run_missing(runs(options.data))
     rows = rows_of(records.read(options.file))
+    if not rows and options.data:  # not even the first training has ended
+        return int(failed > 0)
     if not rows:
         raise ValueError(f"no records in {options.file}: make some with --data")
     print(markdown(table(rows)))

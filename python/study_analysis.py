@@ -8,8 +8,10 @@ runs this program by itself after every row. Beside FILE are study_analysis.json
 study_models/, backpropagation's models of seeds 0 and 1; and the pictures study_cka.png, study_cka_maps.png and
 study_probes.png.
 
-CKA is of every unit with every unit of backpropagation's model of seed 0, on all test images in batches of 125, see
-`auglocal_ext.analysis.cka`. Backpropagation of seed 1 is the ceiling: what another beginning alone changes. Probes are
+CKA is of every unit with every unit of a model of backpropagation, on all test images in batches of 125, see
+`auglocal_ext.analysis.cka`: with that of seed 1 for a model of seed 0, of seed 0 for all others. Never of one seed: two
+trainings of one seed begin with the same weights and see the same images in the same order, which by itself makes their
+features more alike. So backpropagation's own row is the ceiling: what another beginning alone changes. Probes are
 trained on 10,000 training images, see `auglocal_ext.analysis.probe`. The kept models are in half precision; that of
 seed 0 in place of itself in single precision moved one entry of CKA by 0.00010, and none by more.
 
@@ -25,6 +27,7 @@ A line of study_analysis.jsonl:
     seconds     that it took
 """
 
+import contextlib
 import statistics
 import sys
 import time
@@ -48,10 +51,10 @@ from auglocal_ext.report import check_picture, cka_maps_picture, probe_picture, 
 
 FIELDS = {"settings", "machine", "local_modules", "reference", "units", "cka", "probes"}
 IMAGES, BATCH = 10_000, 125
-KEPT_SEEDS = (0, 1)  # of backpropagation: the reference and the ceiling
+KEPT_SEEDS = (0, 1)  # of backpropagation, whose models all others are compared with
 SAME = 0.005  # within which the accuracy of a model is that of its record, whatever the machine's rounding
 
-REFERENCE = f"BP, seed {KEPT_SEEDS[0]}"
+REFERENCE = "BP of another seed"
 STAGES = ("early", "middle", "late")  # a third of the units each; of ResNet-32 its three stages
 # The rows that have a heat map, as far as they are there.
 MAPPED = [study.BP, study.DGL, study.PREDSIM, study.PAPER[None], study.PAPER[2], study.LIGHT[4]]
@@ -65,6 +68,11 @@ def analysis_file(file):
 def kept_model(file, seed):
     """Where backpropagation's model of a seed is kept."""
     return file.parent / "study_models" / f"bp_seed{seed}.pt"
+
+
+def reference_seed(seed):
+    """That of backpropagation's model with which a model of a seed is compared."""
+    return KEPT_SEEDS[1] if seed == KEPT_SEEDS[0] else KEPT_SEEDS[0]
 
 
 def read(file):
@@ -86,8 +94,13 @@ def analyse_missing(file, source, folder, device="cpu"):
         return 0
     check_writable(analysis_file(file), "FILE")
     images, refused = data.load(source, BATCH, device=device), 0
+    keep_references([(one, folder / f"{slug}.pt") for slug, one in missing], images, file, device)
     for index, (slug, one) in enumerate(missing, 1):
         print(f"[{index}/{len(missing)}] {Run.of(one['settings'])}: ", end="", flush=True)
+        seed = reference_seed(one["settings"]["seed"])
+        if not kept_model(file, seed).exists():
+            print(f"waits for backpropagation of seed {seed}, with whose model it is compared", flush=True)
+            continue
         try:
             line = analyse(one, folder / f"{slug}.pt", images, file, device)
         except ValueError as error:
@@ -99,33 +112,35 @@ def analyse_missing(file, source, folder, device="cpu"):
     return refused
 
 
+def keep_references(missing, images, file, device="cpu"):
+    """Keeps backpropagation's models that others are compared with, before the first of these is.
+
+    Args:
+        missing: [(record, its model's state_dict)]; a model that is not its record's is left out, and told of later.
+    """
+    for made, path in missing:
+        settings = made["settings"]
+        if settings["rule"] == "bp" and settings["seed"] in KEPT_SEEDS:
+            with contextlib.suppress(ValueError):
+                keep_half(_of_record(made, path, images, device)[0], kept_model(file, settings["seed"]))
+
+
 def analyse(made, path, images, file, device="cpu"):
-    """The line of one record's model; backpropagation's model is kept, if it is to be.
+    """The line of one record's model.
 
     Args:
         made: the record.
         path: its model's state_dict.
         images: `auglocal_ext.data.Data`.
-        file: beside which models are kept.
+        file: beside which the model is that it is compared with.
 
     Raises:
-        ValueError: the model is not that of the record, or there is no reference yet.
+        ValueError: the model is not that of the record.
     """
     began, settings = time.perf_counter(), made["settings"]
-    model = _loaded(path, settings["model"], images, device)
-    accuracy = evaluate(model, images.test, precision=settings["precision"], progress=True)
-    if abs(accuracy - made["accuracy"]["last"]) > SAME:
-        raise ValueError(
-            f"{path} has an accuracy of {accuracy:.2%}, its record {made['accuracy']['last']:.2%}: it is of another "
-            f"training, or of one that has not ended"
-        )
-    kept = kept_model(file, settings["seed"])
-    if settings["rule"] == "bp" and settings["seed"] in KEPT_SEEDS and not kept.exists():
-        keep_half(model, kept)
+    model, accuracy = _of_record(made, path, images, device)
+    reference = kept_model(file, reference_seed(settings["seed"]))
     train, test = images.train.sample(IMAGES), images.test.sample(IMAGES)
-    reference = kept_model(file, KEPT_SEEDS[0])
-    if not reference.exists():
-        raise ValueError(f"there is no {reference}: train and analyse backpropagation of seed 0 first")
     alike = analysis.cka(model, _loaded(reference, settings["model"], images, device), test, progress=True)
     probes = analysis.probe(model, train, test, progress=True)
     return {
@@ -140,6 +155,19 @@ def analyse(made, path, images, file, device="cpu"):
         "images": {"cka": alike.images, "train": len(train.images), "test": len(test.images)},
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _of_record(made, path, images, device):
+    """(the model of a record, its accuracy); ValueError where it is another one's."""
+    settings = made["settings"]
+    model = _loaded(path, settings["model"], images, device)
+    accuracy = evaluate(model, images.test, precision=settings["precision"], progress=True)
+    if abs(accuracy - made["accuracy"]["last"]) > SAME:
+        raise ValueError(
+            f"{path} has an accuracy of {accuracy:.2%}, its record {made['accuracy']['last']:.2%}: it is of another "
+            f"training, or of one that has not ended"
+        )
+    return model, accuracy
 
 
 def keep_half(model, path):
@@ -161,20 +189,28 @@ def _loaded(path, name, images, device):
 class Learnt:
     """What one row's models have learnt; of several seeds their means.
 
-    name: in words that no other row has; cut: see study.py; lines: one a seed; units: their names.
+    name: in words that no other row has; cut: see study.py; lines: one a seed, the lowest first; units: their names.
     """
 
     def __init__(self, row):
-        self.name = "BP, other seeds" if row.what == METHODS["bp"] else f"{row.what}, K = {row.modules}"
-        self.lines = row.records
+        self.name = row.what if row.what == METHODS["bp"] else f"{row.what}, K = {row.modules}"
+        self.lines = sorted(row.records, key=lambda line: line["settings"]["seed"])
         settings = self.lines[0]["settings"]
         self.cut = tuple(settings.get(name) for name in ("rule", "depth", "modules", "auxiliary"))
         self.units = self.lines[0]["units"]
 
     @property
+    def compared(self):
+        """The lines whose CKA counts: one of the two that compare backpropagation's kept models with each other."""
+        seeds = {line["settings"]["seed"]: line for line in self.lines}
+        if self.cut[0] == "bp" and set(KEPT_SEEDS) <= seeds.keys():
+            del seeds[KEPT_SEEDS[1]]
+        return list(seeds.values())
+
+    @property
     def similarity(self):
         """CKA of each unit with the reference's same unit."""
-        return _means(diagonal(line) for line in self.lines)
+        return _means(diagonal(line) for line in self.compared)
 
     @property
     def probes(self):
@@ -182,23 +218,14 @@ class Learnt:
 
     @property
     def matrix(self):
-        """CKA of each unit with each of the reference's, of the first seed."""
+        """CKA of each unit with each of the reference's, of the lowest seed."""
         return self.lines[0]["cka"]
 
 
 def learnt(lines):
-    """The rows that are compared with the reference, in the order of the study's queue: the ceiling is the first.
-
-    Args:
-        lines: of the analysis.
-    """
-    found = [Learnt(row) for row in queued.rows_of(line for line in lines if not is_reference(line))]
+    """The rows that lines of the analysis are of, in the order of the study's queue: the ceiling is the first."""
+    found = map(Learnt, queued.rows_of(lines))
     return sorted(found, key=lambda row: study.FIRST.index(row.cut) if row.cut in study.FIRST else len(study.FIRST))
-
-
-def is_reference(line):
-    settings = line["settings"]
-    return settings["rule"] == "bp" and settings["seed"] == KEPT_SEEDS[0]
 
 
 def diagonal(line):
@@ -218,11 +245,9 @@ def _means(of_seeds):
 
 
 def table(lines):
-    """Rows of cells, the first one the header; backpropagation's own probes come first."""
+    """Rows of cells, the first one the header; backpropagation with itself, the ceiling, comes first."""
     header = ["rule, nets, modules", *(f"CKA {stage}" for stage in STAGES)]
     cells = [[*header, "probe first, %", "probe middle, %", "probe last, %", "seeds"]]
-    for line in filter(is_reference, lines):
-        cells.append([REFERENCE, "", "", "", *_probes(line["probes"]), "1"])
     for found in learnt(lines):
         similar = [f"{value:.2f}" for value in by_stage(found.similarity)]
         cells.append([found.name, *similar, *_probes(found.probes), str(len(found.lines))])
@@ -239,22 +264,18 @@ def pictures(file):
 
 
 def draw(lines, file):
-    """Draws what lines tell, at least one; returns the pictures: where there is the reference alone, its probes."""
+    """Draws what lines tell, at least one; returns the pictures."""
     cka, maps, probes = pictures(file)
-    found, drawn, made = learnt(lines), [], lines[0]["settings"]
+    found, drawn, made = learnt(lines), [cka, probes], lines[0]["settings"]
     title = f"{made['model']}, {made['train_images']:,} images of CIFAR-10, {made['epochs']} epochs"
-    if found:
-        similar = _panels([(row, _named(row.name, row.units, row.similarity)) for row in found])
-        similarity_picture(similar, cka, title, REFERENCE)
-        drawn.append(cka)
+    similar = _panels([(row, _named(row.name, row.units, row.similarity)) for row in found])
+    similarity_picture(similar, cka, title, REFERENCE)
     mapped = [(row.name, row.matrix) for cut in MAPPED for row in found if row.cut == cut]
     if mapped:
         cka_maps_picture(mapped, found[0].units, maps, title, "its unit", f"unit of {REFERENCE}")
-        drawn.append(maps)
-    probed = _panels([(row, _named(row.name, row.units, row.probes)) for row in found])
-    own = [_named(REFERENCE, line["units"], line["probes"]) for line in lines if is_reference(line)]
-    probe_picture([(panel, own + rows) for panel, rows in probed] or [(None, own)], probes, title)
-    return [*drawn, probes]
+        drawn.insert(1, maps)
+    probe_picture(_panels([(row, _named(row.name, row.units, row.probes)) for row in found]), probes, title)
+    return drawn
 
 
 def _panels(rows):

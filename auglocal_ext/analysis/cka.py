@@ -69,6 +69,9 @@ def cka(
 ) -> CKA:
     """Linear CKA between every unit of one model and every unit of another one, or of the same one.
 
+    Trainings of one seed begin with the same weights and see the same images in the same order, which by itself makes
+    their features more alike: compare models of different seeds, where that is not what is asked for.
+
     Both see the same batches, in eval mode; no image's features are kept, so memory does not grow with their number. Of
     a batch of n images a matrix (n, n) is kept of every unit. Gram matrices are computed in the features' dtype, at
     least float32, all behind them in float64.
@@ -90,8 +93,10 @@ def cka(
 
     The formula and its sources are in the docstring of the module `auglocal_ext.analysis.cka`.
     """
-    models = [Features(model_a)] if model_a is model_b else [Features(model_a), Features(model_b)]
-    return products(models, loader, images, progress).between(0, len(models) - 1)
+    if model_a is model_b:
+        return products([Features(model_a)], loader, images, progress).between(0, 0)
+    models, labels = [Features(model_a), Features(model_b)], ["model_a", "model_b"]
+    return products(models, loader, images, progress, labels).between(0, 1)
 
 
 class Products:
@@ -99,10 +104,11 @@ class Products:
 
     Args:
         names: of the units, a list for each model.
+        labels: what messages call the models, if there are several.
     """
 
-    def __init__(self, names: Sequence[list[str]]) -> None:
-        self.names, self.images = names, 0
+    def __init__(self, names: Sequence[list[str]], labels: Sequence[str] | None = None) -> None:
+        self.names, self.labels, self.images = names, labels, 0
         count = sum(map(len, names))
         self.sums = torch.zeros(count, count, dtype=torch.float64)
 
@@ -131,18 +137,20 @@ class Products:
         return CKA(matrix, list(self.names[one]), list(self.names[other]), self.images)
 
     def _all(self):
-        return [name for names in self.names for name in names]
+        """The units' names, as messages tell them."""
+        of = [f" of {label}" for label in self.labels] if self.labels else [""] * len(self.names)
+        return [name + suffix for names, suffix in zip(self.names, of, strict=True) for name in names]
 
     def _place(self, model):
         begin = sum(map(len, self.names[:model]))
         return begin, begin + len(self.names[model])
 
 
-def products(models: Sequence[Features], loader: Iterable, images=None, progress=False) -> Products:
-    """The Products of models on a loader's batches; for arguments and errors see `cka`."""
+def products(models: Sequence[Features], loader: Iterable, images=None, progress=False, labels=None) -> Products:
+    """The Products of models on a loader's batches; for arguments and errors see `cka`, for labels `Products`."""
     if images is not None:
         images = whole_number(images, f"images must be a whole number of at least {LEAST}", LEAST)
-    found = Products([model.names for model in models])
+    found = Products([model.names for model in models], labels)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(model.evaluating())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from ..training.divergence import NotFinite
 from ..training.loaders import length_of, no_bar
 from .features import Features
 
@@ -40,6 +41,7 @@ def probe(
     Raises:
         ValueError, TypeError: the model has no units, a batch does not fit it, a loader gives none, or the training
             images are of one class.
+        FloatingPointError: features are not finite.
         ImportError: scikit-learn is needed and does not import.
     """
     return accuracies(Features(model), train_loader, test_loader, progress)
@@ -55,6 +57,8 @@ def accuracies(features: Features, train_loader, test_loader, progress=False) ->
     units = tqdm(features.names, desc="probes", unit="unit", leave=False, disable=no_bar(progress))
     for index, name in enumerate(units):
         device = train[index].device
+        if not (train[index].isfinite().all() and test[index].isfinite().all()):
+            raise NotFinite(f"the features of unit {name} are NaN or infinite")
         predicted, iterations = fitted(train[index], labels.to(device), test[index])
         if iterations >= ITERATIONS:
             warnings.warn(f"the probe of unit {name} was not at its best after {ITERATIONS} iterations", stacklevel=2)
@@ -110,10 +114,12 @@ def _by_torch(train, labels, test):
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
     )
+    # Of two classes scikit-learn has one vector of weights, w. Here they have w / 2 and -w / 2: half as many squares.
+    penalty = (1 if len(classes) == 2 else 0.5) / len(labels)
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(train, weight, bias), labels) + weight.square().sum() / (2 * len(labels))
+        loss = F.cross_entropy(F.linear(train, weight, bias), labels) + penalty * weight.square().sum()
         loss.backward()
         return loss
 

@@ -90,7 +90,7 @@ def _analysed(runs, reference, source, given, options):
     """What was found, of plain values."""
     test, train = source.test.sample(given.images), source.train.sample(given.images)
     features, progress = [Features(run.model, run.normalise) for run in runs], not options.quiet
-    alike = products(features, test, progress=progress)
+    alike = products(features, test, progress=progress, labels=[run.name for run in runs])
     found = []
     for run, its in zip(runs, features, strict=True):
         tested = evaluation(nn.Sequential(run.normalise, run.model), test, progress=progress)

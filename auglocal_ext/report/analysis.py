@@ -57,7 +57,9 @@ def analysis_report(found, folder):
 _ABOUT_CKA = (
     "Linear CKA between the units of two runs on the same test images: 1 for features that are equal but for rotation "
     "and scale, about 0 for unrelated ones; unbiased, so it may be a little below 0. A few outliers can change it "
-    "where what can be told from the features does not change: read it together with linear probes."
+    "where what can be told from the features does not change: read it together with linear probes. Runs of one seed "
+    "began with the same weights and saw the same images in the same order, which by itself makes them more alike; "
+    "two seeds of backpropagation show how alike two trainings can be."
 )
 
 
@@ -67,7 +69,8 @@ def _runs_table(found):
     for index, run in enumerate(found["runs"]):
         modules = run["module_accuracies"]
         depth = run["depth"] if run["rule"] == "auglocal" else "-"
-        cells = [run["name"], run["model"], run["rule"], depth, len(modules) if modules else "-", run["epochs"]]
+        epochs = "-" if run["epochs"] is None else run["epochs"]
+        cells = [run["name"], run["model"], run["rule"], depth, len(modules) if modules else "-", epochs]
         rows.append([str(index + 1), *map(str, cells), _per_cent(run["test_accuracy"])])
     return table(header, rows)
 

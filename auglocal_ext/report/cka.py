@@ -2,14 +2,13 @@
 
 import numpy
 
-from .figure import check_picture, new_figure, save
+from .figure import check_picture, new_figure, save, short
 from .lines import lines_by_unit
 
 __all__ = ["cka_maps_picture", "cka_picture", "similarity_picture"]
 
 
 COUNTED = 20  # units, up to which each cell has its number
-LONGEST = 30  # characters of a name
 
 
 def cka_picture(matrix, rows, columns, path, title, row_label="unit", column_label="unit"):
@@ -34,8 +33,8 @@ def cka_picture(matrix, rows, columns, path, title, row_label="unit", column_lab
     image = _heat_map(axes, values)
     figure.colorbar(image, ax=axes, shrink=0.7, label="linear CKA")
     size = min(9.0, 0.75 * 72 * cell)  # points of a cell's height
-    axes.set_xticks(range(wide), map(_short, columns), rotation=90, fontsize=size)
-    axes.set_yticks(range(high), map(_short, rows), fontsize=size)
+    axes.set_xticks(range(wide), map(short, columns), rotation=90, fontsize=size)
+    axes.set_yticks(range(high), map(short, rows), fontsize=size)
     axes.set(xlabel=column_label, ylabel=row_label)
     if max(high, wide) <= COUNTED:
         # As wide as the cell at most: a digit is six tenths of its height.
@@ -71,8 +70,8 @@ def cka_maps_picture(maps, units, path, title, row_label="unit", column_label="u
     for axes, (label, matrix) in zip(grid.flat, maps, strict=False):
         image = _heat_map(axes, numpy.asarray(matrix))
         axes.set_title(label, fontsize=9)
-        axes.set_xticks(shown, [_short(units[index]) for index in shown], rotation=90, fontsize=7)
-        axes.set_yticks(shown, [_short(units[index]) for index in shown], fontsize=7)
+        axes.set_xticks(shown, [short(units[index]) for index in shown], rotation=90, fontsize=7)
+        axes.set_yticks(shown, [short(units[index]) for index in shown], fontsize=7)
     for axes in grid.flat[len(maps) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -102,8 +101,3 @@ def similarity_picture(panels, path, title, reference):
 def _heat_map(axes, values):
     """Light to dark in grey too, and for every kind of colour blindness."""
     return axes.imshow(values, cmap="cividis", vmin=0, vmax=1, origin="lower")
-
-
-def _short(name):
-    """Its end, which tells neighbours apart."""
-    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"

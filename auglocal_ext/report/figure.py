@@ -8,7 +8,9 @@ import numpy
 
 from ..common.files import check_writable, write_whole
 
-__all__ = ["check_picture", "label_where_free", "new_figure", "save", "scale_of"]
+__all__ = ["check_picture", "label_where_free", "new_figure", "save", "scale_of", "short"]
+
+LONGEST = 30  # characters of a unit's name
 
 
 def check_picture(path, name="path"):
@@ -46,6 +48,11 @@ def new_figure(title, size):
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure
+
+
+def short(name):
+    """The end of a unit's name, which tells neighbours apart."""
+    return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def scale_of(size):

@@ -1,6 +1,6 @@
 """Lines along the depth of several models, which are told apart without colours too."""
 
-from .figure import check_picture, new_figure, save
+from .figure import check_picture, new_figure, save, short
 
 __all__ = ["lines_by_unit", "lines_picture"]
 
@@ -8,7 +8,6 @@ __all__ = ["lines_by_unit", "lines_picture"]
 _LINES = ("-", "--", "-.", ":")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _NAMED = 80  # units, up to which their names fit below the axis
-_LONGEST = 30  # characters of a name
 
 
 def lines_picture(panels, path, title, xlabel, ylabel, names=None):
@@ -65,7 +64,6 @@ def _name_places(axes, names, longest):
     from matplotlib.ticker import MaxNLocator
 
     if names is not None and longest <= _NAMED:
-        short = [name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}" for name in names]
-        axes.set_xticks(range(longest), short, rotation=90, fontsize=min(9.0, 0.75 * 72 * 14 / longest))
+        axes.set_xticks(range(longest), map(short, names), rotation=90, fontsize=min(9.0, 0.75 * 72 * 14 / longest))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

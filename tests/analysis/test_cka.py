@@ -182,6 +182,20 @@ def test_a_unit_of_no_variance_warns_and_has_0(value):
     assert found.tolist() == [[pytest.approx(1), 0], [0, 0]]
 
 
+def test_of_two_models_it_is_told_which_units_are_meant():
+    torch.manual_seed(0)
+    one, other, images = Constant(0.3), Constant(-1.0), loader_of(torch.randn(12, 3, 8, 8), 6)
+    with pytest.warns(UserWarning) as told:
+        analysis.cka(one, other, images)
+    assert [str(warning.message).partition(" puts")[0] for warning in told] == [
+        "unit second of model_a",
+        "unit second of model_b",
+    ]
+    nn.init.constant_(other.first.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match="the features of unit stem of model_b are NaN or infinite"):
+        analysis.cka(one, other, images)
+
+
 def test_a_units_own_hsic_is_not_negative():
     """Rounding cannot make it so: it is a sum of squares."""
     for scale in (1e-12, 1.0, 1e6):

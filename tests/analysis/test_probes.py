@@ -61,6 +61,24 @@ def test_those_of_many_images_are_torchs(tiny_model, monkeypatch):
     assert [accuracy for _, accuracy in many] == pytest.approx([accuracy for _, accuracy in small], abs=0.02)
 
 
+def test_two_classes_have_scikit_learns_penalty():
+    """Of few images it decides where the border lies."""
+    torch.manual_seed(0)
+    features = torch.randn(1000, 6, dtype=torch.float64)
+    labels = (features[:12, 0] + 0.5 * features[:12, 1] > 0).long()
+    one, _ = probes._by_scikit_learn(features[:12], labels, features[12:])
+    other, _ = probes._by_torch(features[:12], labels, features[12:])
+    assert (one == other).double().mean() >= 0.998
+
+
+def test_features_that_are_not_finite_are_told(tiny_model, monkeypatch):
+    nn.init.constant_(tiny_model.layer2[0].bn2.bias, float("nan"))
+    for most in (89, 90):  # by torch, by scikit-learn
+        monkeypatch.setattr(probes, "MOST_ROWS", most)
+        with pytest.raises(FloatingPointError, match="the features of unit layer2.0 are NaN or infinite"):
+            analysis.probe(tiny_model, classes_of(90, 0), classes_of(60, 1))
+
+
 def test_they_are_told_apart_by_depth():
     """A unit that throws away what the classes differ by is as good as a guess; those before it are not."""
     torch.manual_seed(0)

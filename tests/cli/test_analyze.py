@@ -100,7 +100,8 @@ def test_one_run_without_probes_goes_beside_it(runs, small, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["analysis.json", "cka_1.png", "report.html"]
     (run,) = json.loads((out / "analysis.json").read_text())["runs"]
     assert run["probes"] is run["module_accuracies"] is run["epochs"] is None
-    assert "&lt;whole&gt;" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "&lt;whole&gt;" in page and "None" not in page
     assert f"saved to {out}: analysis.json, report.html, cka_1.png" in capsys.readouterr().out
 
 

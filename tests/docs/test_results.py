@@ -54,7 +54,9 @@ def test_one_seed_decides_nothing(program):
 
 
 def test_verdicts_follow_from_the_interval(program):
-    spread = [line("bp", [0.9 + 0.01 * seed] * 4, seed=seed) for seed in (1, 2, 3)]  # standard deviation 0.01
+    spread = [line("bp", [0.9 + 0.01 * seed] * 4, seed=seed) for seed in (0, 2, 3)]
+    spread[0] = line("bp", [0.91] * 4)  # standard deviation 0.01
+    spread.append(line("bp", [0.91] * 4, seed=1))  # of the same two models as seed 0's: counts once
     few = {"depth": 4, "count": 4, "modules": 4}
     lines = [*spread, line("auglocal", [0.8] * 4, **PAPER), line("dgl", [0.5] * 4, count=16)]
     lines += [line("predsim", [0.9] * 4, count=16), line("auglocal", [0.82] * 4, **few)]
@@ -92,8 +94,9 @@ def test_one_row(program, place, tmp_path):
         and "one, torch 2, Python 3, commit abc." in text
     )
     assert "90.0" in text and "80.0" not in text and "another," not in text  # of one training the last record
+    assert "none has yet" in text and "No row has two seeds yet, so there are no intervals." in text
     assert "There is nothing to compare yet." in text and "Models analysed: 1." in text
-    assert shown(text, page) == {"study_probes.png"}
+    assert shown(text, page) == {f"study_{name}.png" for name in ("cka", "cka_maps", "probes")}
 
 
 def test_all_rows(program, place):
@@ -106,6 +109,8 @@ def test_all_rows(program, place):
     text = page.read_text()
     assert "Trainings done: 34 of 34; rows with a seed or more: 14 of 14." in text and "Models analysed: 34." in text
     assert text.index("| BP  ") < text.index("| AugLocal d=4, light") < text.index("| InfoPro")  # as in the queue
+    assert "(here 0.16 points, of 20 degrees of freedom)" in text  # of five rows with five seeds, 0 to 0.4 points
+    assert "over seeds of: BP; AugLocal d=4, light, K = 2; AugLocal d=4, paper, K = 4; " in text
     assert "- Worse than backpropagation: DGL, *K* = 16; DGL, *K* = 4.\n" in text
     assert "- Equal to backpropagation within 1 point: AugLocal d=4, light, *K* = 2; " in text
     assert "not yet trained" not in text and "`python docs/results.py`" in text

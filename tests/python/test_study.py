@@ -17,10 +17,12 @@ def study(monkeypatch):
 
 
 def test_the_queue_has_every_row_once_before_any_second_seed(study):
+    """But backpropagation's, with which the others are compared."""
     queue = study.runs("imagefolder:x")
     assert len(queue) == len({run.slug for run in queue}) == 34
+    assert [(run.rule, run.seed) for run in queue[:2]] == [("bp", 0), ("bp", 1)]
     first = [run for run in queue if run.seed == 0]
-    assert queue[: len(first)] == first and len(first) == 14
+    assert queue[:1] + queue[2 : len(first) + 1] == first and len(first) == 14
     assert {(run.rule, run.depth, run.modules) for run in first if run.auxiliary is None} == {
         *(("bp", None, None), ("predsim", None, None), ("infopro", None, None), ("dgl", None, None), ("dgl", None, 4)),
         *(("auglocal", 4, 2), ("auglocal", 4, 4), ("auglocal", 4, None), ("auglocal", 2, None), ("auglocal", 6, None)),
@@ -78,3 +80,21 @@ def test_with_models_each_row_is_analysed_as_soon_as_it_is_trained(study, tmp_pa
     assert ran[1][ran[1].index("--save") + 1].startswith(str(folder))
     ran.clear(), file.unlink()
     assert study.main(command) == 0 and [Path(one[1]).name for one in ran] == ["train_cifar.py"] * 2
+
+
+def test_a_queue_that_is_stopped_in_its_first_training_has_not_failed(study, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "study.jsonl"
+
+    def run(command, **_):
+        if command[0] == "git":
+            return SimpleNamespace(stdout="abc")
+        checkpoint = Path(command[command.index("--checkpoint") + 1])
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "last.pt").touch()
+        return SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.setattr(study, "QUEUE", [(0, study.BP)])
+    monkeypatch.setattr(study.queued.subprocess, "run", run)
+    assert study.main([str(file), "--data", "imagefolder:x", "--minutes", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "stopped: the time is up" in out and not err

@@ -56,7 +56,7 @@ def test_each_row_that_has_its_model_gets_a_line(program, analysed):
     test, train = images.test.sample(60), images.train.sample(60)
     wanted = analysis.cka(by_seed[1], by_seed[0], test).matrix
     assert numpy.allclose(second["cka"], wanted, atol=2e-3) and second["units"] == UNITS
-    assert numpy.diagonal(first["cka"]) == pytest.approx(1, abs=1e-3)
+    assert numpy.allclose(first["cka"], wanted.T, atol=2e-3) and first["reference"] == "bp_seed1.pt"
     assert max(len(str(abs(value))) for row in second["cka"] for value in row) <= len("0.1234")
     assert second["probes"] == [accuracy for _, accuracy in analysis.probe(by_seed[1], train, test)]
     assert second["images"] == {"cka": 20, "train": 60, "test": 24}  # in whole batches of 10
@@ -85,41 +85,41 @@ def test_what_is_analysed_is_not_analysed_again(program, analysed, capsys, monke
     assert program.analysis_file(file).read_bytes() == before
 
 
+def test_no_model_is_compared_with_backpropagation_of_its_own_seed(program):
+    assert [program.reference_seed(seed) for seed in range(4)] == [1, 0, 0, 0]
+
+
 def test_without_a_reference_a_row_waits(program, tmp_path, capsys):
-    file, made = tmp_path / "study.jsonl", record("dgl", 0.0, precision="fp32")
+    """Which is no failure; backpropagation of seed 0 waits for seed 1 too, and is kept meanwhile."""
+    file, images, made = tmp_path / "study.jsonl", data.load(SOURCE, 20), []
     torch.manual_seed(0)
     model = models.CifarResNet(1, 10)
-    made["accuracy"]["last"] = evaluate(model, data.load(SOURCE, 20).test)
-    write(file, [made])
-    torch.save(model.state_dict(), tmp_path / f"{program.Run.of(made['settings']).slug}.pt")
-    assert program.main([str(file), "--data", SOURCE, "--models", str(tmp_path)]) == 1
-    assert "train and analyse backpropagation of seed 0 first" in capsys.readouterr().out
-    assert not program.analysis_file(file).exists()
+    accuracy = evaluate(model, images.test)
+    made = [record(rule, accuracy, precision="fp32") for rule in ("bp", "dgl")]
+    write(file, made)
+    for one in made:
+        torch.save(model.state_dict(), tmp_path / f"{program.Run.of(one['settings']).slug}.pt")
+    assert program.main([str(file), "--data", SOURCE, "--models", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("waits for backpropagation of seed 1, with whose model it is compared") == 2
+    assert program.kept_model(file, 0).exists() and not program.analysis_file(file).exists()
 
 
 def test_the_table_and_the_pictures(program, tmp_path, capsys):
     file = tmp_path / "study.jsonl"
-    lines = [line("bp", [1, 1, 1, 1]), line("dgl", [0.5, 0.6, 0.7, 0.8], (0.3, 0.4, 0.45, 0.5), 16)]
-    lines += [line("bp", [0.9, 0.8, 0.7, 0.6], seed=1), line("bp", [0.7, 0.8, 0.9, 1.0], seed=2)]
+    lines = [line("bp", [0.7, 0.8, 0.9, 1.0], seed=2), line("dgl", [0.5, 0.6, 0.7, 0.8], (0.3, 0.4, 0.45, 0.5), 16)]
+    lines += [line("bp", [0.9, 0.8, 0.7, 0.6]), line("bp", [0.9, 0.8, 0.7, 0.6], (0.5, 0.4, 0.5, 0.7), seed=1)]
     lines += [line("auglocal", [0.4] * 4, count=4, depth=4, modules=4, auxiliary="light")]
     write(program.analysis_file(file), lines)
     assert program.main([str(file)]) == 0
     printed = capsys.readouterr().out
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in printed.splitlines() if row.startswith("|")]
     assert cells[2:] == [
-        ["BP, seed 0", "", "", "", "20.0", "50.0", "70.0", "1"],
-        ["BP, other seeds", "0.80", "0.80", "0.80", "20.0", "50.0", "70.0", "2"],
+        ["BP", "0.80", "0.80", "0.80", "30.0", "50.0", "70.0", "3"],  # seeds 0 and 1: one pair, two models
         ["AugLocal d=4, light, K = 4", "0.40", "0.40", "0.40", "20.0", "50.0", "70.0", "1"],
         ["DGL, K = 16", "0.55", "0.70", "0.80", "30.0", "45.0", "50.0", "1"],
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in program.pictures(file))
     assert program.by_stage(range(16)) == [2.5, 8, 13]  # ResNet-32's stem and first stage, its second, its third
-
-
-def test_the_reference_alone_has_probes_to_draw(program, tmp_path):
-    file = tmp_path / "study.jsonl"
-    assert program.draw([line("bp", [1, 1, 1, 1])], file) == [program.pictures(file)[2]]
-    assert [path.name for path in tmp_path.iterdir()] == ["study_probes.png"]
 
 
 def test_mistakes_are_told_in_one_sentence(program, tmp_path, capsys):
