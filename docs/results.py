@@ -107,7 +107,10 @@ def _read(file):
 def _columns(rows):
     """What the columns of the study's table are."""
     spread = study.pooled_deviation([row.percent for row in rows])
-    pooled = f"here {spread[0]:.2f} points, of {spread[1]} degrees of freedom" if spread else "none has yet"
+    pooled = "none has yet"
+    if spread:
+        few = ": few, so more seeds may change all verdicts together" if spread[1] < 5 else ""
+        pooled = f"here {spread[0]:.2f} points, degrees of freedom {spread[1]}{few}"
     return (
         "*accuracy*: of several seeds mean ± standard deviation; bars in the picture: the lowest and the highest.\n"
         "*core minutes*: of one training at the pace of its fastest epoch, as other work shared the cores; times\n"
@@ -186,9 +189,8 @@ _FIGURES = (
     "model of backpropagation on 10,000 test images, and test accuracy of linear probes (linear classifiers on a\n"
     "unit's features) trained on 10,000 training images. Early, middle and late units are those at ResNet-32's three\n"
     "resolutions. CKA is always with a model of another seed: two trainings of one seed begin with the same weights\n"
-    "and see the same images in the same order, which by itself makes them more alike. So the row BP, two trainings\n"
-    "of backpropagation, is the ceiling. Maps are of each row's first seed. *probe* columns: of the first, the middle\n"
-    "and the last unit."
+    "and see the same images in the same order. So the row BP, two trainings of backpropagation, is the ceiling. Maps\n"
+    "are of each row's first seed. *probe* columns: of the first, the middle and the last unit."
 )
 
 

@@ -69,8 +69,8 @@ def cka(
 ) -> CKA:
     """Linear CKA between every unit of one model and every unit of another one, or of the same one.
 
-    Trainings of one seed begin with the same weights and see the same images in the same order, which by itself makes
-    their features more alike: compare models of different seeds, where that is not what is asked for.
+    Trainings of one seed begin with the same weights and see the same images in the same order: compare models of
+    different seeds where that is not to count.
 
     Both see the same batches, in eval mode; no image's features are kept, so memory does not grow with their number. Of
     a batch of n images a matrix (n, n) is kept of every unit. Gram matrices are computed in the features' dtype, at

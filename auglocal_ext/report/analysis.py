@@ -58,8 +58,8 @@ _ABOUT_CKA = (
     "Linear CKA between the units of two runs on the same test images: 1 for features that are equal but for rotation "
     "and scale, about 0 for unrelated ones; unbiased, so it may be a little below 0. A few outliers can change it "
     "where what can be told from the features does not change: read it together with linear probes. Runs of one seed "
-    "began with the same weights and saw the same images in the same order, which by itself makes them more alike; "
-    "two seeds of backpropagation show how alike two trainings can be."
+    "began with the same weights and saw the same images in the same order; two seeds of one rule show how alike two "
+    "trainings can be."
 )
 
 

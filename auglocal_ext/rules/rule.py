@@ -170,7 +170,8 @@ class Rule:
 
         Returns:
             The number of the last unit of each module but the last one, in rising order. By default one module ends
-            behind every unit.
+            behind every unit of a ResNet or VGG; another network is then cut into the fewest modules that need less
+            memory than backpropagation.
         """
         return range(len(backbone.units) - 1)
 

@@ -109,7 +109,7 @@ def test_all_rows(program, place):
     text = page.read_text()
     assert "Trainings done: 34 of 34; rows with a seed or more: 14 of 14." in text and "Models analysed: 34." in text
     assert text.index("| BP  ") < text.index("| AugLocal d=4, light") < text.index("| InfoPro")  # as in the queue
-    assert "(here 0.16 points, of 20 degrees of freedom)" in text  # of five rows with five seeds, 0 to 0.4 points
+    assert "(here 0.16 points, degrees of freedom 20)" in text  # of five rows with five seeds, 0 to 0.4 points
     assert "over seeds of: BP; AugLocal d=4, light, K = 2; AugLocal d=4, paper, K = 4; " in text
     assert "- Worse than backpropagation: DGL, *K* = 16; DGL, *K* = 4.\n" in text
     assert "- Equal to backpropagation within 1 point: AugLocal d=4, light, *K* = 2; " in text
